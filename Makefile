@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.stamp
+BIN := $(VENV)/bin
+
+# The pins hold in every pip run, isolated build environments included (a variable of their own since pip 25.3).
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+WORKERS ?= 2
+PROFILE := $(if $(CI),ci,dev)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-deep lint types bench
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install everything, pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+run: $(STAMP) ## train a small language model and value its data in the run: runs/lm/report.html
+	$(BIN)/python examples/lm_in_run_shapley.py --out runs/lm --overwrite
+
+test: $(STAMP) ## run the tests (ARGS="-k name" to choose, WORKERS=1 for one process)
+	HYPOTHESIS_PROFILE=$(PROFILE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-deep: $(STAMP) ## run the tests with many more drawn examples
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+bench: $(STAMP) ## run every tests/benchmarks/bench_*.py
+	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

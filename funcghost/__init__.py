@@ -1,0 +1,34 @@
+"""Exact per-sample gradient inner products from one backward pass, as pure functions."""
+
+from funcghost._version import __version__
+from funcghost.capture import checkpoint_context
+from funcghost.directions import stack
+from funcghost.errors import ConservationError, GhostError, InputError, PlanError, UnsupportedOpError
+from funcghost.losses import module_losses, per_example
+from funcghost.planning import Options
+from funcghost.plans import Plan
+from funcghost.reducers import Reducer, dot
+from funcghost.rules import register_rule
+from funcghost.transforms import Step, grad_and_reduce, plan, reduce
+
+__all__ = [
+    "ConservationError",
+    "GhostError",
+    "InputError",
+    "Options",
+    "Plan",
+    "PlanError",
+    "Reducer",
+    "Step",
+    "UnsupportedOpError",
+    "__version__",
+    "checkpoint_context",
+    "dot",
+    "grad_and_reduce",
+    "module_losses",
+    "per_example",
+    "plan",
+    "reduce",
+    "register_rule",
+    "stack",
+]

@@ -1,0 +1,1 @@
+"""Thin pure functions that turn per-sample gradient inner products into attributions."""

@@ -1,0 +1,251 @@
+"""In-Run Data Shapley: what each sample of a training batch did to the validation loss in this very step.
+
+Wang, Mittal, Song, Jia, "Data Shapley in One Training Run" (arXiv 2406.11011). The utility of a subset S of the batch
+is the change of the validation loss by a step on S,
+
+    U(S) = l_val(w - eta sum_{j in S} grad l_j) - l_val(w),
+
+and its Shapley values are, to first and to second order in eta,
+
+    phi_i = - eta <grad l_val, grad l_i>                                                     (first order)
+    phi_i = - eta <grad l_val, grad l_i> + eta^2 / 2 <grad l_i, H_val sum_j grad l_j>         (second order)
+
+They sum to the change of the validation loss by the step on the whole batch, to that order. Hence a sample with a
+negative value has lowered the validation loss: it helped. The values of a run are the sums over its steps.
+
+With `reduction="mean"` the step is `w - lr mean_j grad l_j`, so `eta = lr / b`; with "sum" `eta = lr`. An elementwise
+preconditioner P (Adam's `1 / (sqrt(v_hat) + eps)`, held as it is before the step) makes the step `w - lr P * grad`:
+every direction above is then multiplied by P.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcghost.errors import InputError
+from funcghost.planning import Options
+from funcghost.plans import Plan
+from funcghost.reducers import dot
+from funcghost.run import Losses, Problem, Reduction, backward, run_plain
+from funcghost.tangent import differentiable_kernels
+from funcghost.transforms import Step, grad_and_reduce, reduce
+from funcghost.trees import Params, Tree, match_direction, split_params
+
+
+class Values(NamedTuple):
+    """In-run values [b] of a batch, their first-order part [b], and the step's training gradient and losses [b]."""
+
+    values: Tensor
+    first: Tensor
+    grads: Tree
+    losses: Tensor
+
+
+def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -> Tree:
+    """The gradient of the mean validation loss: `(1/n) sum over all n samples of all batches of grad losses[i]`.
+
+    Batches may differ in size and shape. Cost: a forward and a backward for each.
+
+    Raises:
+        InputError: there is no batch, or no sample in them.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.attribution import in_run
+        >>> in_run.validation_gradient(lambda p, x: x @ p["w"], {"w": torch.zeros(2)}, [torch.eye(2)])["w"]
+        tensor([0.5000, 0.5000])
+    """
+    split = split_params(params)
+    total, count = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves], 0
+    for batch in _checked(batches):
+        outcome = run_plain(Problem(losses, split, batch), "sum")
+        total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
+        count += outcome.losses.shape[0]
+    return split.rebuild([leaf / _some(count) for leaf in total])
+
+
+def hessian_vector_product(losses: Losses, params: Tree, batches: Sequence[Tree], vector: Tree) -> Tree:
+    """`H v` for the Hessian H of the mean validation loss, as in `validation_gradient`.
+
+    Forward over reverse (`torch.func.jvp` of the gradient); where an op has no forward derivative, reverse over reverse.
+    Cost: two to three times that of the gradient.
+
+    Raises:
+        InputError: there is no batch, or `vector` is not a tree like params.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.attribution import in_run
+        >>> p, v = {"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 2.0])}
+        >>> in_run.hessian_vector_product(lambda p, x: (x @ p["w"]).square(), p, [torch.eye(2)], v)["w"]
+        tensor([1., 2.])
+    """
+    split = split_params(params)
+    along = match_direction(vector, split, "vector")
+    total, count = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves], 0
+    for batch in _checked(batches):
+        product, samples = _hvp(Problem(losses, split, batch), along)
+        total = [a + b for a, b in zip(total, product, strict=True)]
+        count += samples
+    return split.rebuild([leaf / _some(count) for leaf in total])
+
+
+def first_order(
+    losses: Losses, *, reduction: Reduction = "mean", options: Options | None = None, plan: Plan | None = None
+) -> Callable[..., Values]:
+    """First-order in-run values, in the same forward and backward as the training gradient.
+
+    `step(params, batch, *, lr, validation=None, direction=None, preconditioner=None) -> Values`, with
+    `values[i] = -eta <grad losses[i], P * V>`.
+
+    Args:
+        losses: as in `fg.grad_and_reduce`.
+        reduction: of the training loss; sets `eta` (see the module).
+        options: as in `fg.grad_and_reduce`.
+        plan: as in `fg.grad_and_reduce`.
+
+    The step takes either `validation`, a list of batches, or `direction`, their gradient V kept from before
+    (`validation_gradient`); `preconditioner` is a tree like params.
+
+    Units: those of the validation loss. Cost: that of `fg.dot`, and of the validation gradient if it is not given.
+
+    Raises:
+        InputError: both or neither of validation and direction are given, or a tree does not fit params.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.attribution import in_run
+        >>> step = in_run.first_order(lambda p, x: (x @ p["w"]).square(), reduction="sum")
+        >>> step({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), lr=0.1, validation=[torch.ones(1, 2)]).values
+        tensor([-1.2000, -2.4000])
+    """
+    score = grad_and_reduce(losses, reduction=reduction, options=options, plan=plan)
+
+    def step(
+        params: Tree,
+        batch: Tree,
+        *,
+        lr: float,
+        validation: Sequence[Tree] | None = None,
+        direction: Tree | None = None,
+        preconditioner: Tree | None = None,
+    ) -> Values:
+        if (validation is None) == (direction is None):
+            raise InputError("first_order: pass either validation=[batches] or direction=their gradient.")
+        split = split_params(params)
+        value = direction if validation is None else validation_gradient(losses, params, validation)
+        along = _scaled(split, match_direction(value, split), preconditioner)
+        out = score(params, batch, dot(split.rebuild(along)))
+        first = -_eta(lr, reduction, out) * out.reduced
+        return Values(first, first, out.grads, out.losses)
+
+    return step
+
+
+def second_order(
+    losses: Losses, *, reduction: Reduction = "mean", options: Options | None = None, plan: Plan | None = None
+) -> Callable[..., Values]:
+    """Second-order in-run values: the sum of a batch follows the true change of the validation loss more closely.
+
+    `step(params, batch, *, lr, validation, direction=None, preconditioner=None) -> Values`, with
+    `values[i] = <grad losses[i], P * (-eta V + eta^2/2 H_val (P * sum_j grad_j))>` and `first` its first-order part.
+
+    Arguments and units as in `first_order`; `validation` is needed for the Hessian, also where `direction` is given.
+
+    Cost: a training step with `fg.dot`, a Hessian-vector product on the validation batches, and a scoring pass: the
+    product needs the batch's gradient before the samples can be contracted with it.
+
+    Raises:
+        InputError: a tree does not fit params, or there is no validation batch.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.attribution import in_run
+        >>> step = in_run.second_order(lambda p, x: (x @ p["w"]).square(), reduction="sum")
+        >>> step({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), lr=0.1, validation=[torch.ones(1, 2)]).values
+        tensor([-1.0800, -2.1600])
+    """
+    train = first_order(losses, reduction=reduction, options=options, plan=plan)
+    curve = reduce(losses, options=options, plan=plan)
+
+    def step(
+        params: Tree,
+        batch: Tree,
+        *,
+        lr: float,
+        validation: Sequence[Tree],
+        direction: Tree | None = None,
+        preconditioner: Tree | None = None,
+    ) -> Values:
+        split = split_params(params)
+        if direction is None:
+            direction = validation_gradient(losses, params, validation)
+        out = train(params, batch, lr=lr, direction=direction, preconditioner=preconditioner)
+        move = split.rebuild(_scaled(split, match_direction(out.grads, split, "grads"), preconditioner))
+        bend = match_direction(hessian_vector_product(losses, params, validation, move), split)
+        samples = out.losses.shape[0]
+        # grads is the sum of the samples' gradients, or their mean: eta^2 sum_j = (lr / b) lr mean_j.
+        half = 0.5 * lr * (lr / samples if reduction == "mean" and samples else lr)
+        second = half * curve(params, batch, dot(split.rebuild(_scaled(split, bend, preconditioner))))
+        return Values(out.values + second, out.values, out.grads, out.losses)
+
+    return step
+
+
+def _eta(lr: float, reduction: Reduction, out: Step) -> float:
+    samples = out.losses.shape[0]
+    return lr / samples if reduction == "mean" and samples else lr
+
+
+def _scaled(params: Params, leaves: Sequence[Tensor], preconditioner: Tree | None) -> list[Tensor]:
+    if preconditioner is None:
+        return list(leaves)
+    scales = match_direction(preconditioner, params, "preconditioner")
+    return [leaf * scale for leaf, scale in zip(leaves, scales, strict=True)]
+
+
+def _checked(batches: Sequence[Tree]) -> Sequence[Tree]:
+    if not isinstance(batches, list | tuple) or not batches:
+        raise InputError(
+            f"validation: must be a list of one or more batches, found {type(batches).__name__}. Pass [batch]."
+        )
+    return batches
+
+
+def _some(count: int) -> int:
+    if count == 0:
+        raise InputError("validation: the batches have no samples.")
+    return count
+
+
+def _hvp(problem: Problem, along: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """`H v` of the summed losses of one batch, and the number of its samples."""
+    samples = 0
+
+    def total(leaves: list[Tensor]) -> Tensor:
+        nonlocal samples
+        values, _ = problem.evaluate(leaves)
+        samples = values.shape[0]
+        return values.sum()
+
+    leaves = [leaf.detach() for leaf in problem.params.leaves]
+    with differentiable_kernels():
+        try:
+            product = torch.func.jvp(torch.func.grad(total), (leaves,), (list(along),))[1]
+        except RuntimeError:
+            product = _reverse_over_reverse(problem, along)
+    return [leaf.detach() for leaf in product], samples
+
+
+def _reverse_over_reverse(problem: Problem, along: Sequence[Tensor]) -> list[Tensor]:
+    leaves = problem.leaves()
+    values, _ = problem.evaluate(leaves)
+    gradients = torch.autograd.grad(values.sum(), leaves, create_graph=True, allow_unused=True)
+    products = [(g * v).sum() for g, v in zip(gradients, along, strict=True) if g is not None and g.requires_grad]
+    if not products:
+        return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+    return backward(
+        torch.stack(products), leaves, torch.ones(len(products), dtype=products[0].dtype, device=products[0].device)
+    )

@@ -1,0 +1,252 @@
+"""The mode that is active while planned losses run: it knows parameters by identity, taps, and carries tangents."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import optree
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from funcghost.digest import fold, op_name
+from funcghost.errors import PlanError
+from funcghost.layout import Layout
+from funcghost.plans import Plan, Site
+from funcghost.state import RandomState, random_state, replaying
+from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward
+from funcghost.tap import Scorer, Tap
+from funcghost.trace import physical, swap
+
+Tangents = tuple[Tensor, ...]
+"""One tangent per direction."""
+
+
+class Mismatch(PlanError):
+    """A call's sites are not those of the plan."""
+
+
+class Choose(Protocol):
+    """How a rehearsal picks the way to `J V` of a site."""
+
+    def __call__(self, index: int, call: Call) -> Pushforward:
+        """The pushforward to use for this site."""
+
+
+_active: ContextVar["Capture | None"] = ContextVar("funcghost_capture", default=None)
+
+
+class Capture(TorchFunctionMode):
+    """Runs the losses along a plan: `scores` arrive as the gradient of the probe, `tangents` at what is carried.
+
+    Args:
+        plan: what to do at each site, in the order in which they come.
+        params: the tensors that stand for the parameters in this run.
+        directions: for each direction, one tangent per parameter.
+        probe: zeros [b, k].
+        originals: the user's own tensors of the parameters, which a checkpointed region sees when it is recomputed.
+        choose: how a site without a way gets one (only while the plan is rehearsed).
+        standins: tensors to take the place of others, by id (only while a compiler traces).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        params: Sequence[Tensor],
+        directions: Sequence[Sequence[Tensor]],
+        probe: Tensor,
+        originals: Sequence[Tensor] = (),
+        choose: Choose | None = None,
+        standins: dict[int, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
+        self.originals, self.directions = originals, directions
+        self.tangents: dict[int, Tangents] = {}
+        self.references: dict[int, Any] = {}
+        self.position = 0
+        self.digest = 0
+        self._follow(params)
+
+    def __enter__(self) -> "Capture":
+        """Starts to watch."""
+        self.token = _active.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Stops watching."""
+        super().__exit__(*raised)
+        _active.reset(self.token)
+
+    def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
+        kwargs = kwargs or {}
+        leaves, spec = flatten_call(args, kwargs)
+        if self.standins and any(id(leaf) in self.standins for leaf in leaves):
+            leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]
+            args, kwargs = optree.tree_unflatten(spec, leaves)
+        tracked = tuple(slot for slot, leaf in enumerate(leaves) if id(leaf) in self.tangents)
+        if not tracked or not torch.is_grad_enabled():
+            returned = op(*args, **kwargs)
+            self.digest = fold(self.digest, op, leaves, returned)
+            return returned
+        index, site = self.position, self._peek(op, tracked)
+        written = site.written if site else ()
+        drawn = random_state([self.probe.device]) if site and site.random and site.action != "skip" else None
+        if written and site and site.action == "tap":
+            before = tuple(leaf.clone() if slot in written else leaf for slot, leaf in enumerate(leaves))
+            call = Call(op, before, spec, tracked, written)
+        else:
+            call = Call(op, tuple(leaves), spec, tracked, written)
+        carried = self._carry(index, call, site, drawn) if site and site.action == "carry" and written else None
+        returned = op(*args, **kwargs)
+        self.digest = fold(self.digest, op, leaves, returned)
+        found = outputs(returned, [leaves[slot] for slot in written])
+        if all(any(value is leaf for leaf in leaves) for value in found) and not written:
+            return returned
+        if site is None:
+            raise self._mismatch(op, tracked)
+        self.position += 1
+        if len(found) != len(site.layouts):
+            raise Mismatch(f"site {index}: {site.op} gave {len(found)} outputs, the plan has {len(site.layouts)}.")
+        if site.action == "tap":
+            for value, layout in zip(found, site.layouts, strict=True):
+                if isinstance(layout, Layout) and not layout.fits(physical(value).shape, self.probe.shape[0]):
+                    raise Mismatch(f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}.")
+            return swap(returned, self._tap(index, call, site, found, drawn))
+        self._attach(
+            site, found, carried or (self._carry(index, call, site, drawn) if site.action == "carry" else None)
+        )
+        return returned
+
+    def tangents_of(self, value: Tensor) -> Tangents | None:
+        """What was carried to a value, per direction."""
+        return self.tangents.get(id(value))
+
+    def finish(self) -> None:
+        """Checks that the losses came past every site of the plan, and ran the same ops between them.
+
+        A compiler may run other ops than eager mode where a model asks whether it is being compiled.
+        """
+        if not self.standins and self.digest != self.plan.digest:
+            raise Mismatch("the losses ran other ops, or ops with other flags, than when the plan was made.")
+        if self.position != len(self.plan.sites):
+            raise Mismatch(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
+
+    @contextmanager
+    def resumed(self, position: int, tangents: dict[int, Tangents]) -> Iterator[None]:
+        """Runs a part again from a position, on the user's own parameters."""
+        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
+        again.tangents, again.position, again.directions = dict(tangents), position, self.directions
+        again._follow(self.originals)
+        with again:
+            yield
+
+    def _follow(self, params: Sequence[Tensor]) -> None:
+        for param, *tangents in zip(params, *self.directions, strict=True):
+            self.tangents[id(param)] = tuple(tangents)
+            self.references[id(param)] = param
+
+    def _peek(self, op: Any, tracked: tuple[int, ...]) -> Site | None:
+        if self.position < len(self.plan.sites):
+            site = self.plan.sites[self.position]
+            if site.tracked == tracked and site.op == op_name(op):
+                return site
+        return None
+
+    def _mismatch(self, op: Any, tracked: tuple[int, ...]) -> Mismatch:
+        planned = self.plan.sites[self.position] if self.position < len(self.plan.sites) else None
+        wanted = f"{planned.op} with parameters in slots {planned.tracked}" if planned else "the end"
+        return Mismatch(
+            f"site {self.position}: found {op_name(op)} with parameters in slots {tracked}, the plan has {wanted}."
+        )
+
+    def _push(self, index: int, call: Call, site: Site) -> Pushforward:
+        if site.way is not None:
+            return pushforward(call, site.way)
+        if self.choose is None:
+            raise PlanError(f"site {index}: {site.op} has no way to its derivative yet. Make the plan with fg.plan.")
+        return self.choose(index, call)
+
+    def _carry(self, index: int, call: Call, site: Site, drawn: RandomState | None) -> list[Outputs]:
+        """`J V` of every output, for each direction, now."""
+        push = self._push(index, call, site)
+        saved = [call.leaves[slot].detach() for slot in push.needed]
+        tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+        slopes = []
+        for along in zip(*tangents, strict=True):
+            with torch.no_grad(), replaying(drawn):
+                slopes.append(push.evaluate(saved, along))
+        return slopes
+
+    def _attach(self, site: Site, found: Outputs, carried: list[Outputs] | None) -> None:
+        """Notes the tangents of what came out; a value that was overwritten without one loses its own."""
+        for i, (value, layout) in enumerate(zip(found, site.layouts, strict=True)):
+            if carried is None or layout == "constant":
+                self.tangents.pop(id(value), None)
+                continue
+            self.tangents[id(value)] = tuple(slope[i] for slope in carried)
+            self.references[id(value)] = weakref.ref(value, forgetting(self.tangents, id(value)))
+
+    def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
+        """The outputs behind a tap, by the id of what they replace."""
+        chosen = [i for i, layout in enumerate(site.layouts) if layout != "constant"]
+        push, count = self._push(index, call, site), len(call.tracked)
+        saved = [call.leaves[slot].detach() for slot in push.needed]
+        tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+        around = ambient(found[chosen[0]].device.type, drawn)
+
+        def slopes(*tensors: Tensor) -> list[Outputs]:
+            kept, flat = tensors[: len(push.needed)], tensors[len(push.needed) :]
+            pushed = []
+            for start in range(0, len(flat), count):
+                with around():
+                    pushed.append(push.evaluate(kept, flat[start : start + count]))
+            return [tuple(slope[i] for i in chosen) for slope in pushed]
+
+        layouts = tuple(layout for layout in site.layouts if isinstance(layout, Layout) or layout == "unused")
+        scorer = Scorer(f"site {index} ({site.op})", slopes, layouts)
+        along = [tangent for direction in zip(*tangents, strict=True) for tangent in direction]
+        tapped = Tap.apply(self.probe, scorer, len(chosen), *(found[i] for i in chosen), *saved, *along)
+        return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
+
+
+def forgetting(tangents: dict[int, Tangents], key: int) -> Callable[[Any], None]:
+    """Drops the tangents of a value when it dies, before its id comes again."""
+    return lambda _: tangents.pop(key, None) and None
+
+
+def ambient(device: str, drawn: RandomState | None) -> Callable[[], AbstractContextManager[None]]:
+    """A context for the backward that repeats what surrounded the forward: autocast, and the random numbers drawn."""
+    autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
+    if not autocast and drawn is None:
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device) if autocast else None
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with torch.autocast(device, dtype, enabled=autocast), replaying(drawn):
+            yield
+
+    return around
+
+
+def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The `context_fn` that lets `torch.utils.checkpoint` recompute under funcghost.
+
+    Example:
+        >>> import torch, funcghost as fg
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer, x = torch.nn.Linear(3, 3), torch.ones(2, 3)
+        >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=fg.checkpoint_context)
+
+    Checkpointing recomputes a region in the backward, outside of the losses. There a module has its own parameters
+    again, not those handed to `functional_call`; so this works when the `params` of the step are the module's own
+    tensors, and raises `UnsupportedOpError` otherwise. Outside of funcghost it does nothing.
+    """
+    capture = _active.get()
+    again = nullcontext() if capture is None else capture.resumed(capture.position, dict(capture.tangents))
+    return nullcontext(), again

@@ -1,0 +1,24 @@
+"""The exceptions of funcghost.
+
+Every message says where it happened, which rule was broken, what was found, and what to do about it.
+"""
+
+
+class GhostError(Exception):
+    """Base class of every error that funcghost raises on purpose."""
+
+
+class InputError(GhostError, ValueError):
+    """An argument is not what the function takes: losses, parameters, a direction, a reducer, an option."""
+
+
+class UnsupportedOpError(GhostError, RuntimeError):
+    """A parameter reaches an operation in a way that funcghost cannot follow."""
+
+
+class ConservationError(GhostError, RuntimeError):
+    """The scores of a batch do not add up to what autograd says: some use of a parameter was missed or wrong."""
+
+
+class PlanError(GhostError, RuntimeError):
+    """A plan does not describe the call it was given for."""

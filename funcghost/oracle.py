@@ -1,0 +1,43 @@
+"""The slow truth: per-sample gradients one by one."""
+
+import torch
+from torch import Tensor
+
+from funcghost.run import Losses, Problem
+from funcghost.state import untouched
+from funcghost.trees import Tree, split_params
+
+
+def per_sample_gradients(losses: Losses, params: Tree, batch: Tree) -> Tree:
+    """The gradients of `losses[i]` by one call of `torch.autograd.grad` each, stacked: leaves [b, *param.shape].
+
+    Cost: b backward passes over one graph, and a copy of the parameters per sample. This is what every fast result of
+    funcghost is held to.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.oracle import per_sample_gradients
+        >>> per_sample_gradients(lambda p, x: (x @ p["w"]).square(), {"w": torch.ones(2)}, torch.eye(2))["w"]
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+    problem = Problem(losses, split_params(params), batch)
+    leaves = problem.leaves()
+    with untouched(problem.devices()):
+        values, _ = problem.evaluate(leaves)
+        rows = [_row(value, leaves) for value in values]
+    stacked = [
+        torch.stack([row[k] for row in rows]) if rows else leaf.detach().new_zeros((0, *leaf.shape))
+        for k, leaf in enumerate(leaves)
+    ]
+    return problem.params.rebuild(stacked)
+
+
+def _row(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(leaf, requires_grad=False) if g is None else g.to_dense()
+        for g, leaf in zip(found, leaves, strict=True)
+    ]

@@ -1,0 +1,200 @@
+"""Making a plan: measure the layouts, rehearse the ways to `J V`, verify the conservation law."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from funcghost.capture import Mismatch
+from funcghost.errors import InputError, PlanError, UnsupportedOpError
+from funcghost.layout import Clock, codes
+from funcghost.plans import Plan, Site, batch_axes
+from funcghost.run import Problem, backward, run
+from funcghost.state import untouched
+from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, pushforward
+from funcghost.trace import Trace, find_sites
+from funcghost.trees import tensors
+from funcghost.verify import Witness, check_conservation, sample_weights, witness
+
+log = logging.getLogger("funcghost")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to go about it.
+
+    Args:
+        verify: when to check the conservation law: on the "first" call (with each new plan), "always" or "never".
+        route: "backward" takes scores in the backward wherever a layout fits; "forward" carries every tangent to
+            the losses: no backward and no stored activations, for scoring with `fg.reduce`.
+
+    Raises:
+        InputError: an option has a value that is not listed.
+
+    Example:
+        >>> import funcghost as fg
+        >>> fg.Options(verify="always").route
+        'backward'
+    """
+
+    verify: Literal["first", "always", "never"] = "first"
+    route: Literal["backward", "forward"] = "backward"
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name, allowed in (("verify", ("first", "always", "never")), ("route", ("backward", "forward"))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"Options.{name} must be one of {allowed}, found {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A plan without ways, and what autograd says of the same losses."""
+
+    plan: Plan
+    witness: Witness
+
+
+def make_plan(problem: Problem, options: Options) -> Plan:
+    """Plans the losses on this batch.
+
+    Costs about three training steps, and memory for the output gradients of every op at once. Random streams and
+    tensors that the losses write to are put back.
+
+    Raises:
+        InputError: the losses do not depend on params, or are not [b].
+        UnsupportedOpError: an op has no derivative that can be had.
+        ConservationError: a use of a parameter was not seen, or is wrong.
+        PlanError: the losses do something else each time they run, or there are no values to measure.
+    """
+    if any(leaf.is_meta for leaf in problem.params.leaves):
+        raise PlanError(
+            "plan: tensors on the meta device have no values to measure. Plan on a real device and pass the plan."
+        )
+    with untouched(problem.devices()):
+        measured = _measure(problem, carry_all=options.route == "forward")
+    plan = _rehearse(problem, measured, options.verify != "never") if measured.plan.batch else measured.plan
+    log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
+    return plan
+
+
+def verify_plan(problem: Problem, plan: Plan) -> Plan:
+    """Checks the conservation law for a plan on this batch; the plan says if that could be done."""
+    leaves = problem.leaves()
+    with untouched(problem.devices()):
+        losses, _ = problem.evaluate(leaves)
+        weights = sample_weights(losses)
+        gradients = backward(losses, leaves, weights)
+    return _rehearse(problem, Measured(plan, witness(losses, weights, gradients, plan.precision)), check=True)
+
+
+def _rehearse(problem: Problem, measured: Measured, check: bool) -> Plan:
+    rehearsal = _Rehearsal(measured.plan)
+    try:
+        verified = rehearsal.run(problem, measured, check)
+    except Mismatch as error:
+        raise PlanError(f"the losses do something else each time they run: {error}") from error
+    return replace(measured.plan, sites=tuple(rehearsal.sites), verified=verified)
+
+
+def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+
+def _measure(problem: Problem, carry_all: bool) -> Measured:
+    clock, leaves = Clock(), problem.leaves()
+    trace = Trace(leaves, problem.params.names, tensors(problem.batch), clock)
+    with trace:
+        losses, _ = problem.evaluate(leaves)
+    if not losses.requires_grad:
+        raise InputError(
+            "losses: do not depend on params. Call the model with the params handed in, e.g. by "
+            "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
+        )
+    clock.batch = losses.shape[0]
+    weights = sample_weights(losses)
+    gradients = list(torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True))
+    if clock.batch > 1:
+        for code in codes(clock.batch, losses):
+            clock.code = code
+            torch.autograd.grad(losses, leaves, weights * code, retain_graph=True, allow_unused=True)
+    plan = Plan(
+        sites=tuple(find_sites(trace.records, problem.params.names, carry_all)),
+        batch=clock.batch,
+        digest=trace.digest,
+        precision=_lowest([*trace.dtypes, losses.dtype]),
+        axes=batch_axes(problem.batch, clock.batch),
+        captured=trace.captured(),
+    )
+    found = [torch.zeros_like(leaf) if g is None else g.to_dense() for g, leaf in zip(gradients, leaves, strict=True)]
+    return Measured(plan, witness(losses, weights, [g.detach() for g in found], plan.precision))
+
+
+class _Rehearsal:
+    """Runs a plan along the witness, trying the ways to `J V` where there is no rule."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sites: list[Site] = list(plan.sites)
+
+    def run(self, problem: Problem, measured: Measured, check: bool) -> bool:
+        """Finds the ways; with `check`, holds the scores to the witness. Says whether they were verified."""
+        seen, devices = measured.witness, problem.devices()
+
+        def scores(directions: Sequence[Sequence[Tensor]]) -> Tensor:
+            plan = replace(self.plan, sites=tuple(self.sites))
+            with untouched(devices):
+                return run(problem, plan, directions, reduction=None, choose=self.choose).scores
+
+        if check and seen.finite:
+            check_conservation(problem.params, scores, seen)
+            return True
+        if check:
+            log.warning("the gradients are not finite: the conservation law will be checked with a batch whose are.")
+        scores([seen.direction])
+        return False
+
+    def choose(self, index: int, call: Call) -> Pushforward:
+        """A pushforward that tries the ways in the order of their cost, and notes the first that works."""
+        ways: tuple[Way, ...] = ("rule",) if covered_by_rule(call) else ("forward", "transpose")
+        pushes = [pushforward(call, way) for way in ways]
+        site = self.sites[index] = replace(self.sites[index], way=ways[0])
+
+        def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
+            errors = []
+            for way, push in zip(ways, pushes, strict=True):
+                try:
+                    with _FlopCount() as count:
+                        out = push.evaluate(saved, tangents)
+                except RuntimeError as error:
+                    errors.append(f"{way}: {str(error).splitlines()[0]}")
+                    continue
+                size = sum(value.numel() * value.element_size() for value in out)
+                self.sites[index] = replace(site, way=way, flops=count.total, bytes=size)
+                return out
+            raise UnsupportedOpError(
+                f"parameters {list(site.parameters)} are used by {site.op}, whose derivative cannot be had ({'; '.join(errors)}). "
+                f"Add a rule with fg.register_rule, or write the op with others that torch can differentiate twice."
+            )
+
+        return Pushforward(pushes[0].needed, evaluate)
+
+
+class _FlopCount(TorchDispatchMode):
+    """Counts the FLOPs of matrix products and convolutions, as `torch.utils.flop_counter` does, without its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out

@@ -1,0 +1,108 @@
+"""Leaving the user's world as it was: random streams, and tensors that a rehearsed loss would write to."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+RandomState = list[tuple[torch.device, Tensor]]
+
+
+def random_state(devices: Sequence[torch.device]) -> RandomState:
+    """The state of torch's generators of the CPU and of these devices."""
+    found: RandomState = [(torch.device("cpu"), torch.get_rng_state())]
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            found.append((device, torch.get_device_module(device).get_rng_state(device)))
+    return found
+
+
+def set_random_state(state: RandomState) -> None:
+    """Puts torch's generators back."""
+    for device, value in state:
+        if device.type == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(device).set_rng_state(value, device)
+
+
+@contextmanager
+def replaying(state: RandomState | None) -> Iterator[None]:
+    """Runs the body on an earlier random state and puts the present one back."""
+    if state is None:
+        yield
+        return
+    present = random_state([device for device, _ in state])
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(present)
+
+
+class _WriteLog(TorchDispatchMode):
+    """Copies every tensor that existed before the mode was entered just before it is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.originals: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self.born: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable:
+            for position, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written = args[position] if position < len(args) else kwargs.get(argument.name)
+                    for value in written if isinstance(written, (list, tuple)) else [written]:
+                        self._keep(value)
+        out = func(*args, **kwargs)
+        for value in out if isinstance(out, (list, tuple)) else [out]:
+            if (
+                isinstance(value, Tensor)
+                and value.layout is torch.strided
+                and not any(r.alias_info is not None for r in schema.returns)
+            ):
+                self.born.add(value.untyped_storage()._cdata)
+        return out
+
+    def _keep(self, value: Any) -> None:
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            if storage._cdata not in self.born and storage._cdata not in self.originals:
+                self.originals[storage._cdata] = (storage, storage.clone())
+
+
+Snapshot = tuple[RandomState, Any, Any]
+
+
+def snapshot(devices: Sequence[torch.device]) -> Snapshot:
+    """The state of all random streams: torch, numpy and Python."""
+    return random_state(devices), random.getstate(), np.random.get_state()
+
+
+def restore(state: Snapshot) -> None:
+    """Puts all random streams back."""
+    drawn, python, numpy_state = state
+    set_random_state(drawn)
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+
+
+@contextmanager
+def untouched(devices: Sequence[torch.device]) -> Iterator[None]:
+    """Undoes what the body does to random streams and to tensors older than the body."""
+    before, log = snapshot(devices), _WriteLog()
+    try:
+        with log:
+            yield
+    finally:
+        for storage, copy in log.originals.values():
+            storage.copy_(copy)
+        restore(before)

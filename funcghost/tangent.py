@@ -1,0 +1,185 @@
+"""`J V` of one op: its derivative in the direction of tangents of some of its arguments.
+
+There is one meaning and three ways to get it, in the order of their cost: a rule of linearity (one call of the
+op), the op's own forward derivative, and the transpose of the op's own backward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from funcghost.rules import Op, Rule, find_rule
+
+Way = Literal["rule", "forward", "transpose"]
+Outputs = tuple[Tensor, ...]
+Term = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an op: its flat arguments, and which of them carry a tangent or are written to."""
+
+    op: Op
+    leaves: tuple[Any, ...]
+    spec: optree.PyTreeSpec
+    tracked: tuple[int, ...]
+    written: tuple[int, ...] = ()
+
+    def emptied(self) -> "Call":
+        """The same call without its tensors, so that keeping it keeps none of them."""
+        leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves)
+        return Call(self.op, leaves, self.spec, self.tracked, self.written)
+
+    def evaluate(self, leaves: Sequence[Any]) -> Outputs:
+        """The differentiable outputs of the op on these leaves; what the op writes to is copied first."""
+        copied = list(leaves)
+        for slot in self.written:
+            copied[slot] = copied[slot].clone()
+        args, kwargs = optree.tree_unflatten(self.spec, copied)
+        return outputs(self.op(*args, **kwargs), [copied[slot] for slot in self.written])
+
+
+@dataclass(frozen=True, eq=False)
+class Pushforward:
+    """`J V` of a call, as a function of the tensors in the slots it needs and of the tangents."""
+
+    needed: tuple[int, ...]
+    evaluate: Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
+
+
+def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of an op's arguments."""
+    return optree.tree_flatten((tuple(args), kwargs))
+
+
+def is_float(value: object) -> bool:
+    """Whether a value is a tensor that can have a derivative."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def outputs(returned: Any, written: Sequence[Tensor]) -> Outputs:
+    """What an op gave: the floating tensors it returned, then those it wrote to."""
+    leaves = [returned] if isinstance(returned, Tensor) else optree.tree_leaves(returned)
+    fresh = [leaf for leaf in leaves if is_float(leaf) and not any(leaf is w for w in written)]
+    return (*fresh, *(w for w in written if is_float(w)))
+
+
+def covered_by_rule(call: Call) -> bool:
+    """Whether a rule gives the derivative in every tracked argument of this call."""
+    rule = find_rule(call.op)
+    return rule is not None and _terms(call, rule) is not None
+
+
+def pushforward(call: Call, way: Way) -> Pushforward:
+    """The function that computes `J V` of a call in a given way."""
+    rule = find_rule(call.op)
+    if way == "rule" and rule is not None:
+        return _by_rule(call, rule)
+    return _by_derivative(call, _forward if way == "forward" else _transpose)
+
+
+def _by_rule(call: Call, rule: Rule) -> Pushforward:
+    """The sum over the sets of arguments of the op with tangents and zeros in the places of the set."""
+    terms = _terms(call, rule)
+    if terms is None:
+        raise AssertionError("covered_by_rule() was asked when the plan was made")
+    tensors = [slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
+    needed = tuple(slot for slot in tensors if any(slot not in filled + empty for filled, empty in terms))
+    blanks = {
+        slot: (call.leaves[slot].shape, call.leaves[slot].dtype) if isinstance(call.leaves[slot], Tensor) else None
+        for _, empty in terms
+        for slot in empty
+    }
+    call = call.emptied()
+
+    def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
+        def zero(slot: int) -> Any:
+            blank = blanks[slot]
+            return tangents[0].new_zeros((), dtype=blank[1]).expand(blank[0]) if blank else 0
+
+        total: Outputs | None = None
+        for filled, empty in terms:
+            values = dict(zip(needed, saved, strict=True))
+            values.update({slot: zero(slot) for slot in empty})
+            values.update({slot: tangents[call.tracked.index(slot)] for slot in filled})
+            leaves = [values.get(slot, leaf) for slot, leaf in enumerate(call.leaves)]
+            term = call.evaluate(leaves)
+            factor = rule.factor(_bind(call, rule, leaves)) if rule.factor else None
+            term = term if factor is None else tuple(value * factor for value in term)
+            total = term if total is None else tuple(a + b for a, b in zip(total, term, strict=True))
+        assert total is not None
+        return total
+
+    return Pushforward(needed, evaluate)
+
+
+def _terms(call: Call, rule: Rule) -> list[Term] | None:
+    """For each set of arguments used: the slots to fill with tangents, and those to fill with zeros."""
+    if rule.linear == "each":
+        return [((slot,), ()) for slot in call.tracked]
+    if rule.linear == "jointly":
+        floats = (slot for slot, leaf in enumerate(call.leaves) if is_float(leaf))
+        return [(call.tracked, tuple(slot for slot in floats if slot not in call.tracked))]
+    if rule.when is not None and not rule.when(_bind(call, rule, call.leaves)):
+        return None
+    slots = _bind(call, rule, range(len(call.leaves)))
+    remaining, terms = set(call.tracked), []
+    for names in rule.linear:
+        members = [slots[name] for name in names if isinstance(slots.get(name), int)]
+        filled = tuple(slot for slot in members if slot in remaining)
+        if filled:
+            terms.append((filled, tuple(slot for slot in members if slot not in filled)))
+            remaining.difference_update(filled)
+    return None if remaining else terms
+
+
+def _bind(call: Call, rule: Rule, leaves: Sequence[Any]) -> dict[str, Any]:
+    args, kwargs = optree.tree_unflatten(call.spec, leaves)
+    return rule.bind(args, kwargs)
+
+
+Derivative = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
+
+
+def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    call = call.emptied()
+
+    def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
+        values = dict(zip(needed, saved, strict=True))
+
+        def op(*primals: Tensor) -> Outputs:
+            moved = values | dict(zip(call.tracked, primals, strict=True))
+            return call.evaluate([moved.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
+
+        with differentiable_kernels():
+            return derivative(op, tuple(values[slot] for slot in call.tracked), tuple(tangents))
+
+    return Pushforward(needed, evaluate)
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Fused kernels without second derivatives give way to their plain forms."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def _forward(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
+    derivative: Outputs = torch.func.jvp(op, primals, tangents)[1]
+    return derivative
+
+
+def _transpose(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
+    """The backward `u -> u J` is linear in `u`, hence its own backward is `V -> J V`."""
+    with torch.enable_grad():
+        values, pullback = torch.func.vjp(op, *primals)
+        _, transposed = torch.func.vjp(lambda *u: pullback(u), *(torch.zeros_like(v) for v in values))
+        derivative: Outputs = transposed(tangents)
+    return derivative

@@ -1,0 +1,122 @@
+"""The two autograd Functions: identities in the forward that see the output gradient in the backward.
+
+`Observe` hands the gradient to a meter while a plan is made. `Tap` contracts it with `J V` and returns the
+contribution of the site *as the gradient of a zero probe*, so that autograd itself adds the sites up: no state,
+nothing kept after a layer's backward. Both see the physical batch under `torch.func.vmap`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcghost.errors import PlanError
+from funcghost.layout import Layout
+
+Slopes = Callable[..., list[tuple[Tensor, ...]]]
+
+
+def alias(value: Tensor) -> Tensor:
+    """The same memory under a new identity that autograd does not take for a view, so in-place ops stay legal."""
+    aliased: Tensor = torch.ops.aten._unsafe_view(value, value.shape)
+    return aliased
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts."""
+
+    name: str
+    slopes: Slopes
+    layouts: tuple[Layout | Literal["unused"], ...]
+
+    def score(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
+        """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries."""
+        if any(g is not None and layout == "unused" for g, layout in zip(gradients, self.layouts, strict=True)):
+            raise PlanError(f"{self.name}: an output that the losses did not use when the plan was made is used now.")
+        columns = [self._column(slope, gradients, probe) for slope in self.slopes(*saved)]
+        return torch.stack(columns, -1)
+
+    def _column(self, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
+        parts = [
+            inner(value, g, layout, probe)
+            for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
+            if g is not None and isinstance(layout, Layout)
+        ]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def inner(slope: Tensor, gradient: Tensor, layout: Layout, probe: Tensor) -> Tensor:
+    """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe."""
+    if slope.is_complex() or gradient.is_complex():
+        product = (slope * gradient.conj()).real
+    else:
+        product = slope * gradient
+    rows = layout.by_sample(product, probe.shape[0])
+    return rows.reshape(probe.shape[0], -1).sum(1, dtype=probe.dtype)
+
+
+def _unsqueezed(slopes: Slopes) -> Slopes:
+    return lambda *saved: [tuple(value.unsqueeze(0) for value in slope) for slope in slopes(*saved)]
+
+
+class Tap(torch.autograd.Function):
+    """`Tap.apply(probe, scorer, n, *outputs, *saved) -> outputs`; the gradient of `probe` [b, k] is the score."""
+
+    @staticmethod
+    def forward(probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs as they are."""
+        return tuple(alias(value) for value in tensors[:n])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps what `J V` needs: the op's own inputs, which autograd keeps as well, and the directions."""
+        probe, ctx.scorer, ctx.n, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(probe, *tensors[ctx.n :])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        """The score for the probe, and the gradients passed on."""
+        probe, *saved = ctx.saved_tensors
+        score = ctx.scorer.score(saved, gradients, probe)
+        return (score, None, None, *gradients, *(None for _ in saved))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> Any:
+        """The tap of the physical batch: the vmapped axis goes first, `J V` is vmapped over the saved tensors."""
+        dims = in_dims[3:]
+        values = [v if d is None else v.movedim(d, 0) for v, d in zip(tensors[:n], dims[:n], strict=True)]
+        if any(d is not None for d in dims[n:]):
+            slopes = torch.func.vmap(scorer.slopes, in_dims=tuple(dims[n:]), randomness=info.randomness)
+        else:
+            slopes = _unsqueezed(scorer.slopes)
+        out = Tap.apply(probe, replace(scorer, slopes=slopes), n, *values, *tensors[n:])
+        return out, tuple(None if d is None else 0 for d in dims[:n])
+
+
+class Observe(torch.autograd.Function):
+    """`Observe.apply(see, output) -> output`; the backward calls `see(gradient)`, with the physical batch."""
+
+    @staticmethod
+    def forward(see: Callable[[Tensor], None], value: Tensor) -> Tensor:
+        """The output as it is."""
+        return alias(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps the observer."""
+        ctx.see = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        """Shows the gradient and passes it on."""
+        ctx.see(gradient)
+        return None, gradient
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], see: Callable[[Tensor], None], value: Tensor) -> tuple[Tensor, int]:
+        """The same for the physical batch, the vmapped axis first."""
+        return Observe.apply(see, value.movedim(in_dims[1], 0)), 0

@@ -1,0 +1,212 @@
+"""The transforms: pure functions of parameters, batch and reducers, made from a loss."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from funcghost.capture import Mismatch
+from funcghost.errors import InputError, PlanError
+from funcghost.planning import Options, make_plan, verify_plan
+from funcghost.plans import Plan
+from funcghost.reducers import split_reducers
+from funcghost.run import Losses, Outcome, Problem, Reduction, run, run_plain
+from funcghost.state import restore, snapshot
+from funcghost.trees import Tree, split_params
+
+log = logging.getLogger("funcghost")
+
+MOST_PLANS = 16
+"""How many plans a transform keeps; each is a short list of names and numbers."""
+
+
+class Step(NamedTuple):
+    """What a step gives: the training gradient, the losses [b], the reduced values, and the losses' aux."""
+
+    grads: Tree
+    losses: Tensor
+    reduced: Tree
+    aux: Any
+
+
+def grad_and_reduce(
+    losses: Losses,
+    *,
+    reduction: Reduction = "mean",
+    has_aux: bool = False,
+    options: Options | None = None,
+    plan: Plan | None = None,
+) -> Callable[[Tree, Tree, Tree], Step]:
+    """A training gradient and reduced per-sample gradients, from one forward and one backward.
+
+    `step(params, batch, reducers)` gives a `Step`: `grads` is the gradient of `losses.mean()` or `losses.sum()`, a tree
+    like params, equal to autograd's to rounding (zeros for parameters the losses do not depend on); `losses` is [b];
+    `reduced` has the structure of `reducers`; `aux` is the second value of the losses with `has_aux=True`. All come
+    detached. With sample i's gradient meaning that of `losses[i]`, whatever the model does.
+
+    Units: `reduced` is about the gradients of the losses as the user's function returned them; `reduction` has no
+    effect on it.
+
+    Args:
+        losses: `losses(params, batch) -> Tensor[b]`, any function that autograd can differentiate. `params` is any tree
+            of floating tensors, `batch` any object.
+        reduction: what `grads` is the gradient of.
+        has_aux: whether the losses return `(losses, aux)`.
+        options: see `Options`.
+        plan: a plan from `fg.plan`; without one, the first call makes it (about three steps' time), and so does a later
+            call that runs other ops. Needed under `torch.compile`, and on the meta device.
+
+    Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
+
+    Raises:
+        InputError: params, losses, reducers or a direction are not what they must be; before anything is computed.
+        UnsupportedOpError: a parameter is used in a way that cannot be followed.
+        ConservationError: the scores do not add up to what autograd says, on the first call with new ops.
+        PlanError: a plan is needed and there is none that fits.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> def losses(params, x):
+        ...     return (x @ params["w"]).square()
+        >>> params, x = {"w": torch.tensor([1.0, 2.0])}, torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> step = fg.grad_and_reduce(losses, reduction="sum")
+        >>> out = step(params, x, {"score": fg.dot({"w": torch.tensor([1.0, 1.0])})})
+        >>> out.grads["w"], out.losses, out.reduced["score"]
+        (tensor([2., 4.]), tensor([1., 4.]), tensor([2., 4.]))
+    """
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"grad_and_reduce: reduction must be 'mean' or 'sum', found {reduction!r}.")
+    return _Transform(losses, reduction, has_aux, options, plan).step
+
+
+def reduce(
+    losses: Losses, *, options: Options | None = None, plan: Plan | None = None
+) -> Callable[[Tree, Tree, Tree], Tree]:
+    """Reduced per-sample gradients alone: no gradient of a parameter is computed.
+
+    `score(params, batch, reducers)` has the structure of `reducers`. Arguments, units and errors as in
+    `grad_and_reduce`. Cost of `fg.dot`: a forward, the gradients of the activations, and one more product per weight:
+    as many FLOPs as a plain training step.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> score = fg.reduce(lambda params, x: x @ params["w"])
+        >>> score({"w": torch.zeros(2)}, torch.eye(2), fg.dot({"w": torch.tensor([3.0, 4.0])}))
+        tensor([3., 4.])
+    """
+    step = _Transform(losses, None, False, options, plan).step
+    return lambda params, batch, reducers: step(params, batch, reducers).reduced
+
+
+def plan(
+    losses: Losses,
+    params: Tree,
+    batch: Tree,
+    reducers: Tree = None,
+    options: Options | None = None,
+    *,
+    has_aux: bool = False,
+) -> Plan:
+    """Plans a step on a batch: which ops the parameters reach, where samples lie, how `J V` is had, what it costs.
+
+    Print it to see the table; pass it to `grad_and_reduce` or `reduce` so that they never plan again. It serves any
+    batch size and length for which the losses run the same ops (plan with two samples or more: with one there is
+    nothing to tell apart, and the plan serves batches of one). Costs about three steps, and memory for all output
+    gradients at once: a few short samples will do.
+
+    Raises:
+        InputError, UnsupportedOpError, ConservationError, PlanError: as in `grad_and_reduce`.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> print(fg.plan(lambda params, x: (x @ params["w"]).sum(1), {"w": torch.zeros(2, 3)}, torch.eye(2)))
+        site  op             parameters  output  layout  J V by  FLOP  bytes
+        0     Tensor.matmul  w           2x3     axis 0  rule    24    24
+        1 sites tapped, 0 carried; 24 FLOP per direction on top of a step, planned with 2 samples, verified
+    """
+    problem = Problem(losses, split_params(params), batch, has_aux)
+    for reducer in split_reducers(reducers)[0]:
+        reducer.directions(problem.params)
+    return make_plan(problem, options or Options())
+
+
+class _Transform:
+    """A loss with its options, and the plans made for it so far, the latest used first."""
+
+    def __init__(
+        self, losses: Losses, reduction: Reduction | None, has_aux: bool, options: Options | None, plan: Plan | None
+    ) -> None:
+        if not callable(losses):
+            raise InputError(f"losses: must be a function losses(params, batch) -> [b], found {type(losses).__name__}.")
+        if plan is not None and not isinstance(plan, Plan):
+            raise InputError(f"plan: must come from fg.plan, found {type(plan).__name__}.")
+        self.losses, self.reduction, self.has_aux = losses, reduction, has_aux
+        self.options = options or Options()
+        if reduction is not None and self.options.route == "forward":
+            raise InputError(
+                "Options.route='forward' has no backward to take a training gradient from; use it with fg.reduce."
+            )
+        self.plans = [] if plan is None else [plan]
+        self.captured = () if plan is None else plan.captured
+        self._traced = torch._dynamo.nonstrict_trace(self._compiled)
+
+    def step(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
+        """The function that `grad_and_reduce` returns."""
+        if torch.compiler.is_compiling():
+            grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
+            return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise InputError("a step cannot run inside torch.func transforms; for several directions use fg.stack.")
+        return self._solve(params, batch, reducers, ())
+
+    def _compiled(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The step as a compiler traces it: tensors the losses close over come in as arguments, tensors alone go out."""
+        if not self.plans:
+            raise PlanError("torch.compile: make a plan in eager mode first, plan = fg.plan(...), and pass plan=plan.")
+        return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
+
+    def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
+        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        wanted, spec = split_reducers(reducers)
+        columns = [reducer.directions(problem.params) for reducer in wanted]
+        directions = [direction for column in columns for direction in column]
+        if not directions:
+            outcome = run_plain(problem, self.reduction)
+        elif captured or torch.compiler.is_compiling() or get_proxy_mode() is not None:
+            standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
+            outcome = run(problem, self.plans[0], directions, reduction=self.reduction, standins=standins)
+        else:
+            outcome = self._planned(problem, directions)
+        scores = outcome.scores.split([len(column) for column in columns], dim=1)
+        reduced = [reducer.result(score) for reducer, score in zip(wanted, scores, strict=True)]
+        grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
+        return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
+
+    def _planned(self, problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Outcome:
+        """Runs along the first plan that fits; plans anew where none does."""
+        for plan in list(self.plans):
+            before = snapshot(problem.devices())
+            try:
+                outcome = run(problem, plan, directions, reduction=self.reduction)
+            except Mismatch as reason:
+                restore(before)
+                log.info("a plan does not fit this call: %s", reason)
+                continue
+            self._remember(self._verified(problem, plan), instead_of=plan)
+            return outcome
+        plan = make_plan(problem, self.options)
+        self._remember(plan)
+        return run(problem, plan, directions, reduction=self.reduction)
+
+    def _verified(self, problem: Problem, plan: Plan) -> Plan:
+        due = self.options.verify == "always" or (
+            self.options.verify == "first" and not plan.verified and plan.batch > 0
+        )
+        return verify_plan(problem, plan) if due else plan
+
+    def _remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
+        self.plans = [plan, *(known for known in self.plans if known is not instead_of)][:MOST_PLANS]

@@ -1,0 +1,93 @@
+"""Trees of tensors, keyed by parameter name, on top of optree."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from funcghost.errors import InputError
+
+Tree: TypeAlias = Any
+"""Any nest of containers that optree knows, with tensors as leaves."""
+
+
+class Params(NamedTuple):
+    """A tree of parameters taken apart: one name and one tensor per leaf."""
+
+    names: tuple[str, ...]
+    leaves: tuple[Tensor, ...]
+    spec: optree.PyTreeSpec
+
+    def rebuild(self, leaves: Sequence[Tensor]) -> Tree:
+        """The tree of the same structure with these leaves."""
+        return optree.tree_unflatten(self.spec, leaves)
+
+
+def _named(tree: Tree) -> tuple[tuple[str, ...], list[Any], optree.PyTreeSpec]:
+    paths, leaves, spec = optree.tree_flatten_with_path(tree)
+    return tuple(".".join(map(str, path)) or "<root>" for path in paths), leaves, spec
+
+
+def split_params(tree: Tree) -> Params:
+    """Takes a tree of parameters apart; every leaf must be a real floating-point tensor."""
+    names, leaves, spec = _named(tree)
+    if not leaves:
+        raise InputError(
+            "params: the tree has no leaves. Pass at least one parameter, e.g. dict(model.named_parameters())."
+        )
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise InputError(f"params[{name!r}] must be a tensor, found {type(leaf).__name__}. Leave it out of params.")
+        if not leaf.is_floating_point():
+            raise InputError(
+                f"params[{name!r}] must have a real floating-point dtype, found {leaf.dtype}. "
+                "Only such tensors have gradients here: close over the others instead of passing them as parameters."
+            )
+    first: dict[object, str] = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        if (twin := first.setdefault(id(leaf), name)) != name:
+            raise InputError(
+                f"params[{name!r}] and params[{twin!r}] are the same tensor object. Pass a tied parameter once, "
+                "as model.named_parameters() does; every use of it is counted."
+            )
+    if len(set(names)) != len(names):
+        raise InputError(
+            f"params: two leaves have the same name among {names}. Rename the keys so that their paths differ."
+        )
+    return Params(names, tuple(leaves), spec)
+
+
+def match_direction(direction: Tree, params: Params, what: str = "direction") -> list[Tensor]:
+    """The leaves of a direction, checked against the parameters they belong to."""
+    names, found_leaves, _ = _named(direction)
+    found = dict(zip(names, found_leaves, strict=True))
+    if found.keys() != set(params.names):
+        missing = [n for n in params.names if n not in found]
+        extra = [n for n in names if n not in params.names]
+        raise InputError(
+            f"{what}: must be a tree like params; missing leaves {missing[:5]}, unexpected leaves {extra[:5]}. "
+            "Give every parameter a leaf (zeros where the direction is zero)."
+        )
+    leaves = [found[name] for name in params.names]
+    for name, leaf, param in zip(params.names, leaves, params.leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise InputError(f"{what}[{name!r}] must be a tensor, found {type(leaf).__name__}.")
+        for trait in ("shape", "dtype", "device"):
+            is_, wanted = getattr(leaf, trait), getattr(param, trait)
+            if is_ != wanted:
+                raise InputError(
+                    f"{what}[{name!r}]: {trait} must be that of the parameter, {_show(wanted)}, found {_show(is_)}. "
+                    "Convert it; funcghost casts and moves nothing on its own."
+                )
+    return leaves
+
+
+def _show(trait: torch.Size | torch.dtype | torch.device) -> str:
+    return str(tuple(trait)) if isinstance(trait, torch.Size) else str(trait)
+
+
+def tensors(tree: Tree) -> list[Tensor]:
+    """The tensor leaves of any tree."""
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+import custom_loop
+import mislabelled_digits
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_custom_loop_selects_to_its_advantage() -> None:
+    test_loss = custom_loop.main()
+    assert test_loss["selected"] < test_loss["all"]
+
+
+def test_mislabelled_digits_are_found_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "new" / "sheet.png"
+    summary = mislabelled_digits.main(["--epochs", "8", "--out", str(sheet)])
+    assert summary.flipped == 150
+    assert summary.precision > 0.8
+    assert sheet.read_bytes().startswith(PNG)
+    assert f"AUROC               {summary.auroc:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--out", "taken.png"], "--out taken.png exists; pass --overwrite"),
+        (["--out", "."], "--out . is a folder"),
+        (["--out", "taken.png", "--overwrite", "--epochs", "0"], "--epochs: must be a whole number above zero"),
+    ],
+)
+def test_mislabelled_digits_refuses(
+    arguments: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    taken = tmp_path / "taken.png"
+    taken.write_bytes(b"kept")
+    with pytest.raises(SystemExit):
+        mislabelled_digits.main(arguments)
+    assert complaint in capsys.readouterr().err
+    assert taken.read_bytes() == b"kept"
