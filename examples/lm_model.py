@@ -145,7 +145,8 @@ class WindowLosses:
             source = torch.Generator(batch.tokens.device).manual_seed(int(batch.dropout_seed))
         logits = functional_call(self.model, params, (batch.tokens[:, :-1], source))
         targets = batch.tokens[:, 1:]
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+        surprise = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return surprise.view(targets.shape).mean(1)
 
 
 def mean_loss(losses: WindowLosses, params: Tree, batches: list[Batch]) -> float:

@@ -24,7 +24,7 @@ Tangents = tuple[Tensor, ...]
 """One tangent per direction."""
 
 
-class Mismatch(PlanError):
+class MismatchError(PlanError):
     """A call's sites are not those of the plan."""
 
 
@@ -111,11 +111,13 @@ class Capture(TorchFunctionMode):
             raise self._mismatch(op, tracked)
         self.position += 1
         if len(found) != len(site.layouts):
-            raise Mismatch(f"site {index}: {site.op} gave {len(found)} outputs, the plan has {len(site.layouts)}.")
+            raise MismatchError(f"site {index}: {site.op} gave {len(found)} outputs, the plan has {len(site.layouts)}.")
         if site.action == "tap":
             for value, layout in zip(found, site.layouts, strict=True):
                 if isinstance(layout, Layout) and not layout.fits(physical(value).shape, self.probe.shape[0]):
-                    raise Mismatch(f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}.")
+                    raise MismatchError(
+                        f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}."
+                    )
             return swap(returned, self._tap(index, call, site, found, drawn))
         self._attach(
             site, found, carried or (self._carry(index, call, site, drawn) if site.action == "carry" else None)
@@ -132,9 +134,9 @@ class Capture(TorchFunctionMode):
         A compiler may run other ops than eager mode where a model asks whether it is being compiled.
         """
         if not self.standins and self.digest != self.plan.digest:
-            raise Mismatch("the losses ran other ops, or ops with other flags, than when the plan was made.")
+            raise MismatchError("the losses ran other ops, or ops with other flags, than when the plan was made.")
         if self.position != len(self.plan.sites):
-            raise Mismatch(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
+            raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
 
     @contextmanager
     def resumed(self, position: int, tangents: dict[int, Tangents]) -> Iterator[None]:
@@ -157,10 +159,10 @@ class Capture(TorchFunctionMode):
                 return site
         return None
 
-    def _mismatch(self, op: Any, tracked: tuple[int, ...]) -> Mismatch:
+    def _mismatch(self, op: Any, tracked: tuple[int, ...]) -> MismatchError:
         planned = self.plan.sites[self.position] if self.position < len(self.plan.sites) else None
         wanted = f"{planned.op} with parameters in slots {planned.tracked}" if planned else "the end"
-        return Mismatch(
+        return MismatchError(
             f"site {self.position}: found {op_name(op)} with parameters in slots {tracked}, the plan has {wanted}."
         )
 
@@ -216,7 +218,11 @@ class Capture(TorchFunctionMode):
 
 def forgetting(tangents: dict[int, Tangents], key: int) -> Callable[[Any], None]:
     """Drops the tangents of a value when it dies, before its id comes again."""
-    return lambda _: tangents.pop(key, None) and None
+
+    def forget(_: Any) -> None:
+        tangents.pop(key, None)
+
+    return forget
 
 
 def ambient(device: str, drawn: RandomState | None) -> Callable[[], AbstractContextManager[None]]:

@@ -55,12 +55,14 @@ def candidates(shape: torch.Size, batch: int) -> list[Layout]:
         return [Layout(0, "single")]
     whole = [Layout(axis) for axis, size in enumerate(shape) if size == batch]
     folded = [axis for axis, size in enumerate(shape) if size % batch == 0 and size > batch]
-    return [*whole, *(Layout(axis, fold) for axis in folded for fold in ("high", "low"))]  # type: ignore[arg-type]
+    folds: tuple[Fold, Fold] = ("high", "low")
+    return [*whole, *(Layout(axis, fold) for axis in folded for fold in folds)]
 
 
 def codes(batch: int, like: Tensor) -> list[Tensor]:
     """Cotangent scales [b] that tell all samples apart: powers of two, one base-8 digit of i in each."""
-    index, found = torch.arange(batch, device=like.device), []
+    index = torch.arange(batch, device=like.device)
+    found: list[Tensor] = []
     while not found or int(DIGITS ** len(found)) < batch:
         digit = (index // DIGITS ** len(found)) % DIGITS
         found.append(torch.exp2(digit.to(like.dtype) - 3))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from funcghost.capture import Mismatch
+from funcghost.capture import MismatchError
 from funcghost.errors import InputError, PlanError, UnsupportedOpError
 from funcghost.layout import Clock, codes
 from funcghost.plans import Plan, Site, batch_axes
@@ -97,7 +97,7 @@ def _rehearse(problem: Problem, measured: Measured, check: bool) -> Plan:
     rehearsal = _Rehearsal(measured.plan)
     try:
         verified = rehearsal.run(problem, measured, check)
-    except Mismatch as error:
+    except MismatchError as error:
         raise PlanError(f"the losses do something else each time they run: {error}") from error
     return replace(measured.plan, sites=tuple(rehearsal.sites), verified=verified)
 
@@ -118,11 +118,12 @@ def _measure(problem: Problem, carry_all: bool) -> Measured:
         )
     clock.batch = losses.shape[0]
     weights = sample_weights(losses)
-    gradients = list(torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True))
-    if clock.batch > 1:
-        for code in codes(clock.batch, losses):
-            clock.code = code
-            torch.autograd.grad(losses, leaves, weights * code, retain_graph=True, allow_unused=True)
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if clock.batch:
+        gradients = torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True)
+    for code in codes(clock.batch, losses) if clock.batch > 1 else []:
+        clock.code = code
+        torch.autograd.grad(losses, leaves, weights * code, retain_graph=True, allow_unused=True)
     plan = Plan(
         sites=tuple(find_sites(trace.records, problem.params.names, carry_all)),
         batch=clock.batch,
@@ -178,7 +179,8 @@ class _Rehearsal:
                 self.sites[index] = replace(site, way=way, flops=count.total, bytes=size)
                 return out
             raise UnsupportedOpError(
-                f"parameters {list(site.parameters)} are used by {site.op}, whose derivative cannot be had ({'; '.join(errors)}). "
+                f"parameters {list(site.parameters)} are used by {site.op}, whose derivative cannot be had "
+                f"({'; '.join(errors)}). "
                 f"Add a rule with fg.register_rule, or write the op with others that torch can differentiate twice."
             )
 

@@ -88,6 +88,6 @@ def split_reducers(tree: Tree) -> tuple[list[Reducer], optree.PyTreeSpec]:
 torch.utils._pytree.register_pytree_node(
     Dot,
     lambda value: ([value.direction], None),
-    lambda children, _: Dot(children[0]),
+    lambda children, _: Dot(*children),
     serialized_type_name="funcghost.Dot",
 )

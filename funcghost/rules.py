@@ -72,17 +72,16 @@ def register_rule(
 
     A wrong rule is found by the conservation law on the first call that uses it (`ConservationError`).
     """
-    sets = linear if isinstance(linear, str) else tuple(tuple(names) for names in linear)
-    names = tuple(arguments) if arguments is not None else () if isinstance(sets, str) else _signature(op)
-    if not isinstance(sets, str):
-        unknown = {name for group in sets for name in group} - set(names)
-        if unknown:
-            raise InputError(
-                f"register_rule({op}): no arguments {sorted(unknown)} among {names}. Pass arguments=[...]."
-            )
-    elif sets not in ("each", "jointly"):
-        raise InputError(f"register_rule({op}): linear must be 'each', 'jointly' or sets of names, found {sets!r}.")
-    _RULES[op] = Rule(sets, names, when, factor)
+    if linear == "each" or linear == "jointly":
+        _RULES[op] = Rule(linear, tuple(arguments or ()), when, factor)
+        return
+    if isinstance(linear, str):
+        raise InputError(f"register_rule({op}): linear must be 'each', 'jointly' or sets of names, found {linear!r}.")
+    names = _signature(op) if arguments is None else tuple(arguments)
+    unknown = {name for group in linear for name in group} - set(names)
+    if unknown:
+        raise InputError(f"register_rule({op}): no arguments {sorted(unknown)} among {names}. Pass arguments=[...].")
+    _RULES[op] = Rule(tuple(tuple(group) for group in linear), names, when, factor)
 
 
 def find_rule(op: Op) -> Rule | None:
@@ -105,11 +104,11 @@ def _signature(op: Op) -> tuple[str, ...]:
 def _embedding_factor(a: Arguments) -> Tensor | None:
     """What the gradient of an embedding does beyond its forward: no padding row, and a scale by frequency."""
     index, rows, padding = a["input"], a["weight"].shape[0], a.get("padding_idx")
-    factor = None if padding is None else (index != padding % rows).unsqueeze(-1)
+    factor: Tensor | None = None if padding is None else (index != padding % rows).unsqueeze(-1)
     if not a.get("scale_grad_by_freq"):
         return factor
     ones = a["weight"].new_ones(index.numel())
-    count = ones.new_zeros(rows).index_add(0, index.flatten(), ones)[index].unsqueeze(-1)
+    count: Tensor = ones.new_zeros(rows).index_add(0, index.flatten(), ones)[index].unsqueeze(-1)
     return 1 / count if factor is None else factor / count
 
 

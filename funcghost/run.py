@@ -1,7 +1,7 @@
 """One forward and one backward of the losses along a plan."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optree
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from funcghost.capture import Capture, Choose, Mismatch
+from funcghost.capture import Capture, Choose, MismatchError
 from funcghost.errors import InputError, UnsupportedOpError
 from funcghost.plans import Plan
 from funcghost.trees import Params, Tree, tensors
@@ -90,16 +90,20 @@ def run(
     """Scores along the plan; with a `reduction` also the gradient of the reduced losses, from the same backward.
 
     Raises:
-        Mismatch: the call does not fit the plan.
+        MismatchError: the call does not fit the plan.
     """
-    leaves = problem.leaves()
     batch = plan.batch_size(problem.batch)
+    if batch == 0:
+        return _run_empty(problem, len(directions), reduction)
+    leaves = problem.leaves()
     probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
     capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins)
     with capture:
         losses, aux = problem.evaluate(leaves)
     if losses.shape[0] != batch:
-        raise Mismatch(f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch.")
+        raise MismatchError(
+            f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch."
+        )
     capture.finish()
     wanted = [probe] if reduction is None else [probe, *leaves]
     cotangent = cotangents(losses, reduction or "sum")
@@ -117,6 +121,14 @@ def run_plain(problem: Problem, reduction: Reduction | None) -> Outcome:
     losses, aux = problem.evaluate(leaves)
     gradients = [] if reduction is None else backward(losses, leaves, cotangents(losses, reduction))
     return Outcome(losses.new_zeros((losses.shape[0], 0)), gradients, losses.detach(), detached(aux))
+
+
+def _run_empty(problem: Problem, columns: int, reduction: Reduction | None) -> Outcome:
+    """A batch without samples has no sites worth a look, and no scores."""
+    outcome = run_plain(problem, reduction)
+    if outcome.losses.shape[0]:
+        raise MismatchError(f"the losses are of {outcome.losses.shape[0]} samples where the plan expects none.")
+    return replace(outcome, scores=outcome.losses.new_zeros((0, columns), dtype=score_dtype(problem.params)))
 
 
 def cotangents(losses: Tensor, reduction: Reduction) -> Tensor:

@@ -55,7 +55,8 @@ class Pushforward:
 
 def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], optree.PyTreeSpec]:
     """The leaves of an op's arguments."""
-    return optree.tree_flatten((tuple(args), kwargs))
+    nest: Any = (tuple(args), kwargs)
+    return optree.tree_flatten(nest)
 
 
 def is_float(value: object) -> bool:
@@ -140,8 +141,8 @@ def _terms(call: Call, rule: Rule) -> list[Term] | None:
 
 
 def _bind(call: Call, rule: Rule, leaves: Sequence[Any]) -> dict[str, Any]:
-    args, kwargs = optree.tree_unflatten(call.spec, leaves)
-    return rule.bind(args, kwargs)
+    nest: Any = optree.tree_unflatten(call.spec, leaves)
+    return rule.bind(*nest)
 
 
 Derivative = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
@@ -179,7 +180,7 @@ def _forward(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) ->
 def _transpose(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
     """The backward `u -> u J` is linear in `u`, hence its own backward is `V -> J V`."""
     with torch.enable_grad():
-        values, pullback = torch.func.vjp(op, *primals)
-        _, transposed = torch.func.vjp(lambda *u: pullback(u), *(torch.zeros_like(v) for v in values))
+        values, pullback = torch.func.vjp(op, *primals)[:2]
+        transposed = torch.func.vjp(lambda *u: pullback(u), *(torch.zeros_like(v) for v in values))[1]
         derivative: Outputs = transposed(tangents)
     return derivative

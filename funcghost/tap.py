@@ -50,11 +50,8 @@ class Scorer:
 
 def inner(slope: Tensor, gradient: Tensor, layout: Layout, probe: Tensor) -> Tensor:
     """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe."""
-    if slope.is_complex() or gradient.is_complex():
-        product = (slope * gradient.conj()).real
-    else:
-        product = slope * gradient
-    rows = layout.by_sample(product, probe.shape[0])
+    product = slope * gradient.conj()
+    rows = layout.by_sample(product.real if product.is_complex() else product, probe.shape[0])
     return rows.reshape(probe.shape[0], -1).sum(1, dtype=probe.dtype)
 
 

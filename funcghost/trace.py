@@ -132,8 +132,8 @@ class Trace(TorchFunctionMode):
             name = self.memory.get(physical(value).untyped_storage()._cdata)
             if name is not None:
                 raise UnsupportedOpError(
-                    f"parameter {name!r} is written to by {op_name(op)} inside the losses (embeddings do so with max_norm). "
-                    "Losses must leave params as they are: change the parameter before the step."
+                    f"parameter {name!r} is written to by {op_name(op)} inside the losses (embeddings do so with "
+                    "max_norm). Losses must leave params as they are: change the parameter before the step."
                 )
 
     def _keep(self, returned: Any) -> Any:

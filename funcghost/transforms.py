@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from funcghost.capture import Mismatch
+from funcghost.capture import MismatchError
 from funcghost.errors import InputError, PlanError
 from funcghost.planning import Options, make_plan, verify_plan
 from funcghost.plans import Plan
@@ -164,7 +164,7 @@ class _Transform:
         return self._solve(params, batch, reducers, ())
 
     def _compiled(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """The step as a compiler traces it: tensors the losses close over come in as arguments, tensors alone go out."""
+        """The step as a compiler traces it: what the losses close over comes in as arguments, tensors alone go out."""
         if not self.plans:
             raise PlanError("torch.compile: make a plan in eager mode first, plan = fg.plan(...), and pass plan=plan.")
         return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
@@ -192,7 +192,7 @@ class _Transform:
             before = snapshot(problem.devices())
             try:
                 outcome = run(problem, plan, directions, reduction=self.reduction)
-            except Mismatch as reason:
+            except MismatchError as reason:
                 restore(before)
                 log.info("a plan does not fit this call: %s", reason)
                 continue

@@ -62,7 +62,7 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
         noise = torch.randn(gradient.shape, generator=generator, device=gradient.device, dtype=torch.float32)
         noise = noise / torch.linalg.vector_norm(noise).clamp_min(1e-30)
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up past the tolerance.
-        rounding = min(1.0, 32 * torch.finfo(precision).eps / TOLERANCE[precision]) * usual
+        rounding = max(1e-2, min(1.0, 32 * torch.finfo(precision).eps / TOLERANCE[precision])) * usual
         along = gradient.float() / max(norm, 1e-30) if norm < float("inf") else 0.0
         size = 0.5 + ((index * 7919) % 101) / 101
         direction.append(
@@ -86,13 +86,14 @@ def check_conservation(params: Params, scores: Scores, seen: Witness) -> None:
         return
     culprits = [index for group in wrong for index in _narrow(scores, seen, shares, group, tolerance)]
     found = _weighted(scores(_restricted(seen.direction, culprits)), seen.weights)
+    named = [params.names[i] for i in culprits[:10]]
     raise ConservationError(
-        f"the scores do not add up for parameters {[params.names[i] for i in culprits[:10]]}"
-        f"{' and others' if len(culprits) > 10 else ''}: sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
-        f"{float(found.sum()):.6g} by funcghost. They are used where a torch function mode does not see it (inside a custom "
-        "autograd Function, a compiled submodule, a C++ extension), changed in place behind a view, or through an op whose "
-        "rule is wrong. Call the ops of these parameters from Python, correct the rule given to fg.register_rule, or leave "
-        "these parameters out of params."
+        f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
+        f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, {float(found.sum()):.6g} by "
+        "funcghost. They are used where a torch function mode does not see it (inside a custom autograd Function, a "
+        "torch.func transform of their own, a compiled submodule, a C++ extension), changed in place through a view, "
+        "or by an op whose rule is wrong. Call ordinary torch ops on these parameters, out of place; correct the rule "
+        "given to fg.register_rule; or leave these parameters out of params."
     )
 
 

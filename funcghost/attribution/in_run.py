@@ -69,7 +69,7 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -
 def hessian_vector_product(losses: Losses, params: Tree, batches: Sequence[Tree], vector: Tree) -> Tree:
     """`H v` for the Hessian H of the mean validation loss, as in `validation_gradient`.
 
-    Forward over reverse (`torch.func.jvp` of the gradient); where an op has no forward derivative, reverse over reverse.
+    Forward over reverse (`torch.func.jvp` of the gradient); reverse over reverse where an op has no forward derivative.
     Cost: two to three times that of the gradient.
 
     Raises:
