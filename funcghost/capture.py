@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcghost.digest import fold, op_name
+from funcghost.digest import Digest, op_name
 from funcghost.errors import PlanError
 from funcghost.layout import Layout
 from funcghost.plans import Plan, Site
 from funcghost.state import RandomState, random_state, replaying
-from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward
+from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, physical, pushforward, swap
 from funcghost.tap import Scorer, Tap
-from funcghost.trace import physical, swap
 
 Tangents = tuple[Tensor, ...]
 """One tangent per direction."""
@@ -48,7 +47,7 @@ class Capture(TorchFunctionMode):
         probe: zeros [b, k].
         originals: the user's own tensors of the parameters, which a checkpointed region sees when it is recomputed.
         choose: how a site without a way gets one (only while the plan is rehearsed).
-        standins: tensors to take the place of others, by id (only while a compiler traces).
+        standins: tensors to take the place of others, by id; given while a compiler traces, when sizes are symbols.
     """
 
     def __init__(
@@ -63,11 +62,12 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
+        self.traced = standins is not None
         self.originals, self.directions = originals, directions
         self.tangents: dict[int, Tangents] = {}
         self.references: dict[int, Any] = {}
         self.position = 0
-        self.digest = 0
+        self.digest = Digest()
         self._follow(params)
 
     def __enter__(self) -> "Capture":
@@ -91,7 +91,7 @@ class Capture(TorchFunctionMode):
         tracked = tuple(slot for slot, leaf in enumerate(leaves) if id(leaf) in self.tangents)
         if not tracked or not torch.is_grad_enabled():
             returned = op(*args, **kwargs)
-            self.digest = fold(self.digest, op, leaves, returned)
+            self._digest(op, leaves, returned)
             return returned
         index, site = self.position, self._peek(op, tracked)
         written = site.written if site else ()
@@ -103,7 +103,7 @@ class Capture(TorchFunctionMode):
             call = Call(op, tuple(leaves), spec, tracked, written)
         carried = self._carry(index, call, site, drawn) if site and site.action == "carry" and written else None
         returned = op(*args, **kwargs)
-        self.digest = fold(self.digest, op, leaves, returned)
+        self._digest(op, leaves, returned)
         found = outputs(returned, [leaves[slot] for slot in written])
         if all(any(value is leaf for leaf in leaves) for value in found) and not written:
             return returned
@@ -133,7 +133,7 @@ class Capture(TorchFunctionMode):
 
         A compiler may run other ops than eager mode where a model asks whether it is being compiled.
         """
-        if not self.standins and self.digest != self.plan.digest:
+        if not self.traced and self.digest.ops != self.plan.digest:
             raise MismatchError("the losses ran other ops, or ops with other flags, than when the plan was made.")
         if self.position != len(self.plan.sites):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
@@ -146,6 +146,10 @@ class Capture(TorchFunctionMode):
         again._follow(self.originals)
         with again:
             yield
+
+    def _digest(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
+        if not self.traced:
+            self.digest = self.digest.after(op, leaves, returned)
 
     def _follow(self, params: Sequence[Tensor]) -> None:
         for param, *tangents in zip(params, *self.directions, strict=True):

@@ -18,7 +18,6 @@ from funcghost.run import Problem, backward, run
 from funcghost.state import untouched
 from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, pushforward
 from funcghost.trace import Trace, find_sites
-from funcghost.trees import tensors
 from funcghost.verify import Witness, check_conservation, sample_weights, witness
 
 log = logging.getLogger("funcghost")
@@ -83,10 +82,25 @@ def make_plan(problem: Problem, options: Options) -> Plan:
     return plan
 
 
+def _nearby_gradients(problem: Problem, weights: Tensor) -> list[Tensor]:
+    """The gradients of `<weights, losses>` by autograd, at parameters changed by a rounding error."""
+    with untouched(problem.devices()):
+        chance = [torch.rand_like(leaf, requires_grad=False) for leaf in problem.params.leaves]
+    shaken = [
+        leaf.detach() * (1 + 2 * torch.finfo(leaf.dtype).eps * draw.round())
+        for leaf, draw in zip(problem.params.leaves, chance, strict=True)
+    ]
+    with untouched(problem.devices()):
+        near = replace(problem, params=problem.params._replace(leaves=tuple(shaken)))
+        leaves = near.leaves()
+        losses, _ = near.evaluate(leaves)
+        return backward(losses, leaves, weights)
+
+
 def verify_plan(problem: Problem, plan: Plan) -> Plan:
     """Checks the conservation law for a plan on this batch; the plan says if that could be done."""
-    leaves = problem.leaves()
     with untouched(problem.devices()):
+        leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
         weights = sample_weights(losses)
         gradients = backward(losses, leaves, weights)
@@ -108,7 +122,7 @@ def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def _measure(problem: Problem, carry_all: bool) -> Measured:
     clock, leaves = Clock(), problem.leaves()
-    trace = Trace(leaves, problem.params.names, tensors(problem.batch), clock)
+    trace = Trace(problem, leaves, clock)
     with trace:
         losses, _ = problem.evaluate(leaves)
     if not losses.requires_grad:
@@ -124,10 +138,14 @@ def _measure(problem: Problem, carry_all: bool) -> Measured:
     for code in codes(clock.batch, losses) if clock.batch > 1 else []:
         clock.code = code
         torch.autograd.grad(losses, leaves, weights * code, retain_graph=True, allow_unused=True)
+    moved = trace.moved_by()
+    if moved:
+        log.info("%s moves samples by the values of data: tangents are carried to the losses.", moved)
     plan = Plan(
-        sites=tuple(find_sites(trace.records, problem.params.names, carry_all)),
+        sites=tuple(find_sites(trace.records, problem.params.names, carry_all or moved is not None)),
         batch=clock.batch,
-        digest=trace.digest,
+        digest=trace.digest.ops,
+        sizes=frozenset([trace.digest.sizes]),
         precision=_lowest([*trace.dtypes, losses.dtype]),
         axes=batch_axes(problem.batch, clock.batch),
         captured=trace.captured(),
@@ -153,7 +171,7 @@ class _Rehearsal:
                 return run(problem, plan, directions, reduction=None, choose=self.choose).scores
 
         if check and seen.finite:
-            check_conservation(problem.params, scores, seen)
+            check_conservation(problem.params, scores, seen, lambda: _nearby_gradients(problem, seen.weights))
             return True
         if check:
             log.warning("the gradients are not finite: the conservation law will be checked with a batch whose are.")

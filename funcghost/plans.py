@@ -40,12 +40,14 @@ class Plan:
     """What a step does at each site, for losses of a given form; serves other batch sizes and lengths.
 
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
-    `digest` the checksum of all ops, `precision` the lowest they compute in.
+    `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
+    ops compute in.
     """
 
     sites: tuple[Site, ...]
     batch: int
     digest: int = 0
+    sizes: frozenset[int] = frozenset()
     precision: torch.dtype = torch.float64
     axes: tuple[tuple[int, int], ...] = ()
     verified: bool = False

@@ -20,12 +20,16 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a run gives: scores [b, k] in units of the losses, the training gradient if asked for, losses, aux."""
+    """What a run gives: scores [b, k] in units of the losses, the training gradient if asked for, losses, aux.
+
+    `sizes` is the checksum of the sizes its ops ran with.
+    """
 
     scores: Tensor
     gradients: list[Tensor]
     losses: Tensor
     aux: Any
+    sizes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +116,7 @@ def run(
     carried = capture.tangents_of(losses)
     if carried is not None:
         scores = scores + torch.stack([tangent.to(scores.dtype) for tangent in carried], -1)
-    return Outcome(scores, gradients, losses.detach(), detached(aux))
+    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes)
 
 
 def run_plain(problem: Problem, reduction: Reduction | None) -> Outcome:

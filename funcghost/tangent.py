@@ -71,6 +71,20 @@ def outputs(returned: Any, written: Sequence[Tensor]) -> Outputs:
     return (*fresh, *(w for w in written if is_float(w)))
 
 
+def physical(value: Tensor) -> Tensor:
+    """The tensor inside the wrappers of `torch.func` transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
+def swap(returned: Any, replaced: dict[int, Tensor]) -> Any:
+    """What an op returned, with some of its tensors replaced."""
+    if isinstance(returned, Tensor):
+        return replaced.get(id(returned), returned)
+    return optree.tree_map(lambda leaf: replaced.get(id(leaf), leaf), returned)
+
+
 def covered_by_rule(call: Call) -> bool:
     """Whether a rule gives the derivative in every tracked argument of this call."""
     rule = find_rule(call.op)

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcghost.digest import fold, op_name
+from funcghost.digest import Digest, op_name
 from funcghost.errors import UnsupportedOpError
-from funcghost.layout import Clock, Meter
+from funcghost.layout import Clock, Layout, Meter
+from funcghost.moves import MOVES, Move
 from funcghost.plans import Action, OutputLayout, Site
+from funcghost.run import Problem
 from funcghost.state import random_state
-from funcghost.tangent import flatten_call, outputs
+from funcghost.tangent import flatten_call, is_float, outputs, physical, swap
 from funcghost.tap import Observe
+from funcghost.trees import tensors
+
+FROM_PYTHON = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
+"""The ops that bring in numbers of any origin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,40 +58,48 @@ class Record:
 class Trace(TorchFunctionMode):
     """Records what is computed from the parameters while the losses run."""
 
-    def __init__(self, params: Sequence[Tensor], names: Sequence[str], batch: Sequence[Tensor], clock: Clock) -> None:
+    def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock) -> None:
         super().__init__()
+        params, names, batch = leaves, problem.params.names, tensors(problem.batch)
+        self.devices = problem.devices()
         self.memory = {param.untyped_storage()._cdata: name for param, name in zip(params, names, strict=True)}
         self.clock = clock
         self.records: list[Record] = []
         self.values = {id(param): number for number, param in enumerate(params)}
         self.count = len(params)
-        self.digest = 0
+        self.digest = Digest()
         self.fixed = set(range(len(params)))
         self.seen: dict[int, Tensor] = {id(t): t for t in (*params, *batch)}
         self.dtypes = {param.dtype for param in params}
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
+        self.constant: set[int] = set()
+        self.meters: dict[int, Meter] = {}
+        self.moves: list[tuple[Move, dict[int, int | None]]] = []
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is and notes what went in and came out."""
         kwargs = kwargs or {}
-        leaves, _ = flatten_call(args, kwargs)
+        leaves, spec = flatten_call(args, kwargs)
         given = {slot: leaf for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         for leaf in given.values():
             if id(leaf) not in self.seen and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
                 self.foreign.setdefault(id(leaf), weakref.ref(leaf))
         inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
-        if not inputs or not torch.is_grad_enabled():
-            returned = op(*args, **kwargs)
-            self.digest = fold(self.digest, op, leaves, returned)
-            return self._keep(returned)
+        if op in MOVES:
+            self._note_move(op, leaves, spec, given, inputs)
         versions = {slot: leaf._version for slot, leaf in given.items() if not leaf.is_inference()}
-        devices = list({leaf.device for leaf in given.values()})
-        before = random_state(devices)
+        before = random_state(self.devices)
         returned = op(*args, **kwargs)
-        self.digest = fold(self.digest, op, leaves, returned)
+        self.digest = self.digest.after(op, leaves, returned)
+        drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(self.devices), strict=True))
+        if not drew and op not in FROM_PYTHON and all(id(physical(leaf)) in self.constant for leaf in given.values()):
+            self.constant.update(
+                id(physical(leaf)) for leaf in optree.tree_leaves(returned) if isinstance(leaf, Tensor)
+            )
+        if not inputs or not torch.is_grad_enabled():
+            return self._keep(returned)
         written = tuple(slot for slot, version in versions.items() if given[slot]._version != version)
         self._refuse_writes(op, [given[slot] for slot in written])
-        drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(devices), strict=True))
         found = outputs(returned, [given[slot] for slot in written])
         if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
             return returned
@@ -112,12 +126,14 @@ class Trace(TorchFunctionMode):
                 outs.append(Output(None, tuple(value.shape)))
                 continue
             self.dtypes.add(value.dtype)
-            meter = None if fixed or bound else Meter(self.clock)
-            original = id(value)
-            if meter is not None and physical(value) is not value:
-                value = replaced[original] = Observe.apply(meter.see, value)
-            elif meter is not None:
-                value.register_hook(meter.see)
+            wrapped, original = physical(value) is not value, id(value)
+            meter = None if fixed or (bound and wrapped) else Meter(self.clock)
+            if meter is not None:
+                self.meters[self.count] = meter
+                if wrapped:
+                    value = replaced[original] = Observe.apply(meter.see, value)
+                else:
+                    value.register_hook(meter.see)
             self.values[id(value)] = self.count
             self.seen[id(value)] = value
             outs.append(Output(self.count, tuple(value.shape), meter))
@@ -126,6 +142,46 @@ class Trace(TorchFunctionMode):
             self.count += 1
         self.records.append(Record(op_name(op), inputs, tuple(outs), written, fixed, bound, drew))
         return swap(returned, replaced) if replaced else returned
+
+    def _note_move(
+        self, op: Any, leaves: list[Any], spec: Any, given: dict[int, Tensor], inputs: dict[int, int]
+    ) -> None:
+        """Keeps a call that may move samples, with float tensors as shapes, to be looked at when layouts are known."""
+        if any(physical(leaf) is not leaf for leaf in given.values()):
+            return  # under vmap, samples stay apart
+        floats = {slot: inputs.get(slot) for slot, leaf in given.items() if is_float(leaf)}
+        index = tuple(slot for slot, leaf in given.items() if slot not in floats and id(leaf) not in self.constant)
+        if not index and op in (Tensor.__getitem__, Tensor.__setitem__):
+            return
+        kept = {
+            slot: floats[slot]
+            for slot in floats
+            if floats[slot] not in self.fixed and id(given[slot]) not in self.constant
+        }
+        base = next(iter(given))
+        if base not in floats and len(index) > 1 and base in index:
+            kept[base], index = None, index[1:]
+        if kept:
+            stripped = tuple(tuple(leaf.shape) if slot in kept else leaf for slot, leaf in enumerate(leaves))
+            self.moves.append((Move(op, stripped, spec, index), kept))
+
+    def moved_by(self) -> str | None:
+        """The name of an op that moves samples by the values of data, if there is one."""
+        batch = self.clock.batch
+        for move, floats in self.moves if batch > 1 else []:
+            if move.moves_samples(
+                {slot: self._layout_of(number, move.leaves[slot]) for slot, number in floats.items()}, batch
+            ):
+                return op_name(move.op)
+        return None
+
+    def _layout_of(self, number: int | None, shape: tuple[int, ...]) -> Layout | None:
+        """The layout measured for a value; one that no parameter reaches is taken to have its samples in an axis."""
+        if number is not None:
+            layout = self.meters[number].layout() if number in self.meters else None
+            return layout if isinstance(layout, Layout) else None
+        axes = [axis for axis, size in enumerate(shape) if size == self.clock.batch]
+        return Layout(axes[0]) if len(axes) == 1 else None
 
     def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:
         for value in written:
@@ -150,20 +206,6 @@ class Trace(TorchFunctionMode):
         return tuple(tensor for tensor in alive if tensor is not None)
 
 
-def physical(value: Tensor) -> Tensor:
-    """The tensor inside the wrappers of `torch.func` transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
-    return value
-
-
-def swap(returned: Any, replaced: dict[int, Tensor]) -> Any:
-    """What an op returned, with some of its tensors replaced."""
-    if isinstance(returned, Tensor):
-        return replaced.get(id(returned), returned)
-    return optree.tree_map(lambda leaf: replaced.get(id(leaf), leaf), returned)
-
-
 def find_sites(records: Sequence[Record], names: Sequence[str], carry_all: bool = False) -> list[Site]:
     """Decides at each op that a tangent reaches: tap where every output has a layout, otherwise carry on.
 
@@ -176,7 +218,7 @@ def find_sites(records: Sequence[Record], names: Sequence[str], carry_all: bool 
         if not hot:
             continue
         origin = frozenset[str]().union(*hot.values())
-        layouts = tuple(output_layout(output) for output in record.outputs)
+        layouts = tuple(output_layout(output, record.bound) for output in record.outputs)
         action: Action = "tap"
         if all(layout == "constant" for layout in layouts):
             action = "skip"
@@ -198,9 +240,9 @@ def find_sites(records: Sequence[Record], names: Sequence[str], carry_all: bool 
     return sites
 
 
-def output_layout(output: Output) -> OutputLayout:
+def output_layout(output: Output, bound: bool) -> OutputLayout:
     """What the meter of an output found."""
     if output.value is None:
         return "constant"
-    layout = output.meter.layout() if output.meter is not None else None
+    layout = output.meter.layout() if output.meter is not None and not bound else None
     return layout or "carried"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import optree
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from funcghost.capture import MismatchError
-from funcghost.errors import InputError, PlanError
+from funcghost.errors import ConservationError, InputError, PlanError
 from funcghost.planning import Options, make_plan, verify_plan
 from funcghost.plans import Plan
 from funcghost.reducers import split_reducers
@@ -58,7 +59,8 @@ def grad_and_reduce(
         has_aux: whether the losses return `(losses, aux)`.
         options: see `Options`.
         plan: a plan from `fg.plan`; without one, the first call makes it (about three steps' time), and so does a later
-            call that runs other ops. Needed under `torch.compile`, and on the meta device.
+            call that runs other ops. A call with sizes not seen before verifies it (about two). Needed under
+            `torch.compile`, and on the meta device.
 
     Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
 
@@ -192,21 +194,27 @@ class _Transform:
             before = snapshot(problem.devices())
             try:
                 outcome = run(problem, plan, directions, reduction=self.reduction)
+                self._remember(self._verified(problem, plan, outcome), instead_of=plan)
+                return outcome
             except MismatchError as reason:
                 restore(before)
                 log.info("a plan does not fit this call: %s", reason)
-                continue
-            self._remember(self._verified(problem, plan), instead_of=plan)
-            return outcome
         plan = make_plan(problem, self.options)
         self._remember(plan)
         return run(problem, plan, directions, reduction=self.reduction)
 
-    def _verified(self, problem: Problem, plan: Plan) -> Plan:
-        due = self.options.verify == "always" or (
-            self.options.verify == "first" and not plan.verified and plan.batch > 0
-        )
-        return verify_plan(problem, plan) if due else plan
+    def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
+        """The plan, verified for this call if that is due: with `verify="first"` once for new sizes."""
+        verify, new = self.options.verify, outcome.sizes not in plan.sizes
+        if verify == "never" or not outcome.losses.shape[0] or not (verify == "always" or new or not plan.verified):
+            return plan
+        try:
+            checked = verify_plan(problem, plan)
+        except ConservationError as error:
+            if not new:
+                raise
+            raise MismatchError(f"it does not hold for these sizes: {error}") from error
+        return replace(checked, sizes=plan.sizes | {outcome.sizes}) if checked.verified else plan
 
     def _remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
         self.plans = [plan, *(known for known in self.plans if known is not instead_of)][:MOST_PLANS]

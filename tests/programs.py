@@ -133,7 +133,7 @@ def _batch_norm(g: Tensor, b: Tensor, h: Tensor) -> Tensor:
     if len(rows) < 2:
         return h * g + b
     mean, variance = torch.zeros(rows.shape[1], dtype=h.dtype), torch.ones(rows.shape[1], dtype=h.dtype)
-    return F.batch_norm(rows, mean, variance, g, b, training=True).view(h.shape)
+    return F.batch_norm(rows, mean, variance, g, b, training=True, eps=0.1).view(h.shape)
 
 
 W, B1, B2 = ("d", "d"), ("d",), ("d",)
@@ -142,12 +142,12 @@ BLOCKS: dict[str, tuple[tuple[tuple[str | int, ...], ...], Callable[..., Tensor]
     "matmul": ((W,), lambda w, h: torch.matmul(h, w)),
     "addmm": ((W, B1), lambda w, b, h: torch.addmm(b, _flat(h), w).view(h.shape)),
     "einsum": ((W,), lambda w, h: torch.einsum("...d,pd->...p", h, w)),
-    "norm": ((B1, B2), lambda g, b, h: F.layer_norm(h, (h.shape[-1],), g, b) + 0.5 * h),
-    "rms": ((B1,), lambda g, h: F.rms_norm(h, (h.shape[-1],), g, 1e-3) + 0.5 * h),
+    "norm": ((B1, B2), lambda g, b, h: F.layer_norm(h, (h.shape[-1],), g, b, 0.1) + 0.5 * h),
+    "rms": ((B1,), lambda g, h: F.rms_norm(h, (h.shape[-1],), g, 0.1) + 0.5 * h),
     "scale": ((B1,), lambda s, h: s * h),
     "shift": ((B1,), lambda b, h: b - h),
     "scalar": (((),), lambda s, h: h * s),
-    "no rule": ((B1, B2), lambda a, b, h: torch.addcmul(h, torch.sinh(h), a) / (1 + b.square())),
+    "no rule": ((B1, B2), lambda a, b, h: torch.addcmul(h, torch.sin(h), a) / (1 + b.square())),
     "prelu": (((1,),), lambda a, h: F.prelu(h, a)),
     "transposed": ((W,), lambda w, h: h @ w.T),
     "cat": (((1, "d"), W), lambda a, b, h: h @ torch.cat([a, b])[1:].t().contiguous()),

@@ -2,25 +2,27 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
+import transformers
 from torch import Tensor, nn
 
 import funcghost as fg
 from funcghost.oracle import per_sample_gradients
 
+hf: Any = transformers  # typed for literal arguments, not for sizes handed on from one place
 hf.logging.set_verbosity_error()
 
 Params = dict[str, Tensor]
 Batch = dict[str, Tensor]
 
 B, T, VOCABULARY = 4, 10, 61
+SINGLE = torch.finfo(torch.float32).eps
 EAGER_AND_SDPA = ("eager", "sdpa")
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -50,12 +52,14 @@ def short_tokens() -> Batch:
 
 
 def padded_tokens() -> Batch:
-    """Rows that are full, padded on the right, padded on the left, and all padding but one token."""
-    mask = torch.ones(B, T, dtype=torch.int64)
-    mask[1, 6:] = 0
-    mask[2, :3] = 0
-    mask[3, 1:] = 0
-    return tokens() | {"attention_mask": mask}
+    """Rows that are full, and padded more and more."""
+    lengths = torch.tensor([T, 6, 3, 2])
+    return tokens() | {"attention_mask": (torch.arange(T) < lengths[:, None]).long()}
+
+
+def padded_tokens_on_either_side() -> Batch:
+    batch = padded_tokens()
+    return batch | {"attention_mask": torch.cat([batch["attention_mask"][:2], batch["attention_mask"][2:].flip(1)])}
 
 
 def source_and_target() -> Batch:
@@ -99,7 +103,7 @@ def contrastive(output: Any, batch: Batch) -> Tensor:
 class Case:
     """A model to be built for an attention implementation, and what it is run on.
 
-    `rounding`: what a parameter's tangent loses where the model itself casts the parameter to a lower precision.
+    `rounding`: what a tangent loses on its way where the model itself casts to a lower precision there.
     """
 
     build: Callable[..., nn.Module]
@@ -108,6 +112,10 @@ class Case:
     criterion: Callable[[Any, Batch], Tensor] = squashed
     dtype: torch.dtype = torch.float64
     rounding: float = 0.0
+
+    @property
+    def tolerance(self) -> float:
+        return max(1e-8 if self.dtype == torch.float64 else 1e-4, self.rounding)
 
 
 def gpt2(**options: Any) -> nn.Module:
@@ -161,9 +169,7 @@ def fnet(**options: Any) -> nn.Module:
 
 
 def mamba(**options: Any) -> nn.Module:
-    return hf.MambaForCausalLM(
-        hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4)
-    )
+    return hf.MambaForCausalLM(hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4))
 
 
 def mixtral(**options: Any) -> nn.Module:
@@ -217,11 +223,11 @@ CASES = {
     "gemma3": Case(
         lambda **o: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=4, **o)),
         attentions=EAGER_AND_SDPA,
-        rounding=torch.finfo(torch.float32).eps,
+        rounding=SINGLE,
     ),
     "opt": Case(opt, attentions=EAGER_AND_SDPA),
     "bloom": Case(bloom),
-    "mamba": Case(mamba, rounding=torch.finfo(torch.float32).eps),
+    "mamba": Case(mamba, rounding=SINGLE),
     "mixtral": Case(mixtral, attentions=EAGER_AND_SDPA, dtype=torch.float32),
     "qwen3_moe": Case(qwen3_moe, attentions=EAGER_AND_SDPA, dtype=torch.float32),
     "bert": Case(bert, attentions=EAGER_AND_SDPA),
@@ -234,19 +240,20 @@ CASES = {
     "xlnet": Case(xlnet),
     "xlnet_as_long_as_the_batch": Case(xlnet, short_tokens),
     "t5": Case(t5, source_and_target, attentions=EAGER_AND_SDPA),
-    "vit": Case(
-        lambda **o: hf.ViTForImageClassification(hf.ViTConfig(**VISION, **IMAGE, **o)), images, EAGER_AND_SDPA
-    ),
+    "vit": Case(lambda **o: hf.ViTForImageClassification(hf.ViTConfig(**VISION, **IMAGE, **o)), images, EAGER_AND_SDPA),
     "swin": Case(swin, images),
     "convnext": Case(convnext, images),
     "resnet": Case(resnet, images),
-    "clip": Case(clip, captioned_images, EAGER_AND_SDPA, contrastive),
+    "clip": Case(clip, captioned_images, EAGER_AND_SDPA, contrastive, rounding=SINGLE),
     "whisper": Case(whisper, spectrograms, EAGER_AND_SDPA),
     "wav2vec2": Case(wav2vec2, sounds, EAGER_AND_SDPA),
 }
-EVALUATED = [(name, attention) for name, case in CASES.items() for attention in case.attentions]
-PADDED = {name: Case(build, padded_tokens, EAGER_AND_SDPA, next_token) for name, build in (("gpt2", gpt2), ("llama", llama))}
-PADDED["bert"] = Case(bert, padded_tokens, EAGER_AND_SDPA, next_token)
+PADDED = {
+    "gpt2": Case(gpt2, padded_tokens_on_either_side, EAGER_AND_SDPA, next_token),
+    # Left padding in float64 gives Llama's own gradients NaN: its softmax is in float32, where the mask is -inf.
+    "llama": Case(llama, padded_tokens, EAGER_AND_SDPA, next_token),
+    "bert": Case(bert, padded_tokens_on_either_side, EAGER_AND_SDPA, next_token),
+}
 TRAINED = {
     "gpt2": CASES["gpt2"],
     "bert": CASES["bert"],
@@ -297,11 +304,10 @@ class Truth:
         return torch.stack([g.flatten(1).square().sum(1) for g in self.gradients.values()]).sum(0).sqrt()
 
     def check(self, found: Tensor, direction: Params, case: Case) -> None:
-        tolerance = max(1e-8 if case.dtype == torch.float64 else 1e-4, case.rounding)
         wanted, norms = self.scores(direction), self.norms()
         assert found.shape == wanted.shape
         assert bool((norms > 0).all())
-        assert bool(((found - wanted).abs() <= tolerance * norms).all()), ((found - wanted).abs() / norms).tolist()
+        assert bool(((found - wanted).abs() <= case.tolerance * norms).all()), ((found - wanted).abs() / norms).tolist()
 
 
 def find_truth(losses: Any, params: Params, batch: Batch) -> Truth:
@@ -335,6 +341,7 @@ def check_everything(case: Case, attention: str, caplog: pytest.LogCaptureFixtur
     losses = fg.module_losses(model, case.criterion)
     first, second = draw_direction(params), draw_direction(params)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = {name: parameter.requires_grad for name, parameter in params.items()}
 
     def again(function: Callable[..., Any], *arguments: Any) -> Any:
         torch.manual_seed(1)
@@ -357,7 +364,10 @@ def check_everything(case: Case, attention: str, caplog: pytest.LogCaptureFixtur
     truth.check(both[:, 0], first, case)
     truth.check(both[:, 1], second, case)
     assert model.training is training
-    assert all(p is params[name] and p.requires_grad and p.grad is None for name, p in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter is params[name]
+        assert parameter.grad is None
+        assert parameter.requires_grad == trained[name]
 
 
 @pytest.mark.parametrize(("case", "attention"), attended(CASES))
@@ -401,7 +411,8 @@ def test_layers_dropped_at_random_are_planned_anew(caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "convnext", "clip"])
 def test_forward_route(name: str) -> None:
-    case = CASES[name]
+    """Every tangent passes the softmax of the attention, which the models take in float32."""
+    case = replace(CASES[name], rounding=SINGLE)
     model, batch = build(case, "eager")
     params, losses = parameters(model), fg.module_losses(model, case.criterion)
     direction = draw_direction(params)

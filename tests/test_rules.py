@@ -310,6 +310,7 @@ def norms() -> Iterator[Sample]:
     x, w, b = ints(2, 4, 3), ints(3, seed=1), ints(3, seed=2)
     c, d = ints(4, seed=1), ints(4, seed=2)
     mean, var = ints(4, seed=3), ints(4, seed=4).abs() + 1
+    op: Any
     for op in (F.layer_norm, torch.layer_norm):
         name = op_name(op)
         yield Sample(name, op, (x, (3,), w, b), beyond=(0,), exact=False)
@@ -674,7 +675,7 @@ def test_rule_holds_only_when_it_says_so(linear: Any) -> None:
 
 
 def test_factor_of_the_user_is_applied() -> None:
-    # A gradient that is not that of the forward: twice the slope, by a hook inside of a custom op's wrapper.
+    # The forward is 2v - v, the backward 2v: as with embeddings, the gradient is not that of the forward.
     def doubled(value: Tensor) -> Tensor:
         if torch.overrides.has_torch_function_unary(value):
             return torch.overrides.handle_torch_function(doubled, (value,), value)
@@ -689,3 +690,16 @@ def test_factor_of_the_user_is_applied() -> None:
     (site, *_) = fg.plan(losses, params, x).sites
     assert (site.op.rsplit(".", 1)[-1], site.way) == ("doubled", "rule")
     assert_scores(fg.reduce(losses)(params, x, fg.dot(direction)), expected(losses, params, x, direction))
+
+
+@pytest.mark.parametrize("flags", [(1,), (-1, True), (3, True)])
+def test_embedding_under_its_other_name_is_exact(flags: tuple[Any, ...]) -> None:
+    # As `F.embedding`, its gradient leaves out the padding row and is scaled, which its forward derivative does not.
+    index, params = torch.tensor([[0, 1, 1], [3, 0, 2]]), {"w": normal(4, 2)}
+
+    def losses(params: Params, x: Tensor) -> Tensor:
+        return torch.embedding(params["w"], x, *flags).sin().sum((1, 2))
+
+    direction = {"w": torch.randn_like(params["w"])}
+    found = fg.reduce(losses)(params, index, fg.dot(direction))
+    assert_scores(found, expected(losses, params, index, direction))

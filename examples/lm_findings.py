@@ -1,0 +1,93 @@
+"""What a run found: how its values fit the truth, and what they tell of the documents."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_corpus import Corpus
+from lm_scores import Tally, auroc
+from lm_training import Check, Log, OracleStep
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the run asserts, what it measured, and whether that holds."""
+
+    text: str
+    measured: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The numbers of a run.
+
+    `change_error` is the error of the summed second-order values over the checked steps, relative to the size of the
+    changes, `sum |sum_i phi_i - change| / sum |change|`; `first_order_error` the same for first-order values.
+    `median_change_error` is the median of the relative errors of single steps, and `close_steps` the share of steps
+    within 5 %. `overhead` is the median time of a step with first- and with second-order values over a plain one.
+    `oracle_error` is the largest difference from the exact values, relative to the largest of these in their batch;
+    `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones.
+    """
+
+    change_error: float
+    first_order_error: float
+    median_change_error: float
+    close_steps: float
+    auroc: float
+    auroc_first: float
+    auroc_by_corruption: dict[str, float]
+    auroc_in_validation_domain: float
+    oracle_error: float
+    oracle_auroc: tuple[float, float]
+    overhead: dict[str, float]
+
+
+def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Findings:
+    """Works the findings out."""
+    documents = corpus.training
+    drawn = tally.drawn > 0
+    corruption = np.array([document.corruption for document in documents])
+    inside = np.array([document.domain == validation_domain for document in documents])
+    corrupted = corruption != ""
+    ways = {way: ~corrupted | (corruption == way) for way in sorted(set(corruption) - {""})}
+    errors = [abs(check.second / check.change - 1) if check.change else math.inf for check in log.checks]
+    return Findings(
+        change_error=_weighted_error(log.checks, lambda check: check.second),
+        first_order_error=_weighted_error(log.checks, lambda check: check.first),
+        median_change_error=statistics.median(errors),
+        close_steps=statistics.fmean(error <= 0.05 for error in errors),
+        auroc=auroc(tally.second[drawn], corrupted[drawn]),
+        auroc_first=auroc(tally.first[drawn], corrupted[drawn]),
+        auroc_by_corruption={
+            way: auroc(tally.second[drawn & among], corrupted[drawn & among]) for way, among in ways.items()
+        },
+        auroc_in_validation_domain=auroc(tally.second[drawn & inside], corrupted[drawn & inside]),
+        oracle_error=max(float((o.values - o.exact).abs().max() / o.exact.abs().max()) for o in log.oracle),
+        oracle_auroc=_oracle_auroc(log.oracle, corrupted),
+        overhead=overhead(log.seconds),
+    )
+
+
+def _weighted_error(checks: Sequence[Check], total: Callable[[Check], float]) -> float:
+    size = sum(abs(check.change) for check in checks)
+    return sum(abs(total(check) - check.change) for check in checks) / size if size else math.inf
+
+
+def _oracle_auroc(steps: Sequence[OracleStep], corrupted: NDArray[np.bool_]) -> tuple[float, float]:
+    positive = np.concatenate([corrupted[step.documents.numpy()] for step in steps])
+    ours = np.concatenate([(step.values - step.values.mean()).numpy() for step in steps])
+    exact = np.concatenate([(step.exact - step.exact.mean()).numpy() for step in steps])
+    return auroc(ours, positive), auroc(exact, positive)
+
+
+def overhead(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The ratios of median times; empty before the first probe."""
+    if not seconds:
+        return {}
+    medians = {name: statistics.median(probe[name] for probe in seconds) for name in seconds[0]}
+    return {name: medians[name] / medians["plain"] for name in ("first", "second")}
