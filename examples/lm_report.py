@@ -167,7 +167,7 @@ def _draw_documents(tally: Tally, corpus: Corpus, findings: Findings) -> Figure:
     for label, among, colour in (("clean", ~corrupted, CLEAN_COLOUR), ("corrupted", corrupted, CORRUPTED_COLOUR)):
         values = np.clip(tally.second[drawn & among], edges[0], edges[-1])
         shares = np.full(len(values), 1 / max(len(values), 1))
-        axis.hist(values, edges, weights=shares, alpha=0.7, color=colour, label=f"{label} ({len(values)})")
+        axis.hist(values, list(edges), weights=shares, alpha=0.7, color=colour, label=f"{label} ({len(values)})")
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_title(f"AUROC {findings.auroc:.3f}", loc="left", fontsize=10)
     axis.set_xlabel("mean value of a document's windows, less their batch's mean (negative lowers the validation loss)")

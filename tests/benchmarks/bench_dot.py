@@ -1,0 +1,426 @@
+"""Exact `fg.dot` against a plain training step and against `torch.func.vmap`, side by side in one process.
+
+Every round times each route once, in turn, so that what else the machine does falls on all of them alike. See the
+README beside this file.
+"""
+
+import argparse
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import funcghost as fg
+
+hf: Any = transformers  # typed for literal arguments, not for sizes handed on from one place
+
+Params = dict[str, Tensor]
+Losses = Callable[[Params, Any], Tensor]
+Route = Callable[[], Any]
+
+LEAST_ROUNDS = 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.expand_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inputs(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        rows = (part.transpose(1, 2) for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(*rows, is_causal=True)
+        x = x + self.outputs(mixed.transpose(1, 2).flatten(2))
+        return x + self.contract(F.gelu(self.expand(self.expand_norm(x))))
+
+
+class GPT(nn.Module):
+    """A decoder with learned positions and a head tied to the embedding."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Losses, the point they are differentiated at, and a direction."""
+
+    name: str
+    losses: Losses
+    params: Params
+    batch: Any
+    direction: Params
+
+    @classmethod
+    def of_model(cls, name: str, model: nn.Module, criterion: Callable[[Any, Any], Tensor], batch: Any) -> "Case":
+        params = dict(model.eval().named_parameters())
+        direction = {key: torch.randn_like(parameter) for key, parameter in params.items()}
+        return cls(name, fg.module_losses(model, criterion), params, batch, direction)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in what the cases run."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device, self.dtype)
+
+    def tokens(self, batch: int, length: int, vocabulary: int) -> Tensor:
+        return torch.randint(3, vocabulary, (batch, length), device=self.device)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
+
+
+def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy of each row's next tokens."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
+def next_token_of_mapping(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    return next_token(output.logits, batch["input_ids"])
+
+
+def half_square(output: Tensor, batch: Any) -> Tensor:
+    return output.square().flatten(1).sum(1) / 2
+
+
+def perceptron(widths: Sequence[int]) -> nn.Module:
+    layers = [(nn.Linear(d, p), nn.Tanh()) for d, p in zip(widths, widths[1:], strict=False)]
+    return nn.Sequential(*(module for layer in layers for module in layer))
+
+
+def gpt(setting: Setting) -> Case:
+    model = setting.place(GPT(vocabulary=8192, length=128, width=256, layers=4, heads=4))
+    return Case.of_model("GPT", model, next_token, setting.tokens(8, 128, 8192))
+
+
+def mlp(setting: Setting) -> Case:
+    return Case.of_model("MLP", setting.place(perceptron([1024] * 5)), half_square, setting.noise(64, 1024))
+
+
+def gpt2(setting: Setting) -> Case:
+    special = {"bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "sdpa", "use_cache": False}
+    config = hf.GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=1024, n_positions=64, **special)
+    batch = {"input_ids": setting.tokens(8, 64, 1024)}
+    return Case.of_model("HF GPT-2", setting.place(hf.GPT2LMHeadModel(config)), next_token_of_mapping, batch)
+
+
+def llama(setting: Setting) -> Case:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 1024}
+    config = hf.LlamaConfig(**size, **heads, attn_implementation="sdpa", use_cache=False)
+    batch = {"input_ids": setting.tokens(8, 64, 1024)}
+    return Case.of_model("HF Llama", setting.place(hf.LlamaForCausalLM(config)), next_token_of_mapping, batch)
+
+
+CASES: dict[str, Callable[[Setting], Case]] = {"gpt": gpt, "mlp": mlp, "gpt2": gpt2, "llama": llama}
+
+
+def tiny_mlp(setting: Setting) -> Case:
+    return Case.of_model(
+        "MLP, 64 layers of width 2", setting.place(perceptron([2] * 65)), half_square, setting.noise(2, 2)
+    )
+
+
+def tiny_gpt(setting: Setting) -> Case:
+    model = setting.place(GPT(vocabulary=8, length=4, width=4, layers=8, heads=2))
+    return Case.of_model("GPT, 8 layers of width 4", model, next_token, setting.tokens(2, 4, 8))
+
+
+def training_gradient(case: Case) -> tuple[Tensor, ...]:
+    """A training step without funcghost."""
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in case.params.items()}
+    return torch.autograd.grad(case.losses(leaves, case.batch).mean(), list(leaves.values()))
+
+
+def by_vmap(case: Case) -> tuple[Params, Tensor]:
+    """The training gradient and the scores from materialised per-sample gradients."""
+
+    def loss(params: Params, example: Any) -> Tensor:
+        return case.losses(params, optree.tree_map(lambda leaf: leaf.unsqueeze(0), example))[0]
+
+    params = {name: parameter.detach() for name, parameter in case.params.items()}
+    rows: Params = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, case.batch)
+    scores = [(rows[name] * v).flatten(1).sum(1) for name, v in case.direction.items()]
+    return {name: row.mean(0) for name, row in rows.items()}, torch.stack(scores).sum(0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds per call (lower quartile, median, upper quartile) and times a plain step's in the same round."""
+
+    route: str
+    seconds: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+    flops: int
+    flop_ratio: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured for one case."""
+
+    case: str
+    parameters: int
+    sites: int
+    rounds: int
+    planning_in_plain_steps: float
+    routes: list[Measured]
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Microseconds per site that a step takes beyond a plain one where the maths is next to nothing."""
+
+    case: str
+    sites: int
+    rounds: int
+    microseconds: tuple[float, float, float]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def seconds(route: Route, setting: Setting) -> float:
+    setting.wait()
+    start = time.perf_counter()
+    route()
+    setting.wait()
+    return time.perf_counter() - start
+
+
+def interleave(routes: dict[str, Route], setting: Setting, budget: float) -> dict[str, list[float]]:
+    """Times the routes in rounds, each round starting with another one, until the budget of seconds is spent."""
+    times: dict[str, list[float]] = {name: [] for name in routes}
+    names, start = list(routes), time.perf_counter()
+    while len(times[names[0]]) < LEAST_ROUNDS or time.perf_counter() - start < budget:
+        names.append(names.pop(0))
+        for name in names:
+            times[name].append(seconds(routes[name], setting))
+    return times
+
+
+def count_flops(route: Route) -> int:
+    with FlopCounterMode(display=False) as counter:
+        route()
+    return counter.get_total_flops()
+
+
+def planned_routes(case: Case) -> tuple[dict[str, Route], fg.Plan]:
+    plan, reducer = fg.plan(case.losses, case.params, case.batch), fg.dot(case.direction)
+    step, score = fg.grad_and_reduce(case.losses, plan=plan), fg.reduce(case.losses, plan=plan)
+    routes = {
+        "plain step": lambda: training_gradient(case),
+        "grad_and_reduce(dot)": lambda: step(case.params, case.batch, reducer).reduced,
+        "reduce(dot)": lambda: score(case.params, case.batch, reducer),
+    }
+    return routes, plan
+
+
+def agree(scores: Tensor, reference: Tensor) -> bool:
+    tolerance = 1e3 * torch.finfo(reference.dtype).eps
+    return bool((scores - reference).abs().max() <= tolerance * reference.abs().max())
+
+
+def add_vmap(routes: dict[str, Route], case: Case, reference: Tensor) -> dict[str, str]:
+    """Adds the route by vmap; where it does not run, says why."""
+    try:
+        _, scores = by_vmap(case)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return {"vmap(grad)": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    if not agree(scores, reference):
+        raise RuntimeError(f"{case.name}: vmap(grad) and fg.reduce give different scores, {scores} and {reference}.")
+    routes["vmap(grad)"] = lambda: by_vmap(case)
+    return {}
+
+
+def compare(case: Case, setting: Setting, budget: float) -> Comparison:
+    routes, plan = planned_routes(case)
+    reference = routes["reduce(dot)"]()
+    if not agree(routes["grad_and_reduce(dot)"](), reference):
+        raise RuntimeError(f"{case.name}: fg.grad_and_reduce and fg.reduce give different scores.")
+    missing = add_vmap(routes, case, reference)
+    flops = {name: count_flops(route) for name, route in routes.items()}
+    times = interleave(routes, setting, budget)
+    plain = times["plain step"]
+    measured = [
+        Measured(
+            name,
+            quartiles(taken),
+            quartiles([mine / base for mine, base in zip(taken, plain, strict=True)]),
+            flops[name],
+            flops[name] / flops["plain step"],
+        )
+        for name, taken in times.items()
+    ]
+    planning = [seconds(lambda: fg.plan(case.losses, case.params, case.batch), setting) for _ in range(LEAST_ROUNDS)]
+    return Comparison(
+        case=case.name,
+        parameters=sum(parameter.numel() for parameter in case.params.values()),
+        sites=count_sites(plan),
+        rounds=len(plain),
+        planning_in_plain_steps=quartiles(planning)[1] / quartiles(plain)[1],
+        routes=measured,
+        missing=missing,
+    )
+
+
+def count_sites(plan: fg.Plan) -> int:
+    return sum(site.action != "skip" for site in plan.sites)
+
+
+def measure_overhead(case: Case, setting: Setting, budget: float) -> Overhead:
+    routes, plan = planned_routes(case)
+    routes.pop("reduce(dot)")
+    for route in routes.values():
+        route()
+    times = interleave(routes, setting, budget)
+    sites = count_sites(plan)
+    pairs = zip(times["grad_and_reduce(dot)"], times["plain step"], strict=True)
+    return Overhead(case.name, sites, len(times["plain step"]), quartiles([(a - b) / sites * 1e6 for a, b in pairs]))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def show(comparison: Comparison) -> str:
+    rows = [["route", "ms", "quartiles", "x plain", "quartiles", "x FLOPs"]]
+    for route in comparison.routes:
+        low, middle, high = (1e3 * second for second in route.seconds)
+        ratios = [f"{ratio:.2f}" for ratio in route.ratio]
+        rows.append(
+            [
+                *(route.route, f"{middle:.1f}", f"{low:.1f} - {high:.1f}"),
+                *(ratios[1], f"{ratios[0]} - {ratios[2]}", f"{route.flop_ratio:.3f}"),
+            ]
+        )
+    notes = [f"{route} does not run: {reason}" for route, reason in comparison.missing.items()]
+    head = (
+        f"\n{comparison.case}: {comparison.parameters:,} parameters, {comparison.sites} sites, {comparison.rounds} rounds; "
+        f"planning takes {comparison.planning_in_plain_steps:.1f} plain steps"
+    )
+    return "\n".join([head, table(rows), *notes])
+
+
+def show_overheads(overheads: Sequence[Overhead]) -> str:
+    rows = [["us per site beyond a plain step", "sites", "rounds", "us", "quartiles"]]
+    for overhead in overheads:
+        low, middle, high = (f"{value:.0f}" for value in overhead.microseconds)
+        rows.append([overhead.case, str(overhead.sites), str(overhead.rounds), middle, f"{low} - {high}"])
+    return "\n" + table(rows)
+
+
+def describe(setting: Setting) -> dict[str, Any]:
+    cpu = setting.device.type == "cpu"
+    return {
+        "device": str(setting.device),
+        "device_name": platform.machine() if cpu else torch.get_device_module(setting.device).get_device_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "funcghost": fg.__version__,
+    }
+
+
+def existing_directory(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
+    return path
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be positive, found {text}")
+        return value
+
+    return parse
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times exact fg.dot against a plain step and vmap(grad).")
+    parser.add_argument("--quick", action="store_true", help="under a minute: fewer rounds")
+    parser.add_argument("--seconds", type=positive(float), help="time per case; default 40, with --quick 7")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "overhead"], default=[*CASES, "overhead"])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=existing_directory, help="write everything to this JSON file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the cases, prints the tables and gives what --out writes."""
+    args = parse_arguments(arguments)
+    budget = args.seconds or (7.0 if args.quick else 40.0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    hf.logging.set_verbosity_error()
+    # vmap says that it loops where an op has no batching rule: attention kernels on the CPU.
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+    setting = Setting(args.device, DTYPES[args.dtype])
+    report: dict[str, Any] = {"setting": describe(setting), "comparisons": [], "overheads": []}
+    print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
+    for name in args.cases:
+        torch.manual_seed(args.seed)
+        if name == "overhead":
+            found = [measure_overhead(make(setting), setting, budget / 8) for make in (tiny_mlp, tiny_gpt)]
+            report["overheads"] = [asdict(overhead) for overhead in found]
+            print(show_overheads(found))
+        else:
+            comparison = compare(CASES[name](setting), setting, budget)
+            report["comparisons"].append(asdict(comparison))
+            print(show(comparison), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
