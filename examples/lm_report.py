@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -172,6 +173,7 @@ def _draw_documents(tally: Tally, corpus: Corpus, findings: Findings) -> Figure:
     axis.set_title(f"AUROC {findings.auroc:.3f}", loc="left", fontsize=10)
     axis.set_xlabel("mean value of a document's windows, less their batch's mean (negative lowers the validation loss)")
     axis.set_ylabel("share of documents")
+    axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axis.legend(frameon=False)
     return figure
 
@@ -186,7 +188,7 @@ def _draw_changes(log: Log) -> Figure:
     over_time.plot(steps, change, color="black", linewidth=1, label="actual change")
     over_time.plot(steps, second, "o", color=CORRUPTED_COLOUR, markersize=3, label="sum of second-order values")
     over_time.set(xlabel="step", ylabel="change of the validation loss")
-    over_time.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
     _symmetric_log(over_time, change, "y")
     against.axline((0, 0), slope=1, color="black", linewidth=0.6)
     against.plot(change, first, ".", color=FIRST_COLOUR, markersize=5)
@@ -198,11 +200,11 @@ def _draw_changes(log: Log) -> Figure:
 
 def _symmetric_log(axis: Axes, values: Floats, *directions: Literal["x", "y"]) -> None:
     """Changes are of either sign, and those of the first and of the last steps differ by orders of magnitude."""
-    threshold = float(np.median(np.abs(values))) or 1.0
+    size = float(np.median(np.abs(values)))
+    threshold = 10.0 ** math.ceil(math.log10(size)) if size else 1.0
     for direction in directions:
         getattr(axis, f"set_{direction}scale")("symlog", linthresh=threshold)
         getattr(axis, f"{direction}axis").set_minor_locator(NullLocator())
-        axis.tick_params(direction, labelsize=7)
 
 
 def _draw_overhead(log: Log) -> Figure:
@@ -215,7 +217,7 @@ def _draw_overhead(log: Log) -> Figure:
         axis.plot(np.median(times), row, "|", color="black", markersize=22, markeredgewidth=2)
     axis.set_yticks(range(len(ratios)), [f"{labels[name]}  {ratio:.2f}x" for name, ratio in ratios.items()])
     axis.set_ylim(len(ratios) - 0.5, -0.5)
-    axis.set_xlim(left=0)
+    axis.set_xscale("log")
     axis.set_xlabel("milliseconds for the training gradient, alone and with values (bars: medians)")
     return figure
 

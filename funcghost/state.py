@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+RUNNING = ("running_mean", "running_var")
+
 RandomState = list[tuple[torch.device, Tensor]]
 
 
@@ -45,6 +47,11 @@ def replaying(state: RandomState | None) -> Iterator[None]:
         set_random_state(present)
 
 
+def _is_written(argument: torch.Argument) -> bool:
+    """By the schema; those of batch norm do not say that the running statistics are."""
+    return (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in RUNNING
+
+
 class _WriteLog(TorchDispatchMode):
     """Copies every tensor that existed before the mode was entered just before it is written to."""
 
@@ -56,12 +63,11 @@ class _WriteLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
-        if schema.is_mutable:
-            for position, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written = args[position] if position < len(args) else kwargs.get(argument.name)
-                    for value in written if isinstance(written, (list, tuple)) else [written]:
-                        self._keep(value)
+        for position, argument in enumerate(schema.arguments):
+            if _is_written(argument):
+                written = args[position] if position < len(args) else kwargs.get(argument.name)
+                for value in written if isinstance(written, list | tuple) else [written]:
+                    self._keep(value)
         out = func(*args, **kwargs)
         for value in out if isinstance(out, (list, tuple)) else [out]:
             if (

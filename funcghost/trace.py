@@ -88,6 +88,7 @@ class Trace(TorchFunctionMode):
         if op in MOVES:
             self._note_move(op, leaves, spec, given, inputs)
         versions = {slot: leaf._version for slot, leaf in given.items() if not leaf.is_inference()}
+        copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
         before = random_state(self.devices)
         returned = op(*args, **kwargs)
         self.digest = self.digest.after(op, leaves, returned)
@@ -98,7 +99,11 @@ class Trace(TorchFunctionMode):
             )
         if not inputs or not torch.is_grad_enabled():
             return self._keep(returned)
-        written = tuple(slot for slot, version in versions.items() if given[slot]._version != version)
+        written = tuple(
+            slot
+            for slot, version in versions.items()
+            if given[slot]._version != version or (slot in copies and not _equal(copies[slot], given[slot]))
+        )
         self._refuse_writes(op, [given[slot] for slot in written])
         found = outputs(returned, [given[slot] for slot in written])
         if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
@@ -142,6 +147,10 @@ class Trace(TorchFunctionMode):
             self.count += 1
         self.records.append(Record(op_name(op), inputs, tuple(outs), written, fixed, bound, drew))
         return swap(returned, replaced) if replaced else returned
+
+    def _may_be_statistics(self, leaf: Tensor) -> bool:
+        """Batch norms update their running statistics without a trace in the version counter."""
+        return is_float(leaf) and leaf.dim() == 1 and id(leaf) not in self.values and not leaf.requires_grad
 
     def _note_move(
         self, op: Any, leaves: list[Any], spec: Any, given: dict[int, Tensor], inputs: dict[int, int]
@@ -203,7 +212,11 @@ class Trace(TorchFunctionMode):
         """The tensors of the user that went into ops without being parameters or batch: buffers, constants."""
         self.seen.clear()
         alive = (reference() for reference in self.foreign.values())
-        return tuple(tensor for tensor in alive if tensor is not None)
+        return tuple(tensor for tensor in alive if tensor is not None and tensor.is_leaf)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def find_sites(records: Sequence[Record], names: Sequence[str], carry_all: bool = False) -> list[Site]:

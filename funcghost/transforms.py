@@ -159,6 +159,8 @@ class _Transform:
     def step(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
         """The function that `grad_and_reduce` returns."""
         if torch.compiler.is_compiling():
+            if not self.plans:
+                raise PlanError("torch.compile: make plan = fg.plan(...) in eager mode first, and pass plan=plan.")
             grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
             return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
         if torch._C._functorch.maybe_current_level() is not None:
@@ -167,8 +169,6 @@ class _Transform:
 
     def _compiled(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """The step as a compiler traces it: what the losses close over comes in as arguments, tensors alone go out."""
-        if not self.plans:
-            raise PlanError("torch.compile: make a plan in eager mode first, plan = fg.plan(...), and pass plan=plan.")
         return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
 
     def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
@@ -179,6 +179,8 @@ class _Transform:
         if not directions:
             outcome = run_plain(problem, self.reduction)
         elif captured or torch.compiler.is_compiling() or get_proxy_mode() is not None:
+            if not self.plans:
+                raise PlanError("make_fx: make plan = fg.plan(...) before tracing, and pass plan=plan.")
             standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
             outcome = run(problem, self.plans[0], directions, reduction=self.reduction, standins=standins)
         else:

@@ -31,6 +31,13 @@ def assert_scores(found: Tensor, wanted: tuple[Tensor, Tensor], tolerance: float
     assert bool(((found - value).abs() <= allowed + 1e-300).all()), (found, value, size)
 
 
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Equality to a tolerance relative to the largest entry."""
+    assert found.shape == wanted.shape
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    assert bool(((found - wanted).abs() <= tolerance * scale).all()), (found, wanted)
+
+
 def assert_trees_close(found: Params, wanted: Params, tolerance: float = 1e-12) -> None:
     """Equality to a tolerance relative to the largest entry of the tree, so that one leaf may be rounding alone."""
     assert found.keys() == wanted.keys()

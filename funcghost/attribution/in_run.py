@@ -235,17 +235,14 @@ def _hvp(problem: Problem, along: Sequence[Tensor]) -> tuple[list[Tensor], int]:
         try:
             product = torch.func.jvp(torch.func.grad(total), (leaves,), (list(along),))[1]
         except RuntimeError:
-            product = _reverse_over_reverse(problem, along)
+            return _reverse_over_reverse(problem, along)
     return [leaf.detach() for leaf in product], samples
 
 
-def _reverse_over_reverse(problem: Problem, along: Sequence[Tensor]) -> list[Tensor]:
+def _reverse_over_reverse(problem: Problem, along: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     leaves = problem.leaves()
     values, _ = problem.evaluate(leaves)
     gradients = torch.autograd.grad(values.sum(), leaves, create_graph=True, allow_unused=True)
     products = [(g * v).sum() for g, v in zip(gradients, along, strict=True) if g is not None and g.requires_grad]
-    if not products:
-        return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
-    return backward(
-        torch.stack(products), leaves, torch.ones(len(products), dtype=products[0].dtype, device=products[0].device)
-    )
+    total = torch.stack(products).sum() if products else values.new_zeros(())
+    return backward(total, leaves, torch.ones_like(total)), values.shape[0]
