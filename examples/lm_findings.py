@@ -29,7 +29,8 @@ class Findings:
     `change_error` is the error of the summed second-order values over the checked steps, relative to the size of the
     changes, `sum |sum_i phi_i - change| / sum |change|`; `first_order_error` the same for first-order values.
     `median_change_error` is the median of the relative errors of single steps, and `close_steps` the share of steps
-    within 5 %. `overhead` is the median time of a step with first- and with second-order values over a plain one.
+    within 5 %. `overhead` is the median time of a step with first- and with second-order values, each in units of the
+    plain step beside it.
     `oracle_error` is the largest difference from the exact values, relative to the largest of these in their batch;
     `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones.
     """
@@ -86,8 +87,6 @@ def _oracle_auroc(steps: Sequence[OracleStep], corrupted: NDArray[np.bool_]) -> 
 
 
 def overhead(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The ratios of median times; empty before the first probe."""
-    if not seconds:
-        return {}
-    medians = {name: statistics.median(probe[name] for probe in seconds) for name in seconds[0]}
-    return {name: medians[name] / medians["plain"] for name in ("first", "second")}
+    """The median ratios of times taken one after the other; empty before the first probe."""
+    names = ("first", "second") if seconds else ()
+    return {name: statistics.median(probe[name] / probe["plain"] for probe in seconds) for name in names}

@@ -128,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
     parser.add_argument("--refresh", type=whole(1), default=10, help="steps for which a validation gradient is kept")
     parser.add_argument("--flush", type=whole(1), default=10, help="steps between two parts of scores and checkpoints")
     parser.add_argument("--max-change-error", type=number(0.0, math.inf), default=0.05, help="what the run asserts")
-    parser.add_argument("--min-auroc", type=number(0.0, 1.0), default=0.9, help="what the run asserts")
+    parser.add_argument("--min-auroc", type=number(0.0, 1.0), default=0.9, help="what the run asserts; 0 for nothing")
     args = parser.parse_args(argv)
     if args.context >= SHORTEST:
         parser.error(f"--context {args.context}: must be less than {SHORTEST}, the length of the shortest documents")
@@ -158,7 +158,7 @@ def _own_names() -> tuple[str, ...]:
 
 def origin_of(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """All that the scores follow from."""
-    return {"corpus": corpus.digest(), **{name: getattr(args, name) for name in ORIGIN}}
+    return {**{name: getattr(args, name) for name in ORIGIN}, "corpus": corpus.digest()}
 
 
 def continue_run(
@@ -169,7 +169,7 @@ def continue_run(
     for name, value in origin.items():
         if begun[name] != value and name == "corpus":
             parser.error(f"--resume: the run in {args.out} read other text; Python's library has changed since")
-        if begun[name] != value:
+        elif begun[name] != value:
             parser.error(f"--resume: the run in {args.out} has --{name.replace('_', '-')} {begun[name]}, not {value}")
     if state.step > args.steps:
         parser.error(f"--steps {args.steps}: the run in {args.out} has come to step {state.step} already")
@@ -237,7 +237,7 @@ def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
         Claim(
             f"corrupted documents are found with an AUROC of at least {args.min_auroc:.2f}",
             f"{found.auroc:.3f} ({ways}; by first-order values {found.auroc_first:.3f})",
-            found.auroc >= args.min_auroc,
+            args.min_auroc == 0 or found.auroc >= args.min_auroc,
         ),
         Claim(
             "values equal those of per-sample gradients taken one by one in float64",
@@ -251,6 +251,8 @@ def remark_of(args: argparse.Namespace, found: Findings, claims: Sequence[Claim]
     """What is to be said where corrupted documents do not stand out although the values are right."""
     if claims[1].holds or not claims[2].holds:
         return ""
+    if math.isnan(found.auroc):
+        return f"In {args.steps} steps no corrupted document was drawn, or no clean one: take more."
     ours, exact = found.oracle_auroc
     return (
         f"This is the method's own answer after {args.steps} steps, not an error of its computation: on the windows "

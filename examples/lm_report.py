@@ -57,7 +57,7 @@ $documents
 <p>At the steps for which the validation gradient was taken anew.</p>
 $changes
 <h2>Overhead</h2>
-<p>Times in this run, taken one after the other on the same batch.</p>
+<p>Times in this run, taken one after the other on the same batch; the ratios are medians over these probes.</p>
 $overhead
 <h2>Losses</h2>
 $losses
@@ -210,13 +210,13 @@ def _symmetric_log(axis: Axes, values: Floats, *directions: Literal["x", "y"]) -
 def _draw_overhead(log: Log) -> Figure:
     figure, (axis,) = _figure(height=2.4)
     labels = {"plain": "plain step", "first": "with first order", "second": "with second order"}
-    ratios = {"plain": 1.0, **overhead(log.seconds)}
+    ratios = {"plain": 1.0, **overhead(log.seconds)} if log.seconds else {}
     for row, name in enumerate(ratios):
         times = 1e3 * np.array([probe[name] for probe in log.seconds])
         axis.plot(times, np.full(len(times), row), "o", color=CLEAN_COLOUR, alpha=0.3, markeredgewidth=0)
         axis.plot(np.median(times), row, "|", color="black", markersize=22, markeredgewidth=2)
     axis.set_yticks(range(len(ratios)), [f"{labels[name]}  {ratio:.2f}x" for name, ratio in ratios.items()])
-    axis.set_ylim(len(ratios) - 0.5, -0.5)
+    axis.set_ylim(2.5, -0.5)
     axis.set_xscale("log")
     axis.set_xlabel("milliseconds for the training gradient, alone and with values (bars: medians)")
     return figure

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcghost.digest import Digest, op_name
-from funcghost.errors import PlanError
+from funcghost.errors import MismatchError, PlanError
 from funcghost.layout import Layout
 from funcghost.plans import Plan, Site
 from funcghost.state import RandomState, random_state, replaying
@@ -21,10 +21,6 @@ from funcghost.tap import Scorer, Tap
 
 Tangents = tuple[Tensor, ...]
 """One tangent per direction."""
-
-
-class MismatchError(PlanError):
-    """A call's sites are not those of the plan."""
 
 
 class Choose(Protocol):

@@ -22,3 +22,7 @@ class ConservationError(GhostError, RuntimeError):
 
 class PlanError(GhostError, RuntimeError):
     """A plan does not describe the call it was given for."""
+
+
+class MismatchError(PlanError):
+    """A call's sites are not those of the plan: it is planned anew where that can be done."""

@@ -71,10 +71,14 @@ def codes(batch: int, like: Tensor) -> list[Tensor]:
 
 @dataclass
 class Clock:
-    """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code."""
+    """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code.
+
+    Before it is started, backwards are those of the losses themselves.
+    """
 
     batch: int = 0
     code: Tensor | None = None
+    started: bool = True
 
 
 class Meter:
@@ -88,6 +92,8 @@ class Meter:
 
     def see(self, gradient: Tensor) -> None:
         """Takes the gradient of the backward that is running."""
+        if not self.clock.started:
+            return
         if self.clock.code is None:
             self.base = gradient
             self.candidates = candidates(gradient.shape, self.clock.batch) if gradient.layout is torch.strided else []

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from funcghost.capture import MismatchError
-from funcghost.errors import InputError, PlanError, UnsupportedOpError
+from funcghost.errors import InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.layout import Clock, codes
 from funcghost.plans import Plan, Site, batch_axes
 from funcghost.run import Problem, backward, run
@@ -51,6 +50,13 @@ class Options:
                 raise InputError(f"Options.{name} must be one of {allowed}, found {getattr(self, name)!r}.")
 
 
+def check_options(options: Options | None) -> Options:
+    """The options, or those by default."""
+    if options is not None and not isinstance(options, Options):
+        raise InputError(f"options: must be fg.Options(...), found {type(options).__name__}.")
+    return options or Options()
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """A plan without ways, and what autograd says of the same losses."""
@@ -71,12 +77,17 @@ def make_plan(problem: Problem, options: Options) -> Plan:
         ConservationError: a use of a parameter was not seen, or is wrong.
         PlanError: the losses do something else each time they run, or there are no values to measure.
     """
-    if any(leaf.is_meta for leaf in problem.params.leaves):
+    if not callable(problem.losses):
+        raise InputError(
+            f"losses: must be a function losses(params, batch) -> [b], found {type(problem.losses).__name__}."
+        )
+    if problem.is_meta():
         raise PlanError(
             "plan: tensors on the meta device have no values to measure. Plan on a real device and pass the plan."
         )
-    with untouched(problem.devices()):
+    with untouched(problem.devices()) as written:
         measured = _measure(problem, carry_all=options.route == "forward")
+    measured = replace(measured, plan=replace(measured.plan, written=tuple(written())))
     plan = _rehearse(problem, measured, options.verify != "never") if measured.plan.batch else measured.plan
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
     return plan
@@ -121,16 +132,17 @@ def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def _measure(problem: Problem, carry_all: bool) -> Measured:
-    clock, leaves = Clock(), problem.leaves()
+    clock, leaves = Clock(started=False), problem.leaves()
     trace = Trace(problem, leaves, clock)
     with trace:
         losses, _ = problem.evaluate(leaves)
+    _refuse_reentrant_checkpoints(losses)
     if not losses.requires_grad:
         raise InputError(
             "losses: do not depend on params. Call the model with the params handed in, e.g. by "
             "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
         )
-    clock.batch = losses.shape[0]
+    clock.batch, clock.started = losses.shape[0], True
     weights = sample_weights(losses)
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if clock.batch:
@@ -152,6 +164,22 @@ def _measure(problem: Problem, carry_all: bool) -> Measured:
     )
     found = [torch.zeros_like(leaf) if g is None else g.to_dense() for g, leaf in zip(gradients, leaves, strict=True)]
     return Measured(plan, witness(losses, weights, [g.detach() for g in found], plan.precision))
+
+
+def _refuse_reentrant_checkpoints(losses: Tensor) -> None:
+    """Their gradients flow in `.backward()` alone: `torch.autograd.grad` would give zero for what is inside."""
+    todo, seen = [losses.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise UnsupportedOpError(
+                "torch.utils.checkpoint with use_reentrant=True hides its region from torch.autograd.grad. Pass "
+                "use_reentrant=False and context_fn=fg.checkpoint_context."
+            )
+        todo.extend(child for child, _ in node.next_functions)
 
 
 class _Rehearsal:

@@ -41,7 +41,7 @@ class Plan:
 
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
     `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
-    ops compute in.
+    ops compute in. `captured` are the user's tensors that the losses close over, `written` the memory they write to.
     """
 
     sites: tuple[Site, ...]
@@ -52,6 +52,7 @@ class Plan:
     axes: tuple[tuple[int, int], ...] = ()
     verified: bool = False
     captured: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    written: tuple[torch.UntypedStorage, ...] = field(default=(), repr=False, compare=False)
 
     def batch_size(self, batch: Tree) -> int:
         """The number of samples in another batch of the same structure."""

@@ -103,12 +103,21 @@ def _signature(op: Op) -> tuple[str, ...]:
 
 def _embedding_factor(a: Arguments) -> Tensor | None:
     """What the gradient of an embedding does beyond its forward: no padding row, and a scale by frequency."""
-    index, rows, padding = a["input"], a["weight"].shape[0], a.get("padding_idx")
-    factor: Tensor | None = None if padding is None else (index != padding % rows).unsqueeze(-1)
+    padding = a.get("padding_idx")
+    return _lookup_factor(a, a["input"], None if padding is None else padding % a["weight"].shape[0])
+
+
+def _raw_embedding_factor(a: Arguments) -> Tensor | None:
+    padding = a.get("padding_idx", -1)
+    return _lookup_factor(a, a["indices"], None if padding < 0 else padding)
+
+
+def _lookup_factor(a: Arguments, index: Tensor, padding: int | None) -> Tensor | None:
+    factor: Tensor | None = None if padding is None else (index != padding).unsqueeze(-1)
     if not a.get("scale_grad_by_freq"):
         return factor
     ones = a["weight"].new_ones(index.numel())
-    count: Tensor = ones.new_zeros(rows).index_add(0, index.flatten(), ones)[index].unsqueeze(-1)
+    count: Tensor = ones.new_zeros(a["weight"].shape[0]).index_add(0, index.flatten(), ones)[index].unsqueeze(-1)
     return 1 / count if factor is None else factor / count
 
 
@@ -118,6 +127,14 @@ def _not_renormed(a: Arguments) -> bool:
 
 def _adds_rows(a: Arguments) -> bool:
     return a.get("mode", "mean") != "max" and a.get("max_norm") is None and not a.get("scale_grad_by_freq")
+
+
+def _all_float(a: Arguments) -> bool:
+    return all(tensor.is_floating_point() or tensor.is_complex() for tensor in a["tensors"])
+
+
+def _unrounded(a: Arguments) -> bool:
+    return a.get("rounding_mode") is None
 
 
 def _has_weight(a: Arguments) -> bool:
@@ -135,7 +152,7 @@ _PRODUCTS = (
     *(torch.mul, T.mul, T.__mul__, T.__rmul__),
 )
 _SUMS_AND_VIEWS = (
-    *(torch.cat, torch.stack, torch.clone, T.clone, T.contiguous, T.to, T.float, T.double, T.bfloat16, T.type_as),
+    *(torch.clone, T.clone, T.contiguous, T.to, T.float, T.double, T.bfloat16, T.type_as),
     *(torch.sum, T.sum, torch.mean, T.mean, torch.neg, T.neg, T.__neg__),
     *(torch.t, T.t, T.T.__get__, T.mT.__get__, torch.transpose, T.transpose, torch.permute, T.permute, T.movedim),
     *(T.view, torch.reshape, T.reshape, torch.flatten, T.flatten, T.unflatten, T.expand, T.expand_as, T.repeat),
@@ -154,8 +171,10 @@ for _op in _SUMS_AND_VIEWS:
     register_rule(_op, linear="jointly")
 for _op in _ADDITIONS:
     register_rule(_op, linear=_JOINT, arguments=("input", "other"))
+for _op in (torch.cat, torch.stack):
+    register_rule(_op, linear="jointly", arguments=("tensors", "dim"), when=_all_float)
 for _op in (torch.div, T.div, T.__truediv__):
-    register_rule(_op, linear=(("input",),), arguments=("input", "other"))
+    register_rule(_op, linear=(("input",),), arguments=("input", "other"), when=_unrounded)
 register_rule(F.linear, linear=_WEIGHT_OR_INPUT, arguments=("input", "weight", "bias"))
 for _op in (torch.addmm, T.addmm):
     register_rule(_op, linear=(("mat2", "input"), ("mat1", "input")), arguments=("input", "mat1", "mat2"))
@@ -166,6 +185,12 @@ for _op in _CONVOLUTIONS:
 for _op in (F.grouped_mm, torch._grouped_mm):
     register_rule(_op, linear=(("mat_b", "bias"), ("mat_a", "bias")), arguments=("mat_a", "mat_b", "offs", "bias"))
 register_rule(F.embedding, linear=(("weight",),), when=_not_renormed, factor=_embedding_factor)
+register_rule(
+    torch.embedding,
+    linear=(("weight",),),
+    arguments=("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"),
+    factor=_raw_embedding_factor,
+)
 register_rule(F.embedding_bag, linear=(("weight",), ("per_sample_weights",)), when=_adds_rows)
 for _op in (F.layer_norm, F.group_norm, F.batch_norm):
     register_rule(_op, linear=_AFFINE, when=_has_weight)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from funcghost.capture import Capture, Choose, MismatchError
-from funcghost.errors import InputError, UnsupportedOpError
+from funcghost.capture import Capture, Choose
+from funcghost.errors import InputError, MismatchError, UnsupportedOpError
 from funcghost.plans import Plan
 from funcghost.trees import Params, Tree, tensors
 
@@ -44,6 +44,10 @@ class Problem:
     def devices(self) -> list[torch.device]:
         """The devices of the parameters and of the batch."""
         return list({tensor.device for tensor in (*self.params.leaves, *tensors(self.batch))})
+
+    def is_meta(self) -> bool:
+        """Whether there are no values to measure."""
+        return any(leaf.is_meta for leaf in self.params.leaves)
 
     def leaves(self) -> list[Tensor]:
         """Fresh leaves that share memory with the parameters, so that nothing of the user's is touched."""

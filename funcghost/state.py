@@ -1,7 +1,7 @@
 """Leaving the user's world as it was: random streams, and tensors that a rehearsed loss would write to."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ class _WriteLog(TorchDispatchMode):
         super().__init__()
         self.originals: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.born: set[int] = set()
+        self.generators: dict[torch.Generator, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,6 +69,9 @@ class _WriteLog(TorchDispatchMode):
                 written = args[position] if position < len(args) else kwargs.get(argument.name)
                 for value in written if isinstance(written, list | tuple) else [written]:
                     self._keep(value)
+        for value in kwargs.values():
+            if isinstance(value, torch.Generator) and value not in self.generators:
+                self.generators[value] = value.get_state()
         out = func(*args, **kwargs)
         for value in out if isinstance(out, (list, tuple)) else [out]:
             if (
@@ -85,30 +89,37 @@ class _WriteLog(TorchDispatchMode):
                 self.originals[storage._cdata] = (storage, storage.clone())
 
 
-Snapshot = tuple[RandomState, Any, Any]
+Copies = Sequence[tuple[torch.UntypedStorage, torch.UntypedStorage]]
+Snapshot = tuple[RandomState, Any, Any, Copies]
 
 
-def snapshot(devices: Sequence[torch.device]) -> Snapshot:
-    """The state of all random streams: torch, numpy and Python."""
-    return random_state(devices), random.getstate(), np.random.get_state()
+def snapshot(devices: Sequence[torch.device], written: Sequence[torch.UntypedStorage] = ()) -> Snapshot:
+    """The state of all random streams (torch, numpy and Python), and copies of the memory that will be written to."""
+    copies = [(storage, storage.clone()) for storage in written]
+    return random_state(devices), random.getstate(), np.random.get_state(), copies
 
 
 def restore(state: Snapshot) -> None:
-    """Puts all random streams back."""
-    drawn, python, numpy_state = state
+    """Puts everything back."""
+    drawn, python, numpy_state, copies = state
     set_random_state(drawn)
     random.setstate(python)
     np.random.set_state(numpy_state)
+    for storage, copy in copies:
+        storage.copy_(copy)
 
 
 @contextmanager
-def untouched(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Undoes what the body does to random streams and to tensors older than the body."""
+def untouched(devices: Sequence[torch.device]) -> Iterator[Callable[[], list[torch.UntypedStorage]]]:
+    """Undoes what the body does to random streams and to tensors older than the body.
+
+    Gives a function that says which memory that was.
+    """
     before, log = snapshot(devices), _WriteLog()
     try:
         with log:
-            yield
+            yield lambda: [storage for storage, _ in log.originals.values()]
     finally:
-        for storage, copy in log.originals.values():
-            storage.copy_(copy)
-        restore(before)
+        restore((*before[:3], list(log.originals.values())))
+        for generator, state in log.generators.items():
+            generator.set_state(state)

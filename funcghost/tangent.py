@@ -136,13 +136,13 @@ def _by_rule(call: Call, rule: Rule) -> Pushforward:
 
 def _terms(call: Call, rule: Rule) -> list[Term] | None:
     """For each set of arguments used: the slots to fill with tangents, and those to fill with zeros."""
+    if rule.when is not None and not rule.when(_bind(call, rule, call.leaves)):
+        return None
     if rule.linear == "each":
         return [((slot,), ()) for slot in call.tracked]
     if rule.linear == "jointly":
         floats = (slot for slot, leaf in enumerate(call.leaves) if is_float(leaf))
         return [(call.tracked, tuple(slot for slot in floats if slot not in call.tracked))]
-    if rule.when is not None and not rule.when(_bind(call, rule, call.leaves)):
-        return None
     slots = _bind(call, rule, range(len(call.leaves)))
     remaining, terms = set(call.tracked), []
     for names in rule.linear:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcghost.errors import PlanError
+from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.layout import Layout
 
 Slopes = Callable[..., list[tuple[Tensor, ...]]]
@@ -34,8 +34,15 @@ class Scorer:
 
     def score(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
         """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise UnsupportedOpError(
+                f"{self.name}: the losses differentiate through parameters with torch.func. Write the inner derivative "
+                "out by hand, or leave these parameters out of params."
+            )
         if any(g is not None and layout == "unused" for g, layout in zip(gradients, self.layouts, strict=True)):
-            raise PlanError(f"{self.name}: an output that the losses did not use when the plan was made is used now.")
+            raise MismatchError(
+                f"{self.name}: an output that the losses did not use when the plan was made is used now."
+            )
         columns = [self._column(slope, gradients, probe) for slope in self.slopes(*saved)]
         return torch.stack(columns, -1)
 
@@ -82,6 +89,11 @@ class Tap(torch.autograd.Function):
         return (score, None, None, *gradients, *(None for _ in saved))
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        """An identity in forward mode, too."""
+        return tuple(tangents[3 : 3 + ctx.n])
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> Any:
         """The tap of the physical batch: the vmapped axis goes first, `J V` is vmapped over the saved tensors."""
         dims = in_dims[3:]
@@ -112,6 +124,11 @@ class Observe(torch.autograd.Function):
         """Shows the gradient and passes it on."""
         ctx.see(gradient)
         return None, gradient
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        """An identity in forward mode, too."""
+        return alias(tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], see: Callable[[Tensor], None], value: Tensor) -> tuple[Tensor, int]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from funcghost.capture import MismatchError
-from funcghost.errors import ConservationError, InputError, PlanError
-from funcghost.planning import Options, make_plan, verify_plan
+from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
+from funcghost.planning import Options, check_options, make_plan, verify_plan
 from funcghost.plans import Plan
 from funcghost.reducers import split_reducers
 from funcghost.run import Losses, Outcome, Problem, Reduction, run, run_plain
@@ -133,7 +132,7 @@ def plan(
     problem = Problem(losses, split_params(params), batch, has_aux)
     for reducer in split_reducers(reducers)[0]:
         reducer.directions(problem.params)
-    return make_plan(problem, options or Options())
+    return make_plan(problem, check_options(options))
 
 
 class _Transform:
@@ -147,7 +146,7 @@ class _Transform:
         if plan is not None and not isinstance(plan, Plan):
             raise InputError(f"plan: must come from fg.plan, found {type(plan).__name__}.")
         self.losses, self.reduction, self.has_aux = losses, reduction, has_aux
-        self.options = options or Options()
+        self.options = check_options(options)
         if reduction is not None and self.options.route == "forward":
             raise InputError(
                 "Options.route='forward' has no backward to take a training gradient from; use it with fg.reduce."
@@ -159,8 +158,6 @@ class _Transform:
     def step(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
         """The function that `grad_and_reduce` returns."""
         if torch.compiler.is_compiling():
-            if not self.plans:
-                raise PlanError("torch.compile: make plan = fg.plan(...) in eager mode first, and pass plan=plan.")
             grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
             return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
         if torch._C._functorch.maybe_current_level() is not None:
@@ -179,10 +176,7 @@ class _Transform:
         if not directions:
             outcome = run_plain(problem, self.reduction)
         elif captured or torch.compiler.is_compiling() or get_proxy_mode() is not None:
-            if not self.plans:
-                raise PlanError("make_fx: make plan = fg.plan(...) before tracing, and pass plan=plan.")
-            standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
-            outcome = run(problem, self.plans[0], directions, reduction=self.reduction, standins=standins)
+            outcome = self._along_the_plan(problem, directions, captured)
         else:
             outcome = self._planned(problem, directions)
         scores = outcome.scores.split([len(column) for column in columns], dim=1)
@@ -190,20 +184,49 @@ class _Transform:
         grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
         return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
 
+    def _along_the_plan(
+        self, problem: Problem, directions: Sequence[Sequence[Tensor]], captured: Sequence[Tensor]
+    ) -> Outcome:
+        """Runs along the plan that was passed, and only that, while a compiler traces."""
+        if not self.plans:
+            raise PlanError(
+                "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
+            )
+        standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
+        try:
+            return run(problem, self.plans[0], directions, reduction=self.reduction, standins=standins)
+        except MismatchError as error:
+            raise PlanError(f"the plan passed is not for these losses: {error} Make it with fg.plan(...).") from None
+
     def _planned(self, problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Outcome:
         """Runs along the first plan that fits; plans anew where none does."""
+        reasons = []
         for plan in list(self.plans):
-            before = snapshot(problem.devices())
             try:
-                outcome = run(problem, plan, directions, reduction=self.reduction)
-                self._remember(self._verified(problem, plan, outcome), instead_of=plan)
-                return outcome
+                return self._attempt(problem, directions, plan)
             except MismatchError as reason:
-                restore(before)
                 log.info("a plan does not fit this call: %s", reason)
+                reasons.append(reason)
+        if reasons and problem.is_meta():
+            raise PlanError(f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...).")
         plan = make_plan(problem, self.options)
+        outcome = self._attempt(problem, directions, plan, verify=False)
         self._remember(plan)
-        return run(problem, plan, directions, reduction=self.reduction)
+        return outcome
+
+    def _attempt(
+        self, problem: Problem, directions: Sequence[Sequence[Tensor]], plan: Plan, verify: bool = True
+    ) -> Outcome:
+        """Runs along a plan, known or with `verify=False` just made; if that fails in any way, leaves no trace."""
+        before = snapshot(problem.devices(), plan.written)
+        try:
+            outcome = run(problem, plan, directions, reduction=self.reduction)
+            if verify:
+                self._remember(self._verified(problem, plan, outcome), instead_of=plan)
+        except BaseException:
+            restore(before)
+            raise
+        return outcome
 
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
         """The plan, verified for this call if that is due: with `verify="first"` once for new sizes."""

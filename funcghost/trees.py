@@ -74,7 +74,7 @@ def match_direction(direction: Tree, params: Params, what: str = "direction") ->
     for name, leaf, param in zip(params.names, leaves, params.leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise InputError(f"{what}[{name!r}] must be a tensor, found {type(leaf).__name__}.")
-        for trait in ("shape", "dtype", "device"):
+        for trait in ("shape", "dtype", "device", "layout"):
             is_, wanted = getattr(leaf, trait), getattr(param, trait)
             if is_ != wanted:
                 raise InputError(
@@ -84,7 +84,7 @@ def match_direction(direction: Tree, params: Params, what: str = "direction") ->
     return leaves
 
 
-def _show(trait: torch.Size | torch.dtype | torch.device) -> str:
+def _show(trait: torch.Size | torch.dtype | torch.device | torch.layout) -> str:
     return str(tuple(trait)) if isinstance(trait, torch.Size) else str(trait)
 
 

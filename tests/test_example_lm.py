@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,9 @@ import pytest
 
 import lm_in_run_shapley as example
 from lm_corpus import DOMAINS, PROSE, WindowSampler, build_corpus
+from lm_report import write_report
 from lm_scores import SCHEMA, UNFINISHED, ScoreWriter, auroc, tally
-from lm_training import load_checkpoint
+from lm_training import Log, State, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS = 4, 6
@@ -132,6 +134,19 @@ def test_report_is_one_file_with_plots_and_documents(finished: example.Summary) 
             assert passage.strip() == document.text.decode().strip()
 
 
+def test_report_escapes_documents(finished: example.Summary, tmp_path: Path) -> None:
+    corpus = build_corpus("email", 4, example.HELD_OUT_DOCUMENTS, seed=0)
+    hostile = tuple(replace(document, text=b"<script>a && b</script>\n&lt;\x00\xff") for document in corpus.training)
+    sums = tally(finished.out / example.SCORES, corpus.training, STEPS)
+    _, log, _ = load_checkpoint(finished.out / example.CHECKPOINT)
+    facts = {"<b>": "<i>"}
+    where = tmp_path / "report.html"
+    write_report(where, replace(corpus, training=hostile), sums, log, finished.findings, finished.claims, "<u>", facts)
+    page = Report(where.read_text(encoding="utf-8"))
+    assert not page.seen & {"script", "i", "u"}
+    assert set(page.passages) == {"<script>a && b</script>\n&lt;\\x00\\xff"}
+
+
 @pytest.mark.parametrize("dropout", ["0", "0.3"])
 def test_resumed_run_is_the_run_without_a_break(tmp_path: Path, dropout: str, finished: example.Summary) -> None:
     whole = finished if dropout == "0" else run(tmp_path / "whole", "--steps", str(STEPS), "--dropout", dropout)
@@ -146,6 +161,19 @@ def test_resumed_run_is_the_run_without_a_break(tmp_path: Path, dropout: str, fi
     assert_complete(scores(out), STEPS)
     assert scores(out).equals(scores(whole.out))
     assert list(out.rglob(f"{UNFINISHED}*")) == []
+
+
+def test_no_checkpoint_is_ahead_of_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_and_stop(path: Path, state: State, log: Log, origin: dict[str, Any]) -> None:
+        save_checkpoint(path, state, log, origin)
+        if state.step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(example, "save_checkpoint", save_and_stop)
+        run(tmp_path / "lm", "--steps", str(STEPS))
+    run(tmp_path / "lm", "--steps", str(STEPS), "--resume")
+    assert_complete(scores(tmp_path / "lm"), STEPS)
 
 
 def test_seed_decides_the_scores(tmp_path: Path, finished: example.Summary) -> None:
@@ -220,7 +248,7 @@ def test_refuses(
         example.main(arguments)
     assert error.value.code == 2
     assert complaint in capsys.readouterr().err
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["taken", "taken/kept.txt"]
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["taken", "kept.txt"]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +281,9 @@ def test_low_auroc_is_put_down_to_the_method_where_the_values_are_exact(finished
     assert "the method's own answer" in example.remark_of(args, low, example.claims_of(args, low))
     wrong = replace(low, oracle_error=0.5)
     assert example.remark_of(args, wrong, example.claims_of(args, wrong)) == ""
+    none = replace(low, auroc=float("nan"))
+    assert not example.claims_of(args, none)[1].holds
+    assert "no corrupted document was drawn" in example.remark_of(args, none, example.claims_of(args, none))
     assert finished.remark == ""
 
 

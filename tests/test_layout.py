@@ -57,7 +57,7 @@ class Drawn:
 
 def layout_of(base: Tensor, batch: int, backward: Callable[[Tensor], Tensor]) -> Any:
     """What a meter says when `backward` maps cotangent scales [b] to the gradient."""
-    clock = Clock(batch)
+    clock = Clock(batch, started=True)
     meter = Meter(clock)
     meter.see(base)
     for code in codes(batch, torch.ones((), dtype=torch.float64)) if batch > 1 else []:

@@ -69,13 +69,6 @@ def test_step_traces_with_make_fx() -> None:
     assert torch.allclose(traced(other), scores(other), rtol=1e-5)
 
 
-def test_without_a_plan_a_compiler_gets_an_error() -> None:
-    torch._dynamo.reset()
-    _, losses, params = small_gpt(layers=1)
-    with pytest.raises(Exception, match="fg.plan"):
-        torch.compile(fg.grad_and_reduce(losses), backend="eager", fullgraph=True)(params, rows(), fg.dot(like(params)))
-
-
 def test_meta_device_proves_that_nothing_is_created_elsewhere() -> None:
     model, losses, params = small_gpt(dropout=0.1)
     batch, direction = rows(), like(params)

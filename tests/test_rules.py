@@ -128,8 +128,9 @@ def sums_and_views() -> Iterator[Sample]:
     X = ints(2, 4, 2, seed=8)
     yield Sample("cat", torch.cat, ([A, C, ints(1, 4)],))
     yield Sample("cat: axis", torch.cat, ((A, C),), {"dim": -1})
-    yield Sample("cat: integer tensor", torch.cat, ([A, torch.arange(4)[None]],))
-    yield Sample("stack: integer tensor", torch.stack, ([V4, torch.arange(4)],))
+    # Integers beside the tangent would have to be zero: no rule.
+    yield Sample("cat: integer tensor", torch.cat, ([A, torch.arange(4)[None]],), beyond=(0,))
+    yield Sample("stack: integer tensor", torch.stack, ([V4, torch.arange(4)],), beyond=(0,))
     yield Sample("cat: mixed dtypes", torch.cat, ([A, ints(1, 4, dtype=torch.float32)],))
     yield Sample("cat: empty", torch.cat, ([A, A.new_empty(0)],))
     yield Sample("stack", torch.stack, ([A, C],), {"dim": 1})
@@ -275,6 +276,10 @@ def embeddings() -> Iterator[Sample]:
     yield Sample("embedding: sparse, padding", F.embedding, (INDEX, ROWS, 2), {"sparse": True}, ways=only_backward)
     yield Sample("embedding: scalar index", F.embedding, (torch.tensor(3), ROWS))
     yield Sample("embedding: max_norm", F.embedding, (INDEX, ROWS), {"max_norm": 1.0}, beyond=(1,))
+    yield Sample("torch.embedding", torch.embedding, (ROWS, INDEX))
+    yield Sample("torch.embedding: padding", torch.embedding, (ROWS, INDEX), {"padding_idx": 2}, ways=only_backward)
+    yield Sample("torch.embedding: no padding", torch.embedding, (ROWS, INDEX, -1))
+    yield Sample("torch.embedding: by frequency", torch.embedding, (ROWS, often, 4, True), ways=())
     name = "embedding_bag"
     none: tuple[Way, ...] = ()
     yield Sample(name + ": sum", F.embedding_bag, (BAGS, ROWS), {"mode": "sum"}, ways=none)
@@ -690,6 +695,21 @@ def test_factor_of_the_user_is_applied() -> None:
     (site, *_) = fg.plan(losses, params, x).sites
     assert (site.op.rsplit(".", 1)[-1], site.way) == ("doubled", "rule")
     assert_scores(fg.reduce(losses)(params, x, fg.dot(direction)), expected(losses, params, x, direction))
+
+
+def test_what_a_rule_leaves_to_other_ways_is_exact() -> None:
+    x, params, direction = normal(3, 4), {"w": normal(4)}, {"w": normal(4).flip(0)}
+
+    def beside_integers(params: Params, x: Tensor) -> Tensor:
+        rows = torch.cat([x, params["w"].expand(3, 4), torch.arange(4).expand(3, 4)], 1)
+        return (rows * torch.stack([params["w"], torch.arange(4)]).sum()).sin().sum(1)
+
+    def rounded(params: Params, x: Tensor) -> Tensor:
+        return (x @ params["w"]) * torch.div(params["w"], 0.3, rounding_mode="floor").sum()
+
+    for losses in (beside_integers, rounded):
+        found = fg.reduce(losses)(params, x, fg.dot(direction))
+        assert_scores(found, expected(losses, params, x, direction))
 
 
 @pytest.mark.parametrize("flags", [(1,), (-1, True), (3, True)])
