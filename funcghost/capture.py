@@ -19,8 +19,10 @@ from funcghost.state import RandomState, random_state, replaying
 from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, physical, pushforward, swap
 from funcghost.tap import Scorer, Tap
 
-Tangents = tuple[Tensor, ...]
-"""One tangent per direction."""
+Tangents = tuple[Tensor | None, ...]
+"""One tangent per direction, None for zero."""
+Direction = Sequence[Tensor | None]
+"""One tangent per parameter, None for zero."""
 
 
 class Choose(Protocol):
@@ -50,7 +52,7 @@ class Capture(TorchFunctionMode):
         self,
         plan: Plan,
         params: Sequence[Tensor],
-        directions: Sequence[Sequence[Tensor]],
+        directions: Sequence[Direction],
         probe: Tensor,
         originals: Sequence[Tensor] = (),
         choose: Choose | None = None,
@@ -173,24 +175,27 @@ class Capture(TorchFunctionMode):
             raise PlanError(f"site {index}: {site.op} has no way to its derivative yet. Make the plan with fg.plan.")
         return self.choose(index, call)
 
-    def _carry(self, index: int, call: Call, site: Site, drawn: RandomState | None) -> list[Outputs]:
-        """`J V` of every output, for each direction, now."""
+    def _carry(self, index: int, call: Call, site: Site, drawn: RandomState | None) -> list[Outputs | None]:
+        """`J V` of every output, for each direction that comes here, now."""
         push = self._push(index, call, site)
         saved = [call.leaves[slot].detach() for slot in push.needed]
         tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
-        slopes = []
+        slopes: list[Outputs | None] = []
         for along in zip(*tangents, strict=True):
+            if all(tangent is None for tangent in along):
+                slopes.append(None)
+                continue
             with torch.no_grad(), replaying(drawn):
-                slopes.append(push.evaluate(saved, along))
+                slopes.append(push.evaluate(saved, filled(call, along)))
         return slopes
 
-    def _attach(self, site: Site, found: Outputs, carried: list[Outputs] | None) -> None:
+    def _attach(self, site: Site, found: Outputs, carried: list[Outputs | None] | None) -> None:
         """Notes the tangents of what came out; a value that was overwritten without one loses its own."""
         for i, (value, layout) in enumerate(zip(found, site.layouts, strict=True)):
             if carried is None or layout == "constant":
                 self.tangents.pop(id(value), None)
                 continue
-            self.tangents[id(value)] = tuple(slope[i] for slope in carried)
+            self.tangents[id(value)] = tuple(None if slope is None else slope[i] for slope in carried)
             self.references[id(value)] = weakref.ref(value, forgetting(self.tangents, id(value)))
 
     def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
@@ -199,6 +204,9 @@ class Capture(TorchFunctionMode):
         push, count = self._push(index, call, site), len(call.tracked)
         saved = [call.leaves[slot].detach() for slot in push.needed]
         tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+        columns = tuple(k for k in range(len(tangents[0])) if any(known[k] is not None for known in tangents))
+        if not columns:
+            return {}
         around = ambient(found[chosen[0]].device.type, drawn)
 
         def slopes(*tensors: Tensor) -> list[Outputs]:
@@ -210,10 +218,16 @@ class Capture(TorchFunctionMode):
             return [tuple(slope[i] for i in chosen) for slope in pushed]
 
         layouts = tuple(layout for layout in site.layouts if isinstance(layout, Layout) or layout == "unused")
-        scorer = Scorer(f"site {index} ({site.op})", slopes, layouts)
-        along = [tangent for direction in zip(*tangents, strict=True) for tangent in direction]
+        scorer = Scorer(f"site {index} ({site.op})", slopes, columns, layouts)
+        along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
         tapped = Tap.apply(self.probe, scorer, len(chosen), *(found[i] for i in chosen), *saved, *along)
         return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
+
+
+def filled(call: Call, along: Sequence[Tensor | None]) -> list[Tensor]:
+    """The tangents of a call in one direction, with zeros where some of them are."""
+    slots = zip(call.tracked, along, strict=True)
+    return [torch.zeros_like(call.leaves[slot]) if tangent is None else tangent for slot, tangent in slots]
 
 
 def forgetting(tangents: dict[int, Tangents], key: int) -> Callable[[Any], None]:

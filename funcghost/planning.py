@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from funcghost.capture import Direction
 from funcghost.errors import InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.layout import Clock, codes
 from funcghost.plans import Plan, Site, batch_axes
@@ -93,19 +95,20 @@ def make_plan(problem: Problem, options: Options) -> Plan:
     return plan
 
 
-def _nearby_gradients(problem: Problem, weights: Tensor) -> list[Tensor]:
-    """The gradients of `<weights, losses>` by autograd, at parameters changed by a rounding error."""
+def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tensor]:
+    """The gradients of `<weights, losses>` by autograd, with parameters and weights off by a little rounding."""
+
+    def shaken(value: Tensor, number: int) -> Tensor:
+        generator = torch.Generator(value.device).manual_seed(1000 * seed + number)
+        sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
+        return (value.detach() * (1 + 64 * torch.finfo(value.dtype).eps * sign)).to(value.dtype)
+
+    leaves = tuple(shaken(leaf, number) for number, leaf in enumerate(problem.params.leaves, 1))
+    near = replace(problem, params=problem.params._replace(leaves=leaves))
     with untouched(problem.devices()):
-        chance = [torch.rand_like(leaf, requires_grad=False) for leaf in problem.params.leaves]
-    shaken = [
-        leaf.detach() * (1 + 2 * torch.finfo(leaf.dtype).eps * draw.round())
-        for leaf, draw in zip(problem.params.leaves, chance, strict=True)
-    ]
-    with untouched(problem.devices()):
-        near = replace(problem, params=problem.params._replace(leaves=tuple(shaken)))
-        leaves = near.leaves()
-        losses, _ = near.evaluate(leaves)
-        return backward(losses, leaves, weights)
+        inputs = near.leaves()
+        losses, _ = near.evaluate(inputs)
+        return backward(losses, inputs, shaken(weights, 0))
 
 
 def verify_plan(problem: Problem, plan: Plan) -> Plan:
@@ -193,18 +196,25 @@ class _Rehearsal:
         """Finds the ways; with `check`, holds the scores to the witness. Says whether they were verified."""
         seen, devices = measured.witness, problem.devices()
 
-        def scores(directions: Sequence[Sequence[Tensor]]) -> Tensor:
+        def scores(directions: Sequence[Direction]) -> Tensor:
             plan = replace(self.plan, sites=tuple(self.sites))
             with untouched(devices):
                 return run(problem, plan, directions, reduction=None, choose=self.choose).scores
 
         if check and seen.finite:
-            check_conservation(problem.params, scores, seen, lambda: _nearby_gradients(problem, seen.weights))
+            check_conservation(
+                problem.params, scores, seen, self._carried(problem), partial(_nearby_gradients, problem, seen.weights)
+            )
             return True
         if check:
             log.warning("the gradients are not finite: the conservation law will be checked with a batch whose are.")
         scores([seen.direction])
         return False
+
+    def _carried(self, problem: Problem) -> set[int]:
+        """The parameters whose tangents meet others on their way."""
+        names = {name for site in self.sites if site.action == "carry" for name in site.parameters}
+        return {index for index, name in enumerate(problem.params.names) if name in names}
 
     def choose(self, index: int, call: Call) -> Pushforward:
         """A pushforward that tries the ways in the order of their cost, and notes the first that works."""

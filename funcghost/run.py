@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from funcghost.capture import Capture, Choose
+from funcghost.capture import Capture, Choose, Direction
 from funcghost.errors import InputError, MismatchError, UnsupportedOpError
 from funcghost.plans import Plan
 from funcghost.trees import Params, Tree, tensors
@@ -89,7 +89,7 @@ def score_dtype(params: Params) -> torch.dtype:
 def run(
     problem: Problem,
     plan: Plan,
-    directions: Sequence[Sequence[Tensor]],
+    directions: Sequence[Direction],
     *,
     reduction: Reduction | None,
     choose: Choose | None = None,
@@ -119,7 +119,8 @@ def run(
     scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
     carried = capture.tangents_of(losses)
     if carried is not None:
-        scores = scores + torch.stack([tangent.to(scores.dtype) for tangent in carried], -1)
+        tails = [torch.zeros_like(losses) if tangent is None else tangent for tangent in carried]
+        scores = scores + torch.stack(tails, -1).to(scores.dtype)
     return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes)
 
 

@@ -26,10 +26,14 @@ def alias(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts."""
+    """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts.
+
+    `columns` are the directions that reach the site.
+    """
 
     name: str
     slopes: Slopes
+    columns: tuple[int, ...]
     layouts: tuple[Layout | Literal["unused"], ...]
 
     def score(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
@@ -44,6 +48,9 @@ class Scorer:
                 f"{self.name}: an output that the losses did not use when the plan was made is used now."
             )
         columns = [self._column(slope, gradients, probe) for slope in self.slopes(*saved)]
+        if len(columns) < probe.shape[1]:
+            found, zero = dict(zip(self.columns, columns, strict=True)), torch.zeros_like(columns[0])
+            columns = [found.get(k, zero) for k in range(probe.shape[1])]
         return torch.stack(columns, -1)
 
     def _column(self, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Autograd knows nothing of sites. A use of a parameter that was not seen, a wrong rule or a wrong layout breaks the law.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from funcghost.errors import ConservationError
 from funcghost.trees import Params
 
-Scores = Callable[[Sequence[Sequence[Tensor]]], Tensor]
-"""Maps directions to scores [b, k]."""
+Scores = Callable[[Sequence[Sequence[Tensor | None]]], Tensor]
+"""Maps directions (None for zero) to scores [b, k]."""
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative to the sum of the sizes of the terms: rounding of a deep network, far below one parameter's share."""
@@ -70,63 +70,67 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
     return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision])
 
 
-def check_conservation(params: Params, scores: Scores, seen: Witness, nearby: Callable[[], Sequence[Tensor]]) -> None:
-    """Compares; if the law does not hold, finds the parameters whose share is off.
+def check_conservation(
+    params: Params, scores: Scores, seen: Witness, together: Collection[int], nearby: Callable[[int], Sequence[Tensor]]
+) -> None:
+    """Compares the share of each parameter; of those in `together`, at most 8 sums of shares.
 
-    `nearby()` gives autograd's gradients at parameters that differ by rounding: what such a change does to a share is
+    A column for each parameter costs no more than one for all where directions do not meet: at a tap. Where tangents
+    are carried they do, and those parameters go together.
+
+    `nearby(seed)` gives autograd's gradients where all differs by rounding: what such a change does to a share is
     no evidence against ours.
 
     Raises:
         ConservationError: naming the parameters.
     """
-    tolerance = seen.tolerance
-    shares = seen.shares()
-    everything = list(range(len(shares)))
-    groups = [everything] if tolerance < 1e-2 else [everything[i::8] for i in range(min(8, len(shares)))]
-    wrong = [group for group in groups if _off(scores, seen, shares, group, tolerance)]
-    if not wrong:
+    alone = [[index] for index in range(len(params.names)) if index not in together]
+    groups = [*alone, *(sorted(together)[i::8] for i in range(min(8, len(together))))]
+    wrong = _broken(scores, seen, groups)
+    while any(len(group) > 1 for group in wrong):
+        halves = [half for group in wrong for half in _halves(group)]
+        wrong = _broken(scores, seen, halves) or [[index] for group in wrong for index in group]
+    culprits = sorted(index for group in wrong for index in group)
+    if not culprits:
         return
-    culprits = [index for group in wrong for index in _narrow(scores, seen, shares, group, tolerance)]
-    found = _weighted(scores(_restricted(seen.direction, culprits)), seen.weights)
-    moved = replace(seen, gradients=list(nearby())).shares()
-    rounding = sum(abs(moved[i] - shares[i]) for i in culprits)
-    if abs(float(found.sum()) - sum(shares[i] for i in culprits)) <= 64 * rounding:
+    shares, moved = seen.shares(), [replace(seen, gradients=list(nearby(seed))).shares() for seed in (1, 2)]
+    found = _weighted(scores(_restricted(seen.direction, [[index] for index in culprits])), seen.weights).sum(0)
+    ours = dict(zip(culprits, found.tolist(), strict=True))
+    rounding = {index: 16 * max(abs(other[index] - shares[index]) for other in moved) for index in culprits}
+    culprits = [index for index in culprits if not abs(ours[index] - shares[index]) <= rounding[index]]
+    if not culprits:
         return
     named = [params.names[i] for i in culprits[:10]]
     raise ConservationError(
         f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
-        f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, {float(found.sum()):.6g} by "
-        "funcghost. They are used where a torch function mode does not see it (inside a custom autograd Function, a "
-        "torch.func transform of their own, a compiled submodule, a C++ extension), changed in place through a view, "
-        "or by an op whose rule is wrong. Call ordinary torch ops on these parameters, out of place; correct the rule "
-        "given to fg.register_rule; or leave these parameters out of params."
+        f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
+        f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where a torch function mode does not see it "
+        "(inside a custom autograd Function, a torch.func transform of their own, a compiled submodule, a C++ extension), "
+        "changed in place through a view, or by an op whose rule is wrong. Call ordinary torch ops on these parameters, "
+        "out of place; correct the rule given to fg.register_rule; or leave these parameters out of params."
     )
 
 
 def _weighted(scores: Tensor, weights: Tensor) -> Tensor:
-    return scores[:, 0].double() * weights.double()
+    return scores.double() * weights.double().unsqueeze(1)
 
 
-def _off(scores: Scores, seen: Witness, shares: Sequence[float], group: Sequence[int], tolerance: float) -> bool:
-    terms = _weighted(scores(_restricted(seen.direction, group)), seen.weights)
-    size = float(terms.abs().sum()) + sum(abs(shares[i]) for i in group)
-    return not abs(float(terms.sum()) - sum(shares[i] for i in group)) <= tolerance * size
+def _broken(scores: Scores, seen: Witness, groups: Sequence[list[int]]) -> list[list[int]]:
+    """The groups whose scores do not add up to their shares."""
+    shares = seen.shares()
+    terms = _weighted(scores(_restricted(seen.direction, groups)), seen.weights)
+    wrong = []
+    for group, ours, size in zip(groups, terms.sum(0).tolist(), terms.abs().sum(0).tolist(), strict=True):
+        wanted = sum(shares[i] for i in group)
+        scale = 1 + size + sum(abs(shares[i]) for i in group)  # a usual share is 1
+        if not abs(ours - wanted) <= seen.tolerance * scale:
+            wrong.append(group)
+    return wrong
 
 
-def _narrow(scores: Scores, seen: Witness, shares: Sequence[float], group: list[int], tolerance: float) -> list[int]:
-    """Halves a group that is off until single parameters are left."""
-    if len(group) == 1:
-        return group
-    halves = group[: len(group) // 2], group[len(group) // 2 :]
-    found = [
-        i
-        for half in halves
-        if _off(scores, seen, shares, half, tolerance)
-        for i in _narrow(scores, seen, shares, half, tolerance)
-    ]
-    return found or group
+def _halves(group: list[int]) -> list[list[int]]:
+    return [half for half in (group[: len(group) // 2], group[len(group) // 2 :]) if half]
 
 
-def _restricted(direction: Sequence[Tensor], group: Sequence[int]) -> list[list[Tensor]]:
-    chosen = set(group)
-    return [[v if i in chosen else torch.zeros_like(v) for i, v in enumerate(direction)]]
+def _restricted(direction: Sequence[Tensor], groups: Sequence[list[int]]) -> list[list[Tensor | None]]:
+    return [[v if i in group else None for i, v in enumerate(direction)] for group in groups]

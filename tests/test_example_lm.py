@@ -169,9 +169,10 @@ def test_no_checkpoint_is_ahead_of_its_scores(tmp_path: Path, monkeypatch: pytes
         if state.step:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(example, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(example, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "lm", "--steps", str(STEPS))
+    monkeypatch.undo()
     run(tmp_path / "lm", "--steps", str(STEPS), "--resume")
     assert_complete(scores(tmp_path / "lm"), STEPS)
 
