@@ -100,8 +100,9 @@ def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tens
 
     def shaken(value: Tensor, number: int) -> Tensor:
         generator = torch.Generator(value.device).manual_seed(1000 * seed + number)
+        size = 64 if value.dtype in (torch.float64, torch.float32) else 1
         sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
-        return (value.detach() * (1 + 64 * torch.finfo(value.dtype).eps * sign)).to(value.dtype)
+        return (value.detach() * (1 + size * torch.finfo(value.dtype).eps * sign)).to(value.dtype)
 
     leaves = tuple(shaken(leaf, number) for number, leaf in enumerate(problem.params.leaves, 1))
     near = replace(problem, params=problem.params._replace(leaves=leaves))

@@ -25,6 +25,9 @@ from funcghost.tangent import flatten_call, is_float, outputs, physical, swap
 from funcghost.tap import Observe
 from funcghost.trees import tensors
 
+PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None))
+"""What a batch may hold besides containers for its tensors to be known."""
+
 FROM_PYTHON = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
 """The ops that bring in numbers of any origin."""
 
@@ -73,6 +76,8 @@ class Trace(TorchFunctionMode):
         self.dtypes = {param.dtype for param in params}
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
         self.constant: set[int] = set()
+        self.without_samples: set[int] = set()
+        self.opaque = any(not isinstance(x, PLAIN) for x in optree.tree_leaves(problem.batch))
         self.meters: dict[int, Meter] = {}
         self.moves: list[tuple[Move, dict[int, int | None]]] = []
 
@@ -84,6 +89,8 @@ class Trace(TorchFunctionMode):
         for leaf in given.values():
             if id(leaf) not in self.seen and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
                 self.foreign.setdefault(id(leaf), weakref.ref(leaf))
+                if not self.opaque:
+                    self.without_samples.add(id(leaf))
         inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
         if op in MOVES:
             self._note_move(op, leaves, spec, given, inputs)
@@ -93,10 +100,8 @@ class Trace(TorchFunctionMode):
         returned = op(*args, **kwargs)
         self.digest = self.digest.after(op, leaves, returned)
         drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(self.devices), strict=True))
-        if not drew and op not in FROM_PYTHON and all(id(physical(leaf)) in self.constant for leaf in given.values()):
-            self.constant.update(
-                id(physical(leaf)) for leaf in optree.tree_leaves(returned) if isinstance(leaf, Tensor)
-            )
+        if not drew and op not in FROM_PYTHON:
+            self._note_origin(given, returned)
         if not inputs or not torch.is_grad_enabled():
             return self._keep(returned)
         written = tuple(
@@ -148,6 +153,15 @@ class Trace(TorchFunctionMode):
         self.records.append(Record(op_name(op), inputs, tuple(outs), written, fixed, bound, drew))
         return swap(returned, replaced) if replaced else returned
 
+    def _note_origin(self, given: dict[int, Tensor], returned: Any) -> None:
+        """Follows constants, and what comes from constants and the user's own tensors but not from the batch."""
+        origins = [id(physical(leaf)) for leaf in given.values()]
+        made = [id(physical(leaf)) for leaf in optree.tree_leaves(returned) if isinstance(leaf, Tensor)]
+        if self.constant.issuperset(origins):
+            self.constant.update(made)
+        if all(origin in self.constant or origin in self.without_samples for origin in origins):
+            self.without_samples.update(made)
+
     def _may_be_statistics(self, leaf: Tensor) -> bool:
         """Batch norms update their running statistics without a trace in the version counter."""
         return is_float(leaf) and leaf.dim() == 1 and id(leaf) not in self.values and not leaf.requires_grad
@@ -163,12 +177,12 @@ class Trace(TorchFunctionMode):
         if not index and op in (Tensor.__getitem__, Tensor.__setitem__):
             return
         kept = {
-            slot: floats[slot]
-            for slot in floats
-            if floats[slot] not in self.fixed and id(given[slot]) not in self.constant
+            slot: number
+            for slot, number in floats.items()
+            if number not in self.fixed and id(given[slot]) not in self.without_samples
         }
         base = next(iter(given))
-        if base not in floats and len(index) > 1 and base in index:
+        if base in index and len(index) > 1 and id(given[base]) not in self.without_samples:
             kept[base], index = None, index[1:]
         if kept:
             stripped = tuple(tuple(leaf.shape) if slot in kept else leaf for slot, leaf in enumerate(leaves))

@@ -56,7 +56,7 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
     norms = [float(torch.linalg.vector_norm(g.double())) for g in gradients]
     largest = max((n for n in norms if 0 < n < float("inf")), default=1.0)
     # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up past the tolerance.
-    smallest = largest * max(1e-4, min(1.0, 32 * torch.finfo(precision).eps / TOLERANCE[precision]))
+    smallest = largest * max(1e-3, min(1.0, 32 * torch.finfo(precision).eps / TOLERANCE[precision]))
     direction = []
     for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
         generator = torch.Generator(gradient.device).manual_seed(index)
@@ -105,9 +105,9 @@ def check_conservation(
         f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
         f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
         f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where a torch function mode does not see it "
-        "(inside a custom autograd Function, a torch.func transform of their own, a compiled submodule, a C++ extension), "
-        "changed in place through a view, or by an op whose rule is wrong. Call ordinary torch ops on these parameters, "
-        "out of place; correct the rule given to fg.register_rule; or leave these parameters out of params."
+        "(inside a custom autograd Function, a torch.func transform of their own, a compiled submodule, a C++ "
+        "extension), changed in place through a view, or by an op whose rule is wrong. Call ordinary torch ops on "
+        "these parameters, out of place; correct the rule given to fg.register_rule; or leave them out of params."
     )
 
 

@@ -123,9 +123,11 @@ def transformer_decoder_sequence_first() -> Case:
 @case
 def bilinear() -> Case:
     module = nn.Bilinear(6, 6, 3).double()
-    return Case(
-        lambda params, x: squares(functional_call(module, params, (x, x.sin()))), dict(module.named_parameters()), inputs()
-    )
+
+    def losses(params: Params, x: Tensor) -> Tensor:
+        return squares(functional_call(module, params, (x, x.sin())))
+
+    return Case(losses, dict(module.named_parameters()), inputs())
 
 
 @case
@@ -335,10 +337,10 @@ class Hidden(torch.autograd.Function):
 
 @case
 def hidden_in_a_custom_function() -> Case:
-    params = {"hidden": normal(6, 3), "seen": normal(6, 3)}
-    return Case(
-        lambda p, x: squares(Hidden.apply(x, p["hidden"])) + squares(x @ p["seen"]), params, inputs(), fg.ConservationError
-    )
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return squares(Hidden.apply(x, p["hidden"])) + squares(x @ p["seen"])
+
+    return Case(losses, {"hidden": normal(6, 3), "seen": normal(6, 3)}, inputs(), fg.ConservationError)
 
 
 @case
@@ -466,7 +468,7 @@ class Checkpointed(nn.Module):
     def __init__(self, context: bool) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
-        self.extra = {"context_fn": fg.checkpoint_context} if context else {}
+        self.extra: dict[str, Any] = {"context_fn": fg.checkpoint_context} if context else {}
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = checkpoint(self.body, x, use_reentrant=False, **self.extra)

@@ -1,5 +1,6 @@
 """What the tests hold funcghost to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def dots(gradients: Params, direction: Params) -> Tensor:
     return sum((g.flatten(1) if g.dim() > 1 else g[:, None]) @ direction[k].flatten() for k, g in gradients.items())  # type: ignore[return-value]
 
 
-def expected(losses: Any, params: Params, batch: Any, direction: Params) -> tuple[Tensor, Tensor]:
+def expected(losses: Any, params: Mapping[str, Tensor], batch: Any, direction: Params) -> tuple[Tensor, Tensor]:
     """The scores, and the size of the terms they are sums of, per sample."""
     gradients = per_sample_gradients(losses, params, batch)
     sizes = {k: g.abs() for k, g in gradients.items()}
@@ -47,7 +48,7 @@ def assert_trees_close(found: Params, wanted: Params, tolerance: float = 1e-12) 
         assert bool(((found[name] - leaf).abs() <= tolerance * scale).all()), (name, found[name] - leaf)
 
 
-def gradient(losses: Any, params: Params, batch: Any, reduction: str = "mean") -> tuple[Params, Tensor]:
+def gradient(losses: Any, params: Mapping[str, Tensor], batch: Any, reduction: str = "mean") -> tuple[Params, Tensor]:
     """The training gradient and the losses by autograd alone."""
     leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
     values = losses(leaves, batch)

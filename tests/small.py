@@ -1,5 +1,6 @@
 """A small GPT and its losses, for tests of how the step is run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     scale: Tensor
 
-    def __init__(self, vocabulary: int = 32, width: int = 8, length: int = 12, layers: int = 2, dropout: float = 0.0):
+    def __init__(
+        self, vocabulary: int = 32, width: int = 8, length: int = 12, layers: int = 2, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(layers))
@@ -59,6 +62,6 @@ def rows(size: int = 4, length: int = 12, vocabulary: int = 32) -> tuple[Tensor]
     return (torch.randint(0, vocabulary, (size, length)),)
 
 
-def like(params: Params) -> Params:
+def like(params: Mapping[str, Tensor]) -> Params:
     """A random direction."""
     return {k: torch.randn_like(p, requires_grad=False) for k, p in params.items()}

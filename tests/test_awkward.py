@@ -67,7 +67,9 @@ def test_routing_that_changes_with_the_data() -> None:
 
 
 def test_train_and_eval_of_a_model_do_not_share_a_plan() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4, affine=False), torch.nn.Linear(4, 2)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4, affine=False), torch.nn.Linear(4, 2)
+    ).double()
     losses = fg.module_losses(model, lambda out, batch: out.square().sum(1))
     params, x = dict(model.named_parameters()), torch.randn(5, 6, dtype=torch.float64)
     score, direction = fg.reduce(losses), {k: torch.randn_like(p) for k, p in params.items()}

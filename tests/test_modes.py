@@ -30,7 +30,9 @@ def test_compiled_step_equals_eager(backend: str) -> None:
         assert_close(found.losses, eager.losses, 1e-12)
         assert_trees_close(found.grads, eager.grads)
     model.scale.mul_(2.0)  # a buffer the losses close over is read, not baked in
-    assert_scores(compiled(params, batch, {"v": fg.dot(direction)}).reduced["v"], expected(losses, params, batch, direction))
+    assert_scores(
+        compiled(params, batch, {"v": fg.dot(direction)}).reduced["v"], expected(losses, params, batch, direction)
+    )
 
 
 @pytest.mark.parametrize("kind", ["disguises", "per example", "carried", "scoring"])
@@ -50,7 +52,9 @@ def test_compiled_where_identity_matters(kind: str) -> None:
         losses = fg.per_example(lambda p, x: torch.tanh((x @ p["w"].T) @ p["w"] + p["b"]).square().sum())  # type: ignore[assignment]
     plan = fg.plan(losses, params, x)
     step: Any = fg.reduce(losses, plan=plan) if kind == "scoring" else fg.grad_and_reduce(losses, plan=plan)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(params, x, fg.dot(fg.stack([direction, direction])))
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(
+        params, x, fg.dot(fg.stack([direction, direction]))
+    )
     scores = found if kind == "scoring" else found.reduced
     assert_scores(scores[:, 1], expected(losses, params, x, direction))
 
@@ -76,7 +80,9 @@ def test_meta_device_proves_that_nothing_is_created_elsewhere() -> None:
     model.to("meta")
     meta = dict(model.named_parameters())
     away = {k: v.to("meta") for k, v in direction.items()}
-    out = fg.grad_and_reduce(losses, plan=plan)(meta, (batch[0].to("meta"),), [fg.dot(away), fg.dot(fg.stack([away, away]))])
+    out = fg.grad_and_reduce(losses, plan=plan)(
+        meta, (batch[0].to("meta"),), [fg.dot(away), fg.dot(fg.stack([away, away]))]
+    )
     assert all(t.is_meta for t in (out.losses, *out.reduced, *out.grads.values()))
     assert out.reduced[1].shape == (4, 2)
     assert fg.reduce(losses, plan=plan)(meta, (batch[0].to("meta"),), fg.dot(away)).is_meta
@@ -164,9 +170,7 @@ def test_checkpointing_through_a_users_model() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
             for block in self.blocks:
-                x = torch.utils.checkpoint.checkpoint(
-                    block, x, use_reentrant=False, context_fn=fg.checkpoint_context
-                )
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fg.checkpoint_context)
             return torch.nn.functional.linear(self.norm(x), self.tokens.weight)
 
     model = Checkpointed(dropout=0.2).double()
@@ -196,7 +200,7 @@ class Sample:
 
 
 def test_batches_of_any_form() -> None:
-    params = {"layers": [{"w": torch.randn(3, 2)}, (torch.randn(2),)]}
+    params: Any = {"layers": [{"w": torch.randn(3, 2)}, (torch.randn(2),)]}
     direction = optree.tree_map(torch.randn_like, params)
     x = torch.randn(4, 3)
 
@@ -211,7 +215,11 @@ def test_batches_of_any_form() -> None:
         ([Sample(x)], lambda b: b[0].x),
     ]
     for form, take in forms:
-        found = fg.grad_and_reduce(lambda p, b, take=take: scored(take(b), p))(params, form, {"r": (fg.dot(direction),)})
+
+        def losses(p: Any, b: Any, take: Any = take) -> Tensor:
+            return scored(take(b), p)
+
+        found = fg.grad_and_reduce(losses)(params, form, {"r": (fg.dot(direction),)})
         assert torch.allclose(found.reduced["r"][0], wanted)
         assert optree.tree_structure(found.grads) == optree.tree_structure(params)
 
