@@ -1,5 +1,6 @@
 """What a run found: how its values fit the truth, and what they tell of the documents."""
 
+import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from lm_corpus import Corpus
 from lm_scores import Tally, auroc
 from lm_training import Check, Log, OracleStep
+
+ORACLE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,42 @@ def overhead(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
     """The median ratios of times taken one after the other; empty before the first probe."""
     names = ("first", "second") if seconds else ()
     return {name: statistics.median(probe[name] / probe["plain"] for probe in seconds) for name in names}
+
+
+def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
+    """What the run asserts."""
+    ways = ", ".join(f"{way} {value:.3f}" for way, value in found.auroc_by_corruption.items())
+    return (
+        Claim(
+            f"sums of second-order values are within {args.max_change_error:.1%} of the changes of the validation loss",
+            f"{found.change_error:.2%} off, weighted by the changes (first order {found.first_order_error:.1%}); "
+            f"median step {found.median_change_error:.2%}; {found.close_steps:.0%} of the steps within 5 %",
+            found.change_error <= args.max_change_error,
+        ),
+        Claim(
+            f"corrupted documents are found with an AUROC of at least {args.min_auroc:.2f}",
+            f"{found.auroc:.3f} ({ways}; by first-order values {found.auroc_first:.3f})",
+            args.min_auroc == 0 or found.auroc >= args.min_auroc,
+        ),
+        Claim(
+            "values equal those of per-sample gradients taken one by one in float64",
+            f"within {found.oracle_error:.1e} of the largest",
+            found.oracle_error <= ORACLE_TOLERANCE,
+        ),
+    )
+
+
+def remark_of(args: argparse.Namespace, found: Findings, claims: Sequence[Claim]) -> str:
+    """What is to be said where corrupted documents do not stand out although the values are right."""
+    if claims[1].holds or not claims[2].holds:
+        return ""
+    if math.isnan(found.auroc):
+        return f"In {args.steps} steps no corrupted document was drawn, or no clean one: take more."
+    ours, exact = found.oracle_auroc
+    return (
+        f"This is the method's own answer after {args.steps} steps, not an error of its computation: on the windows "
+        f"compared with exact per-sample gradients, the AUROC is {exact:.3f} by exact values and {ours:.3f} by these. "
+        f"Values are about {args.validation_domain}; clean text of other domains need not help it more than noise "
+        f"does. Among the documents of {args.validation_domain} alone the AUROC is "
+        f"{found.auroc_in_validation_domain:.3f}."
+    )

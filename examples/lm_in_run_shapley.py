@@ -19,7 +19,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import funcghost as fg
 from lm_corpus import DOMAINS, SHORTEST, Corpus, WindowSampler, build_corpus, validation_tokens
-from lm_findings import Claim, Findings, find, overhead
+from lm_findings import Claim, Findings, claims_of, find, overhead, remark_of
 from lm_model import GPT, HEADS, Batch, ModelSize, WindowLosses, initial_params
 from lm_report import write_report
 from lm_scores import UNFINISHED, ScoreWriter, tally
@@ -38,7 +39,6 @@ from lm_training import Log, Optimizer, State, Trainer, load_checkpoint, save_ch
 SCORES, CHECKPOINT, REPORT = "scores.parquet", "checkpoint.pt", "report.html"
 HELD_OUT_DOCUMENTS = 32
 CALIBRATION_BATCHES = 8
-ORACLE_TOLERANCE = 1e-3
 ORIGIN = (
     "seed",
     "validation_domain",
@@ -127,6 +127,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
     parser.add_argument("--lr", type=number(1e-9, math.inf), default=3e-5)
     parser.add_argument("--refresh", type=whole(1), default=10, help="steps for which a validation gradient is kept")
     parser.add_argument("--flush", type=whole(1), default=10, help="steps between two parts of scores and checkpoints")
+    parser.add_argument("--threads", type=whole(1), default=1, help="more gain little here, and lose on shared cores")
     parser.add_argument("--max-change-error", type=number(0.0, math.inf), default=0.05, help="what the run asserts")
     parser.add_argument("--min-auroc", type=number(0.0, 1.0), default=0.9, help="what the run asserts; 0 for nothing")
     args = parser.parse_args(argv)
@@ -224,54 +225,19 @@ class Run:
         return {"loss": f"{loss:.3f}", "bytes/s": f"{rate * self.args.batch_size * self.args.context:.0f}", **times}
 
 
-def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
-    """What the run asserts."""
-    ways = ", ".join(f"{way} {value:.3f}" for way, value in found.auroc_by_corruption.items())
-    return (
-        Claim(
-            f"sums of second-order values are within {args.max_change_error:.1%} of the changes of the validation loss",
-            f"{found.change_error:.2%} off, weighted by the changes (first order {found.first_order_error:.1%}); "
-            f"median step {found.median_change_error:.2%}; {found.close_steps:.0%} of the steps within 5 %",
-            found.change_error <= args.max_change_error,
-        ),
-        Claim(
-            f"corrupted documents are found with an AUROC of at least {args.min_auroc:.2f}",
-            f"{found.auroc:.3f} ({ways}; by first-order values {found.auroc_first:.3f})",
-            args.min_auroc == 0 or found.auroc >= args.min_auroc,
-        ),
-        Claim(
-            "values equal those of per-sample gradients taken one by one in float64",
-            f"within {found.oracle_error:.1e} of the largest",
-            found.oracle_error <= ORACLE_TOLERANCE,
-        ),
-    )
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Has torch use this many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def remark_of(args: argparse.Namespace, found: Findings, claims: Sequence[Claim]) -> str:
-    """What is to be said where corrupted documents do not stand out although the values are right."""
-    if claims[1].holds or not claims[2].holds:
-        return ""
-    if math.isnan(found.auroc):
-        return f"In {args.steps} steps no corrupted document was drawn, or no clean one: take more."
-    ours, exact = found.oracle_auroc
-    return (
-        f"This is the method's own answer after {args.steps} steps, not an error of its computation: on the windows "
-        f"compared with exact per-sample gradients, the AUROC is {exact:.3f} by exact values and {ours:.3f} by these. "
-        f"Values are about {args.validation_domain}; clean text of other domains need not help it more than noise "
-        f"does. Among the documents of {args.validation_domain} alone the AUROC is "
-        f"{found.auroc_in_validation_domain:.3f}."
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> Summary:
-    """Runs the example; the summary it prints.
-
-    Raises:
-        SystemExit: an argument is not what it must be, or --out exists; before anything is written.
-        ClaimError: the run is complete, its report is written, and a claim does not hold.
-    """
-    args, parser = parse(argv)
-    check_out(args, parser)
+def value_in_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Summary:
+    """Trains, scores, reports, and asserts."""
     began = time.perf_counter()
     corpus = build_corpus(args.validation_domain, args.documents, HELD_OUT_DOCUMENTS, args.seed)
     origin = origin_of(args, corpus)
@@ -297,6 +263,19 @@ def main(argv: Sequence[str] | None = None) -> Summary:
     if failed:
         raise ClaimError("; ".join(f"not so: {claim.text}; {claim.measured}" for claim in failed))
     return summary
+
+
+def main(argv: Sequence[str] | None = None) -> Summary:
+    """Runs the example; the summary it prints.
+
+    Raises:
+        SystemExit: an argument is not what it must be, or --out exists; before anything is written.
+        ClaimError: the run is complete, its report is written, and a claim does not hold.
+    """
+    args, parser = parse(argv)
+    check_out(args, parser)
+    with torch_threads(args.threads):
+        return value_in_run(args, parser)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def register_rule(
 
     Example:
         >>> import funcghost as fg, torch
-        >>> fg.register_rule(torch.cross, linear="each")
+        >>> fg.register_rule(torch.bmm, linear="each")  # a product of two tensors
 
     A wrong rule is found by the conservation law on the first call that uses it (`ConservationError`).
     """

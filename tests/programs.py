@@ -193,7 +193,8 @@ def programs(draw: st.DrawFn, empty: bool = True, blocks: tuple[str, ...] = (*BL
 def _add(program: Program, name: str, generator: torch.Generator) -> None:
     def parameter(*sizes: str | int) -> str:
         width = program.shape.width
-        dims = [{"d": width, "2d": 2 * width, "3d": 3 * width}.get(s, s) if isinstance(s, str) else s for s in sizes]
+        named = {"d": width, "2d": 2 * width, "3d": 3 * width}
+        dims = [named[s] if isinstance(s, str) else s for s in sizes]
         key = f"{len(program.params)}.{name}"
         program.params[key] = torch.randn(dims, generator=generator, dtype=torch.float64) * 0.7
         return key

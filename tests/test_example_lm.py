@@ -17,6 +17,7 @@ import pytest
 
 import lm_in_run_shapley as example
 from lm_corpus import DOMAINS, PROSE, WindowSampler, build_corpus
+from lm_findings import claims_of, remark_of
 from lm_report import write_report
 from lm_scores import SCHEMA, UNFINISHED, ScoreWriter, auroc, tally
 from lm_training import Log, State, load_checkpoint, save_checkpoint
@@ -279,12 +280,12 @@ def test_claim_that_fails_is_said_and_raised(tmp_path: Path) -> None:
 def test_low_auroc_is_put_down_to_the_method_where_the_values_are_exact(finished: example.Summary) -> None:
     args, _ = example.parse(["--min-auroc", "0.9"])
     low = replace(finished.findings, auroc=0.3)
-    assert "the method's own answer" in example.remark_of(args, low, example.claims_of(args, low))
+    assert "the method's own answer" in remark_of(args, low, claims_of(args, low))
     wrong = replace(low, oracle_error=0.5)
-    assert example.remark_of(args, wrong, example.claims_of(args, wrong)) == ""
+    assert remark_of(args, wrong, claims_of(args, wrong)) == ""
     none = replace(low, auroc=float("nan"))
-    assert not example.claims_of(args, none)[1].holds
-    assert "no corrupted document was drawn" in example.remark_of(args, none, example.claims_of(args, none))
+    assert not claims_of(args, none)[1].holds
+    assert "no corrupted document was drawn" in remark_of(args, none, claims_of(args, none))
     assert finished.remark == ""
 
 
