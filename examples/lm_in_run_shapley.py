@@ -60,7 +60,7 @@ class ClaimError(AssertionError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run wrote and found; `seconds` is the time of this process alone, of which `steps` is not if resumed."""
+    """What a run wrote and found; `seconds` is the time since this start, without what a resumed run took before."""
 
     out: Path
     steps: int
@@ -77,7 +77,7 @@ class Summary:
         if found.overhead:
             first, second = found.overhead["first"], found.overhead["second"]
             lines.append(f"a step costs {first:.2f}x with first-order values, {second:.2f}x with second-order values")
-        lines.append(f"{self.steps} steps in {self.seconds:.0f} s, in {self.out / REPORT} and {self.out / SCORES}")
+        lines.append(f"{self.steps} steps, {self.seconds:.0f} s since the start: {self.out / REPORT}, {self.out / SCORES}")
         return "\n".join(lines)
 
 

@@ -218,6 +218,8 @@ def _draw_overhead(log: Log) -> Figure:
     axis.set_yticks(range(len(ratios)), [f"{labels[name]}  {ratio:.2f}x" for name, ratio in ratios.items()])
     axis.set_ylim(2.5, -0.5)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel("milliseconds for the training gradient, alone and with values (bars: medians)")
     return figure
 

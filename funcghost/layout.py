@@ -103,15 +103,8 @@ class Meter:
     def _agrees(self, layout: Layout, coded: Tensor, code: Tensor) -> bool:
         """Whether the coded gradient is the base gradient times the code of each entry's sample."""
         assert self.base is not None
-        batch = self.clock.batch
-        expected = layout.by_sample(self.base, batch).reshape(batch, -1) * code.unsqueeze(-1).to(self.base.dtype)
-        off = layout.by_sample(coded, batch).reshape(batch, -1) - expected
-        unknown = ~expected.isfinite()
-        off, expected = off.masked_fill(unknown, 0), expected.masked_fill(unknown, 0)
-        # Exact up to the order of summation; half precision is held to float32, as the scales are exact there too.
-        tolerance = 256 * torch.finfo(torch.promote_types(expected.dtype, torch.float32)).eps
-        size, error = (x.abs().double().square().sum(-1).sqrt() for x in (expected, off))
-        return bool((error <= tolerance * size).all())
+        base, coded = (layout.by_sample(value, self.clock.batch) for value in (self.base, coded))
+        return _proportional(_corner(base), _corner(coded), code) and _proportional(base, coded, code)
 
     def layout(self) -> Layout | Literal["unused"] | None:
         """The one layout left; "unused" if no gradient came; None where none or several fit."""
@@ -119,3 +112,24 @@ class Meter:
             return "unused"
         silent = self.clock.batch > 1 and not bool(self.base.nan_to_num().any())
         return self.candidates[0] if len(self.candidates) == 1 and not silent else None
+
+
+def _corner(rows: Tensor) -> Tensor:
+    """A few entries of every sample: most layouts that do not fit are seen not to there."""
+    for axis in range(1, rows.dim()):
+        rows = rows.narrow(axis, 0, min(8, rows.shape[axis]))
+    return rows
+
+
+def _proportional(base: Tensor, coded: Tensor, code: Tensor) -> bool:
+    """Whether `coded[i] = code[i] base[i]` for every sample; entries that are not finite say nothing."""
+    expected = base.reshape(len(code), -1) * code.unsqueeze(-1).to(base.dtype)
+    off = coded.reshape(len(code), -1) - expected
+    # Exact up to the order of summation; half precision is held to float32, as the scales are exact there too.
+    tolerance = 256 * torch.finfo(torch.promote_types(expected.dtype, torch.float32)).eps
+    if not bool(off.isfinite().all()):
+        unknown = ~expected.isfinite()
+        off, expected = off.masked_fill(unknown, 0), expected.masked_fill(unknown, 0)
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    size, error = (torch.linalg.vector_norm(x, dim=1, dtype=wide) for x in (expected, off))
+    return bool((error <= tolerance * size).all())
