@@ -77,7 +77,7 @@ class Summary:
         if found.overhead:
             first, second = found.overhead["first"], found.overhead["second"]
             lines.append(f"a step costs {first:.2f}x with first-order values, {second:.2f}x with second-order values")
-        lines.append(f"{self.steps} steps, {self.seconds:.0f} s since the start: {self.out / REPORT}, {self.out / SCORES}")
+        lines.append(f"{self.steps} steps, {self.seconds:.0f} s since the start; in {self.out}: {REPORT}, {SCORES}")
         return "\n".join(lines)
 
 
