@@ -64,7 +64,7 @@ class Scorer:
 
 def inner(slope: Tensor, gradient: Tensor, layout: Layout, probe: Tensor) -> Tensor:
     """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe."""
-    product = slope * gradient.conj()
+    product = slope.to(torch.promote_types(slope.dtype, torch.float32)) * gradient.conj()
     rows = layout.by_sample(product.real if product.is_complex() else product, probe.shape[0])
     return rows.reshape(probe.shape[0], -1).sum(1, dtype=probe.dtype)
 

@@ -21,13 +21,17 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-4, torch.bfloat16: 5e-2, tor
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """What autograd says: the gradient of `<c, losses>`, and the directions to test it in."""
+    """What autograd says: the gradient of `<c, losses>`, and the direction V to test it in.
+
+    `share` is the size of the share that a parameter has in `<gradient, V>`.
+    """
 
     losses: Tensor
     weights: Tensor
     gradients: list[Tensor]
     direction: list[Tensor]
     tolerance: float
+    share: float
 
     @property
     def finite(self) -> bool:
@@ -55,8 +59,6 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
     """
     norms = [float(torch.linalg.vector_norm(g.double())) for g in gradients]
     largest = max((n for n in norms if 0 < n < float("inf")), default=1.0)
-    # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up past the tolerance.
-    smallest = largest * max(1e-3, min(1.0, 32 * torch.finfo(precision).eps / TOLERANCE[precision]))
     direction = []
     for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
         generator = torch.Generator(gradient.device).manual_seed(index)
@@ -64,10 +66,10 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
         noise = noise / torch.linalg.vector_norm(noise).clamp_min(1e-30)
         along = gradient.double() / max(norm, 1e-30) if norm < float("inf") else 0.0
         size = 0.5 + ((index * 7919) % 101) / 101
-        direction.append(
-            ((along * size + noise) / max(norm if norm < float("inf") else 0.0, smallest)).to(gradient.dtype)
-        )
-    return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision])
+        # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
+        boost = min(largest / max(norm, 1e-30), 1e3) if norm < float("inf") else 1.0
+        direction.append(((along * size + noise) * boost).to(gradient.dtype))
+    return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
 
 
 def check_conservation(
@@ -122,7 +124,7 @@ def _broken(scores: Scores, seen: Witness, groups: Sequence[list[int]]) -> list[
     wrong = []
     for group, ours, size in zip(groups, terms.sum(0).tolist(), terms.abs().sum(0).tolist(), strict=True):
         wanted = sum(shares[i] for i in group)
-        scale = 1 + size + sum(abs(shares[i]) for i in group)  # a usual share is 1
+        scale = seen.share + size + sum(abs(shares[i]) for i in group)
         if not abs(ours - wanted) <= seen.tolerance * scale:
             wrong.append(group)
     return wrong
