@@ -70,8 +70,8 @@ class Measured:
 def make_plan(problem: Problem, options: Options) -> Plan:
     """Plans the losses on this batch.
 
-    Costs about three training steps, and memory for the output gradients of every op at once. Random streams and
-    tensors that the losses write to are put back.
+    Costs the FLOPs of about three training steps, and memory for the output gradients of every op at once. Random
+    streams and tensors that the losses write to are put back.
 
     Raises:
         InputError: the losses do not depend on params, or are not [b].

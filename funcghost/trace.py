@@ -140,7 +140,8 @@ class Trace(TorchFunctionMode):
             meter = None if fixed or (bound and wrapped) else Meter(self.clock)
             if meter is not None:
                 self.meters[self.count] = meter
-                if wrapped:
+                if wrapped or (value._is_view() and not bound):
+                    # A hook would stay with the view's present node, which an op in place on it replaces.
                     value = replaced[original] = Observe.apply(meter.see, value)
                 else:
                     value.register_hook(meter.see)

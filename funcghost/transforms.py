@@ -57,8 +57,8 @@ def grad_and_reduce(
         reduction: what `grads` is the gradient of.
         has_aux: whether the losses return `(losses, aux)`.
         options: see `Options`.
-        plan: a plan from `fg.plan`; without one, the first call makes it (about three steps' time), and so does a later
-            call that runs other ops. A call with sizes not seen before verifies it (about two). Needed under
+        plan: a plan from `fg.plan`; without one, the first call makes it (the FLOPs of three steps), and so
+            does a later call that runs other ops. A call with sizes not seen before verifies it. Needed under
             `torch.compile`, and on the meta device.
 
     Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
@@ -116,8 +116,8 @@ def plan(
 
     Print it to see the table; pass it to `grad_and_reduce` or `reduce` so that they never plan again. It serves any
     batch size and length for which the losses run the same ops (plan with two samples or more: with one there is
-    nothing to tell apart, and the plan serves batches of one). Costs about three steps, and memory for all output
-    gradients at once: a few short samples will do.
+    nothing to tell apart, and the plan serves batches of one). Costs the FLOPs of about three steps, and memory for all
+    output gradients at once: a few short samples will do.
 
     Raises:
         InputError, UnsupportedOpError, ConservationError, PlanError: as in `grad_and_reduce`.

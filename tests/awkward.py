@@ -314,6 +314,18 @@ def written_into_an_activation() -> Case:
 
 
 @case
+def output_that_is_a_view_written_to() -> Case:
+    # Inside, a linear layer on [b, t, d] is a product and a view of it.
+    def losses(p: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, p["w"], p["b"])
+        h[:, 1] = 0.5
+        h.relu_()
+        return squares(torch.einsum("btd,pd->btp", h, p["v"]).mul_(2.0).add_(p["b"]))
+
+    return Case(losses, {"w": normal(3, 6), "b": normal(3), "v": normal(3, 3)}, inputs())
+
+
+@case
 def written_through_a_view() -> Case:
     def losses(p: Params, x: Tensor) -> Tensor:
         y = x.clone()
