@@ -89,7 +89,7 @@ class Trace(TorchFunctionMode):
         for leaf in given.values():
             if id(leaf) not in self.seen and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
                 self.foreign.setdefault(id(leaf), weakref.ref(leaf))
-                if not self.opaque:
+                if not self.opaque and leaf.grad_fn is None:  # an op that no mode shows gives a node
                     self.without_samples.add(id(leaf))
         inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
         if op in MOVES:

@@ -364,6 +364,18 @@ def custom_function_between_sites() -> Case:
 
 
 @case
+def rows_moved_after_a_custom_function() -> Case:
+    # The rows come from an op that no mode shows, and carry samples all the same: no layout may be taken for lasting.
+    def losses(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, order = batch
+        rows = Hidden.apply(x @ p["a"], torch.eye(3, dtype=x.dtype))[order]
+        return squares(rows @ p["b"])
+
+    params = {"a": normal(6, 3), "b": normal(3, 3)}
+    return Case(losses, params, (normal(4, 6), torch.arange(4)), fg.ConservationError)
+
+
+@case
 def vmap_over_a_parameter() -> Case:
     def losses(p: Params, x: Tensor) -> Tensor:
         return squares(torch.func.vmap(lambda w: x @ w, out_dims=1)(p["w"]))
