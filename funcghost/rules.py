@@ -148,8 +148,7 @@ _WEIGHT_OR_INPUT = (("weight", "bias"), ("input", "bias"))
 
 _PRODUCTS = (
     *(torch.mm, T.mm, torch.bmm, T.bmm, torch.mv, T.mv, torch.dot, torch.outer, torch.einsum),
-    *(torch.matmul, T.matmul, T.__matmul__, T.__rmatmul__),
-    *(torch.mul, T.mul, T.__mul__, T.__rmul__),
+    *(torch.matmul, T.matmul, T.__rmatmul__, torch.mul, T.mul),
 )
 _SUMS_AND_VIEWS = (
     *(torch.clone, T.clone, T.contiguous, T.to, T.float, T.double, T.bfloat16, T.type_as),
@@ -159,7 +158,7 @@ _SUMS_AND_VIEWS = (
     *(torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, T.__getitem__, T.narrow, T.index_select, T.select),
     *(torch.chunk, T.chunk, torch.split, T.split, torch.unbind, T.unbind),
 )
-_ADDITIONS = (torch.add, T.add, T.__add__, T.__radd__, torch.sub, T.sub, T.__sub__, T.__rsub__)
+_ADDITIONS = (torch.add, T.add, torch.sub, T.sub, T.__rsub__)
 _CONVOLUTIONS = (
     *(F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -173,7 +172,7 @@ for _op in _ADDITIONS:
     register_rule(_op, linear=_JOINT, arguments=("input", "other"))
 for _op in (torch.cat, torch.stack):
     register_rule(_op, linear="jointly", arguments=("tensors", "dim"), when=_all_float)
-for _op in (torch.div, T.div, T.__truediv__):
+for _op in (torch.div, T.div):
     register_rule(_op, linear=(("input",),), arguments=("input", "other"), when=_unrounded)
 register_rule(F.linear, linear=_WEIGHT_OR_INPUT, arguments=("input", "weight", "bias"))
 for _op in (torch.addmm, T.addmm):

@@ -1,10 +1,13 @@
 """Hypothesis profiles, seeds, threads, and which tests run where."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import register_random, settings
+
+from funcghost import rules
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)
@@ -40,6 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _rules_as_they_were() -> Iterator[None]:
+    kept = rules.registered()
+    yield
+    rules._RULES.clear()
+    rules._RULES.update(kept)
 
 
 @pytest.fixture(autouse=True)

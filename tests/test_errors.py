@@ -15,8 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import funcghost as fg
-from funcghost import rules
-from funcghost.rules import registered
+from tests.awkward import Hidden
 from tests.naive import assert_scores, assert_trees_close, expected, gradient
 
 Params = dict[str, Tensor]
@@ -99,14 +98,6 @@ def world() -> World:
     random.seed(0)
     np.random.seed(0)
     return World()
-
-
-@pytest.fixture(autouse=True)
-def _registry() -> Iterator[None]:
-    kept = registered()
-    yield
-    rules._RULES.clear()
-    rules._RULES.update(kept)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -495,20 +486,6 @@ def test_a_step_that_plans_anew_changes_what_the_losses_alone_change() -> None:
 
 
 # Uses of a parameter that cannot be seen or followed.
-
-
-class Hidden(torch.autograd.Function):
-    """A product inside of a custom Function: no mode sees it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return gradients[0] @ w.mT, x.mT @ gradients[0]
 
 
 def hidden_params() -> Params:

@@ -92,7 +92,7 @@ GROUPS = torch.tensor([4, 8], dtype=torch.int32)
 
 
 def products() -> Iterator[Sample]:
-    for op in (torch.mm, T.mm, torch.matmul, T.matmul, T.__matmul__):
+    for op in (torch.mm, T.mm, torch.matmul, T.matmul):
         yield Sample(op_name(op), op, (A, B))
     yield Sample("__rmatmul__", T.__rmatmul__, (B, A))
     for op in (torch.bmm, T.bmm):
@@ -111,7 +111,7 @@ def products() -> Iterator[Sample]:
     yield Sample("einsum: sublists", torch.einsum, (A, [0, 1], B, [1, 2], [2, 0]))
     yield Sample("einsum: list", torch.einsum, ("ij,jk->ik", [A, B]))
     yield Sample("einsum: one", torch.einsum, ("ij->j", A))
-    for op in (torch.mul, T.mul, T.__mul__, T.__rmul__):
+    for op in (torch.mul, T.mul):
         yield Sample(op_name(op), op, (A, C))
         yield Sample(op_name(op) + ": broadcast", op, (A, V4))
         yield Sample(op_name(op) + ": scalar", op, (A, 3.0))
@@ -191,7 +191,7 @@ def sums_and_views() -> Iterator[Sample]:
 
 
 def additions() -> Iterator[Sample]:
-    for op in (torch.add, T.add, T.__add__, T.__radd__, torch.sub, T.sub, T.__sub__, T.__rsub__):
+    for op in (torch.add, T.add, torch.sub, T.sub, T.__rsub__):
         yield Sample(op_name(op), op, (A, C))
         yield Sample(op_name(op) + ": broadcast", op, (V4, A))
         yield Sample(op_name(op) + ": scalar", op, (A, 2.5))
@@ -201,7 +201,7 @@ def additions() -> Iterator[Sample]:
     yield Sample("add: keywords", torch.add, (A,), {"other": C, "alpha": -2})
     yield Sample("add: integer tensor", torch.add, (A, torch.arange(4)))
     yield Sample("add: scalar first", torch.add, (2.0, A))
-    for op in (torch.div, T.div, T.__truediv__):
+    for op in (torch.div, T.div):
         yield Sample(op_name(op), op, (A, halves(4)), beyond=(1,))
         yield Sample(op_name(op) + ": scalar", op, (A, 4))
     for op in (torch.div, T.div):
@@ -354,14 +354,6 @@ SAMPLES = [
 NAMES = [sample.name for sample in SAMPLES]
 COVERED = [sample for sample in SAMPLES if sample.covered()]
 REAL = [s for s in COVERED if any(not s.leaves[slot].is_complex() for slots in s.covered() for slot in slots)]
-
-
-@pytest.fixture(autouse=True)
-def _registry() -> Iterator[None]:
-    kept = registered()
-    yield
-    rules._RULES.clear()
-    rules._RULES.update(kept)
 
 
 def test_samples_cover_every_rule() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import funcghost as fg
-from funcghost import rules
 from funcghost.layout import Layout
-from funcghost.rules import registered
 from funcghost.verify import check_conservation
+from tests.awkward import Hidden
 from tests.naive import assert_scores, expected
 
 Params = dict[str, Tensor]
@@ -26,20 +25,6 @@ Params = dict[str, Tensor]
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-class Hidden(torch.autograd.Function):
-    """A product that no mode sees."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return gradients[0] @ w.mT, x.mT @ gradients[0]
 
 
 def losses(params: Params, x: Tensor) -> Tensor:
@@ -56,14 +41,6 @@ def small() -> Params:
 
 def zeros(params: Params) -> Params:
     return {name: torch.zeros_like(value) for name, value in params.items()}
-
-
-@pytest.fixture(autouse=True)
-def _registry() -> Iterator[None]:
-    kept = registered()
-    yield
-    rules._RULES.clear()
-    rules._RULES.update(kept)
 
 
 @pytest.fixture
