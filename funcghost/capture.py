@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import optree
 import torch
@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
-from funcghost.layout import Layout
-from funcghost.plans import Plan, Site
+from funcghost.layout import Layout, Placed, Rows
+from funcghost.moves import MOVES, Maps, Move
+from funcghost.plans import OutputLayout, Plan, Site
 from funcghost.state import RandomState, random_state, replaying
 from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, physical, pushforward, swap
 from funcghost.tap import Scorer, Tap
@@ -66,6 +67,10 @@ class Capture(TorchFunctionMode):
         self.references: dict[int, Any] = {}
         self.position = 0
         self.digest = Digest()
+        self.moves = {moved.call: moved for moved in plan.moves}
+        self.calls = 0
+        self.maps: Maps = {}
+        self.as_planned: list[Tensor] = []
         self._follow(params)
 
     def __enter__(self) -> "Capture":
@@ -86,6 +91,8 @@ class Capture(TorchFunctionMode):
         if self.standins and any(id(leaf) in self.standins for leaf in leaves):
             leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]
             args, kwargs = optree.tree_unflatten(spec, leaves)
+        if self.moves and op in MOVES:
+            self._follow_move(op, leaves, spec)
         tracked = tuple(slot for slot, leaf in enumerate(leaves) if id(leaf) in self.tangents)
         if not tracked or not torch.is_grad_enabled():
             returned = op(*args, **kwargs)
@@ -111,11 +118,6 @@ class Capture(TorchFunctionMode):
         if len(found) != len(site.layouts):
             raise MismatchError(f"site {index}: {site.op} gave {len(found)} outputs, the plan has {len(site.layouts)}.")
         if site.action == "tap":
-            for value, layout in zip(found, site.layouts, strict=True):
-                if isinstance(layout, Layout) and not layout.fits(physical(value).shape, self.probe.shape[0]):
-                    raise MismatchError(
-                        f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}."
-                    )
             return swap(returned, self._tap(index, call, site, found, drawn))
         self._attach(
             site, found, carried or (self._carry(index, call, site, drawn) if site.action == "carry" else None)
@@ -125,6 +127,19 @@ class Capture(TorchFunctionMode):
     def tangents_of(self, value: Tensor) -> Tangents | None:
         """What was carried to a value, per direction."""
         return self.tangents.get(id(value))
+
+    def check_moves(self, *, at_once: bool) -> None:
+        """Checks that samples were moved to where the plan says; not `at_once`, the device does it when it gets there.
+
+        Costs the wait for one number, in programs that move samples by the values of data.
+        """
+        if not self.as_planned:
+            return
+        fine = torch.stack(self.as_planned).all()
+        if not at_once:
+            torch._assert_async(fine, "samples were moved to other places than when the plan was made")
+        elif not fine:
+            raise MismatchError("samples were moved to other places than when the plan was made.")
 
     def finish(self) -> None:
         """Checks that the losses came past every site of the plan, and ran the same ops between them.
@@ -137,10 +152,11 @@ class Capture(TorchFunctionMode):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
 
     @contextmanager
-    def resumed(self, position: int, tangents: dict[int, Tangents]) -> Iterator[None]:
+    def resumed(self, position: int, calls: int, tangents: dict[int, Tangents]) -> Iterator[None]:
         """Runs a part again from a position, on the user's own parameters."""
         again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
         again.tangents, again.position, again.directions = dict(tangents), position, self.directions
+        again.maps, again.calls = self.maps, calls
         again._follow(self.originals)
         with again:
             yield
@@ -189,6 +205,28 @@ class Capture(TorchFunctionMode):
                 slopes.append(push.evaluate(saved, filled(call, along)))
         return slopes
 
+    def _placed(
+        self, index: int, site: Site, value: Tensor, layout: OutputLayout
+    ) -> Layout | Placed | Literal["unused"]:
+        """Where the samples of an output are in this run."""
+        shape, rows = physical(value).shape, None
+        if isinstance(layout, Rows):
+            rows = self.maps.get((layout.call, layout.output))
+            if rows is not None and layout.axis < len(shape) and shape[layout.axis] == len(rows):
+                return Placed(layout.axis, rows.long())
+        elif layout == "unused" or (isinstance(layout, Layout) and layout.fits(shape, self.probe.shape[0])):
+            return layout
+        raise MismatchError(f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}.")
+
+    def _follow_move(self, op: Any, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:
+        """Notes where an op moves the samples, if the plan says that it does so by data."""
+        moved, self.calls = self.moves.get(self.calls), self.calls + 1
+        if moved is not None:
+            if moved.op != op_name(op):
+                raise MismatchError(f"found {op_name(op)} where {moved.op} moves samples in the plan.")
+            move = Move(op, tuple(leaves), spec, moved.slots)
+            self.as_planned.append(moved.follow(move, self.maps, self.probe.shape[0]))
+
     def _attach(self, site: Site, found: Outputs, carried: list[Outputs | None] | None) -> None:
         """Notes the tangents of what came out; a value that was overwritten without one loses its own."""
         for i, (value, layout) in enumerate(zip(found, site.layouts, strict=True)):
@@ -201,6 +239,7 @@ class Capture(TorchFunctionMode):
     def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
         """The outputs behind a tap, by the id of what they replace."""
         chosen = [i for i, layout in enumerate(site.layouts) if layout != "constant"]
+        layouts = tuple(self._placed(index, site, found[i], site.layouts[i]) for i in chosen)
         push, count = self._push(index, call, site), len(call.tracked)
         saved = [call.leaves[slot].detach() for slot in push.needed]
         tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
@@ -217,7 +256,6 @@ class Capture(TorchFunctionMode):
                     pushed.append(push.evaluate(kept, flat[start : start + count]))
             return [tuple(slope[i] for i in chosen) for slope in pushed]
 
-        layouts = tuple(layout for layout in site.layouts if isinstance(layout, Layout) or layout == "unused")
         scorer = Scorer(f"site {index} ({site.op})", slopes, columns, layouts)
         along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
         tapped = Tap.apply(self.probe, scorer, len(chosen), *(found[i] for i in chosen), *saved, *along)
@@ -268,5 +306,7 @@ def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextMa
     tensors, and raises `UnsupportedOpError` otherwise. Outside of funcghost it does nothing.
     """
     capture = _active.get()
-    again = nullcontext() if capture is None else capture.resumed(capture.position, dict(capture.tangents))
+    again = (
+        nullcontext() if capture is None else capture.resumed(capture.position, capture.calls, dict(capture.tangents))
+    )
     return nullcontext(), again

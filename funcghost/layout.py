@@ -5,6 +5,7 @@ scales exactly the entries of sample i of every output gradient, without roundin
 passes over the same graph names the sample of every entry.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,22 @@ class Layout:
         split: Tensor = value.unflatten(self.axis, (batch, inner) if high else (inner, batch))
         return split.movedim(self.axis if high else self.axis + 1, 0)
 
-    def fits(self, shape: torch.Size, batch: int) -> bool:
+    def sum(self, values: Tensor, like: Tensor) -> Tensor:
+        """The sum of each sample's entries, [b], in the dtype of `like` [b, ...]."""
+        return self.by_sample(values, len(like)).reshape(len(like), -1).sum(1, dtype=like.dtype)
+
+    def numbers(self, shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
+        """The sample of every entry of a tensor of this shape, from 0, as numbers that ops compute with."""
+        if self.fold == "single":
+            return torch.zeros((), dtype=torch.float64, device=device).expand(tuple(shape))
+        samples = torch.arange(batch, dtype=torch.float64, device=device)
+        if self.fold == "high":
+            samples = samples.repeat_interleave(shape[self.axis] // batch)
+        elif self.fold == "low":
+            samples = samples.repeat(shape[self.axis] // batch)
+        return spread(samples, self.axis, shape)
+
+    def fits(self, shape: Sequence[int], batch: int) -> bool:
         """Whether a tensor of this shape can have this layout."""
         if self.fold == "single":
             return batch == 1
@@ -49,7 +65,40 @@ class Layout:
         return f"axis {self.axis}" + ("" if self.fold == "whole" else f", {self.fold}")
 
 
-def candidates(shape: torch.Size, batch: int) -> list[Layout]:
+@dataclass(frozen=True)
+class Rows:
+    """The samples are those of the rows of an axis, which an op has moved by the values of data.
+
+    `call` and `output` number the op, see `funcghost.moves`.
+    """
+
+    axis: int
+    call: int
+    output: int = 0
+
+    def __str__(self) -> str:
+        return f"rows of axis {self.axis}"
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Such rows in one run: `samples` is the sample of each."""
+
+    axis: int
+    samples: Tensor
+
+    def sum(self, values: Tensor, like: Tensor) -> Tensor:
+        """The sum of each sample's entries, [b], in the dtype of `like` [b, ...]."""
+        rows = values.movedim(self.axis, 0).unsqueeze(-1).flatten(1).sum(1, dtype=like.dtype)
+        return like.new_zeros(len(like)).index_add(0, self.samples, rows)
+
+
+def spread(rows: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
+    """One value for each index of an axis, in every entry of a shape."""
+    return rows.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(tuple(shape))
+
+
+def candidates(shape: Sequence[int], batch: int) -> list[Layout]:
     """Every layout that the shape admits."""
     if batch == 1:
         return [Layout(0, "single")]
@@ -73,12 +122,13 @@ def codes(batch: int, like: Tensor) -> list[Tensor]:
 class Clock:
     """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code.
 
-    Before it is started, backwards are those of the losses themselves.
+    Before it is started, backwards are those of the losses themselves. `keep`: the coded gradients are wanted later.
     """
 
     batch: int = 0
     code: Tensor | None = None
     started: bool = True
+    keep: bool = False
 
 
 class Meter:
@@ -89,6 +139,7 @@ class Meter:
         self.clock = clock
         self.base: Tensor | None = None
         self.candidates: list[Layout] = []
+        self.coded: list[tuple[Tensor, Tensor]] = []
 
     def see(self, gradient: Tensor) -> None:
         """Takes the gradient of the backward that is running."""
@@ -97,7 +148,10 @@ class Meter:
         if self.clock.code is None:
             self.base = gradient
             self.candidates = candidates(gradient.shape, self.clock.batch) if gradient.layout is torch.strided else []
-        elif self.candidates:
+            return
+        if self.clock.keep:
+            self.coded.append((self.clock.code, gradient))
+        if self.candidates:
             self.candidates = [c for c in self.candidates if self._agrees(c, gradient, self.clock.code)]
 
     def _agrees(self, layout: Layout, coded: Tensor, code: Tensor) -> bool:
@@ -110,8 +164,24 @@ class Meter:
         """The one layout left; "unused" if no gradient came; None where none or several fit."""
         if self.base is None:
             return "unused"
-        silent = self.clock.batch > 1 and not bool(self.base.nan_to_num().any())
-        return self.candidates[0] if len(self.candidates) == 1 and not silent else None
+        return self.candidates[0] if len(self.candidates) == 1 and not self.silent else None
+
+    @property
+    def silent(self) -> bool:
+        """Whether the gradient says nothing."""
+        return self.base is None or (self.clock.batch > 1 and not bool(self.base.nan_to_num().any()))
+
+    def in_rows(self, samples: Tensor) -> int | None:
+        """The axis whose rows belong to these samples, if there is one."""
+        if self.base is None or self.base.layout is not torch.strided or self.silent:
+            return None
+        for axis, size in enumerate(self.base.shape):
+            if size == len(samples) and all(
+                _proportional(self.base.movedim(axis, 0), coded.movedim(axis, 0), code[samples.long()])
+                for code, coded in self.coded
+            ):
+                return axis
+        return None
 
 
 def _corner(rows: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from funcghost.capture import Direction
-from funcghost.errors import InputError, MismatchError, PlanError, UnsupportedOpError
+from funcghost.errors import GhostError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.layout import Clock, codes
 from funcghost.plans import Plan, Site, batch_axes
 from funcghost.run import Problem, backward, run
+from funcghost.sites import Followed, UnresolvedMoveError, find_sites, follow_moves
 from funcghost.state import untouched
 from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, pushforward
-from funcghost.trace import Trace, find_sites
+from funcghost.trace import Trace
 from funcghost.verify import Witness, check_conservation, sample_weights, witness
 
 log = logging.getLogger("funcghost")
@@ -67,8 +68,8 @@ class Measured:
     witness: Witness
 
 
-def make_plan(problem: Problem, options: Options) -> Plan:
-    """Plans the losses on this batch.
+def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> Plan:
+    """Plans the losses on this batch; not `exactly` where the parameters are, if some of them are all zero.
 
     Costs the FLOPs of about three training steps, and memory for the output gradients of every op at once. Random
     streams and tensors that the losses write to are put back.
@@ -87,12 +88,39 @@ def make_plan(problem: Problem, options: Options) -> Plan:
         raise PlanError(
             "plan: tensors on the meta device have no values to measure. Plan on a real device and pass the plan."
         )
+    if not exactly and (generic := without_zeros(problem)) is not problem:
+        try:
+            return make_plan(generic, options, exactly=True)
+        except InputError:
+            raise
+        except (GhostError, RuntimeError, ValueError) as error:
+            log.info("planning at the very parameters, since elsewhere: %s", error)
     with untouched(problem.devices()) as written:
         measured = _measure(problem, carry_all=options.route == "forward")
     measured = replace(measured, plan=replace(measured.plan, written=tuple(written())))
     plan = _rehearse(problem, measured, options.verify != "never") if measured.plan.batch else measured.plan
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
     return plan
+
+
+def without_zeros(problem: Problem) -> Problem:
+    """The same problem where parameters that are all zero have small values.
+
+    A gate or a head that starts at zero hides the way of the samples through what is before it; a plan has to serve
+    when it has been trained.
+    """
+
+    def noise(leaf: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator(leaf.device).manual_seed(seed)
+        values = torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=torch.float32)
+        return (0.02 * values).to(leaf.dtype)
+
+    leaves = problem.params.leaves
+    zero = [leaf.numel() > 0 and not bool(leaf.any()) for leaf in leaves]
+    if not any(zero):
+        return problem
+    point = (noise(leaf, i) if is_zero else leaf for i, (leaf, is_zero) in enumerate(zip(leaves, zero, strict=True)))
+    return replace(problem, point=tuple(point))
 
 
 def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tensor]:
@@ -104,8 +132,7 @@ def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tens
         sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
         return (value.detach() * (1 + size * torch.finfo(value.dtype).eps * sign)).to(value.dtype)
 
-    leaves = tuple(shaken(leaf, number) for number, leaf in enumerate(problem.params.leaves, 1))
-    near = replace(problem, params=problem.params._replace(leaves=leaves))
+    near = replace(problem, point=tuple(shaken(leaf, number) for number, leaf in enumerate(problem.leaves(), 1)))
     with untouched(problem.devices()):
         inputs = near.leaves()
         losses, _ = near.evaluate(inputs)
@@ -154,11 +181,14 @@ def _measure(problem: Problem, carry_all: bool) -> Measured:
     for code in codes(clock.batch, losses) if clock.batch > 1 else []:
         clock.code = code
         torch.autograd.grad(losses, leaves, weights * code, retain_graph=True, allow_unused=True)
-    moved = trace.moved_by()
-    if moved:
-        log.info("%s moves samples by the values of data: tangents are carried to the losses.", moved)
+    try:
+        followed = follow_moves(trace.records, trace.moves if clock.batch > 1 else {}, clock.batch)
+    except UnresolvedMoveError as op:
+        log.info("%s moves samples by the values of data: tangents are carried to the losses.", op)
+        followed, carry_all = Followed({}, ()), True
     plan = Plan(
-        sites=tuple(find_sites(trace.records, problem.params.names, carry_all or moved is not None)),
+        sites=tuple(find_sites(trace.records, problem.params.names, followed.rows, carry_all)),
+        moves=() if carry_all else followed.moved,
         batch=clock.batch,
         digest=trace.digest.ops,
         sizes=frozenset([trace.digest.sizes]),

@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcghost.layout import Layout
+from funcghost.layout import Layout, Rows
+from funcghost.moves import Moved
 from funcghost.tangent import Way
 from funcghost.trees import Tree, tensors
 
 Action = Literal["tap", "carry", "skip"]
-OutputLayout = Layout | Literal["unused", "constant", "carried"]
+OutputLayout = Layout | Rows | Literal["unused", "constant", "carried"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Plan:
 
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
     `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
-    ops compute in. `captured` are the user's tensors that the losses close over, `written` the memory they write to.
+    ops compute in, `moves` the ops that move samples by data. `captured` are the user's tensors that the losses close
+    over, `written` the memory they write to.
     """
 
     sites: tuple[Site, ...]
@@ -51,6 +53,7 @@ class Plan:
     precision: torch.dtype = torch.float64
     axes: tuple[tuple[int, int], ...] = ()
     verified: bool = False
+    moves: tuple[Moved, ...] = ()
     captured: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
     written: tuple[torch.UntypedStorage, ...] = field(default=(), repr=False, compare=False)
 

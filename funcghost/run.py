@@ -34,12 +34,16 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be differentiated: the losses at given parameters on a given batch."""
+    """What is to be differentiated: the losses at given parameters on a given batch.
+
+    `point`: other values to take the derivative at, in place of those of the parameters.
+    """
 
     losses: Losses
     params: Params
     batch: Tree
     has_aux: bool = False
+    point: tuple[Tensor, ...] | None = None
 
     def devices(self) -> list[torch.device]:
         """The devices of the parameters and of the batch."""
@@ -51,7 +55,7 @@ class Problem:
 
     def leaves(self) -> list[Tensor]:
         """Fresh leaves that share memory with the parameters, so that nothing of the user's is touched."""
-        return [leaf.detach().requires_grad_() for leaf in self.params.leaves]
+        return [leaf.detach().requires_grad_() for leaf in self.point or self.params.leaves]
 
     def evaluate(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """The losses [b] and the auxiliary output."""
@@ -116,6 +120,8 @@ def run(
     wanted = [probe] if reduction is None else [probe, *leaves]
     cotangent = cotangents(losses, reduction or "sum")
     scores, *gradients = backward(losses, wanted, cotangent)
+    if not problem.is_meta():
+        capture.check_moves(at_once=standins is None)
     scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
     carried = capture.tangents_of(losses)
     if carried is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import MismatchError, UnsupportedOpError
-from funcghost.layout import Layout
+from funcghost.layout import Layout, Placed
 
 Slopes = Callable[..., list[tuple[Tensor, ...]]]
 
@@ -34,7 +34,7 @@ class Scorer:
     name: str
     slopes: Slopes
     columns: tuple[int, ...]
-    layouts: tuple[Layout | Literal["unused"], ...]
+    layouts: tuple[Layout | Placed | Literal["unused"], ...]
 
     def score(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
         """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries."""
@@ -57,16 +57,15 @@ class Scorer:
         parts = [
             inner(value, g, layout, probe)
             for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
-            if g is not None and isinstance(layout, Layout)
+            if g is not None and layout != "unused"
         ]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
-def inner(slope: Tensor, gradient: Tensor, layout: Layout, probe: Tensor) -> Tensor:
+def inner(slope: Tensor, gradient: Tensor, layout: Layout | Placed, probe: Tensor) -> Tensor:
     """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe."""
     product = slope.to(torch.promote_types(slope.dtype, torch.float32)) * gradient.conj()
-    rows = layout.by_sample(product.real if product.is_complex() else product, probe.shape[0])
-    return rows.reshape(probe.shape[0], -1).sum(1, dtype=probe.dtype)
+    return layout.sum(product.real if product.is_complex() else product, probe)
 
 
 def _unsqueezed(slopes: Slopes) -> Slopes:

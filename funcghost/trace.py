@@ -1,13 +1,12 @@
 """Measuring: one forward that follows everything computed from parameters, then a few backwards over its graph.
 
-Every op downstream of a parameter is recorded with the gradients of its outputs. From these the layouts follow,
-and from the layouts, in one walk, the sites: where a score is tapped and where a tangent is carried on.
+Every op downstream of a parameter is recorded with the gradients of its outputs. From these the layouts follow.
 """
 
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -16,20 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from funcghost.digest import Digest, op_name
 from funcghost.errors import UnsupportedOpError
-from funcghost.layout import Clock, Layout, Meter
-from funcghost.moves import MOVES, Move
-from funcghost.plans import Action, OutputLayout, Site
+from funcghost.layout import Clock, Meter
+from funcghost.moves import BY_DATA, MOVES, Move
 from funcghost.run import Problem
 from funcghost.state import random_state
 from funcghost.tangent import flatten_call, is_float, outputs, physical, swap
 from funcghost.tap import Observe
 from funcghost.trees import tensors
-
-PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None))
-"""What a batch may hold besides containers for its tensors to be known."""
-
-FROM_PYTHON = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
-"""The ops that bring in numbers of any origin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +38,7 @@ class Record:
     """One op downstream of a parameter: the numbers of the values in its slots, and what came out.
 
     `fixed`: computed from parameters alone. `bound`: an output shares memory with an input (a view, or the result
-    of an op in place), so it cannot be put behind a tap.
+    of an op in place), so it cannot be put behind a tap. `move`: the number of the call among those in `moves.MOVES`.
     """
 
     op: str
@@ -56,6 +48,19 @@ class Record:
     fixed: bool
     bound: bool
     random: bool
+    move: int | None
+
+
+class Noted(NamedTuple):
+    """A call that may move samples: by the values in the slots `by`, or by an order if `by_data` all the same.
+
+    `unseen`: it takes something computed from parameters by an op that no mode shows.
+    """
+
+    move: Move
+    by: tuple[int, ...]
+    by_data: bool
+    unseen: bool
 
 
 class Trace(TorchFunctionMode):
@@ -63,7 +68,7 @@ class Trace(TorchFunctionMode):
 
     def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock) -> None:
         super().__init__()
-        params, names, batch = leaves, problem.params.names, tensors(problem.batch)
+        params, names = leaves, problem.params.names
         self.devices = problem.devices()
         self.memory = {param.untyped_storage()._cdata: name for param, name in zip(params, names, strict=True)}
         self.clock = clock
@@ -72,14 +77,12 @@ class Trace(TorchFunctionMode):
         self.count = len(params)
         self.digest = Digest()
         self.fixed = set(range(len(params)))
-        self.seen: dict[int, Tensor] = {id(t): t for t in (*params, *batch)}
+        self.params = {id(param) for param in params}
+        self.seen: dict[int, Tensor] = {id(t): t for t in (*params, *tensors(problem.batch))}
         self.dtypes = {param.dtype for param in params}
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
-        self.constant: set[int] = set()
-        self.without_samples: set[int] = set()
-        self.opaque = any(not isinstance(x, PLAIN) for x in optree.tree_leaves(problem.batch))
-        self.meters: dict[int, Meter] = {}
-        self.moves: list[tuple[Move, dict[int, int | None]]] = []
+        self.moves: dict[int, Noted] = {}
+        self.calls = 0
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is and notes what went in and came out."""
@@ -89,19 +92,14 @@ class Trace(TorchFunctionMode):
         for leaf in given.values():
             if id(leaf) not in self.seen and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
                 self.foreign.setdefault(id(leaf), weakref.ref(leaf))
-                if not self.opaque and leaf.grad_fn is None:  # an op that no mode shows gives a node
-                    self.without_samples.add(id(leaf))
         inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
-        if op in MOVES:
-            self._note_move(op, leaves, spec, given, inputs)
+        move = self._note_move(op, leaves, spec, given, inputs) if op in MOVES else None
         versions = {slot: leaf._version for slot, leaf in given.items() if not leaf.is_inference()}
         copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
         before = random_state(self.devices)
         returned = op(*args, **kwargs)
         self.digest = self.digest.after(op, leaves, returned)
         drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(self.devices), strict=True))
-        if not drew and op not in FROM_PYTHON:
-            self._note_origin(given, returned)
         if not inputs or not torch.is_grad_enabled():
             return self._keep(returned)
         written = tuple(
@@ -113,7 +111,7 @@ class Trace(TorchFunctionMode):
         found = outputs(returned, [given[slot] for slot in written])
         if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
             return returned
-        return self._keep(self._record(op, given, inputs, written, found, returned, drew))
+        return self._keep(self._record(op, given, inputs, written, found, returned, drew, move))
 
     def _record(
         self,
@@ -124,6 +122,7 @@ class Trace(TorchFunctionMode):
         found: tuple[Tensor, ...],
         returned: Any,
         drew: bool,
+        move: int | None,
     ) -> Any:
         fixed = len(inputs) == len(given) and self.fixed.issuperset(inputs.values())
         smooth = [value for value in found if physical(value).requires_grad]
@@ -139,7 +138,6 @@ class Trace(TorchFunctionMode):
             wrapped, original = physical(value) is not value, id(value)
             meter = None if fixed or (bound and wrapped) else Meter(self.clock)
             if meter is not None:
-                self.meters[self.count] = meter
                 if wrapped or (value._is_view() and not bound):
                     # A hook would stay with the view's present node, which an op in place on it replaces.
                     value = replaced[original] = Observe.apply(meter.see, value)
@@ -151,17 +149,8 @@ class Trace(TorchFunctionMode):
             if fixed:
                 self.fixed.add(self.count)
             self.count += 1
-        self.records.append(Record(op_name(op), inputs, tuple(outs), written, fixed, bound, drew))
+        self.records.append(Record(op_name(op), inputs, tuple(outs), written, fixed, bound, drew, move))
         return swap(returned, replaced) if replaced else returned
-
-    def _note_origin(self, given: dict[int, Tensor], returned: Any) -> None:
-        """Follows constants, and what comes from constants and the user's own tensors but not from the batch."""
-        origins = [id(physical(leaf)) for leaf in given.values()]
-        made = [id(physical(leaf)) for leaf in optree.tree_leaves(returned) if isinstance(leaf, Tensor)]
-        if self.constant.issuperset(origins):
-            self.constant.update(made)
-        if all(origin in self.constant or origin in self.without_samples for origin in origins):
-            self.without_samples.update(made)
 
     def _may_be_statistics(self, leaf: Tensor) -> bool:
         """Batch norms update their running statistics without a trace in the version counter."""
@@ -169,43 +158,24 @@ class Trace(TorchFunctionMode):
 
     def _note_move(
         self, op: Any, leaves: list[Any], spec: Any, given: dict[int, Tensor], inputs: dict[int, int]
-    ) -> None:
-        """Keeps a call that may move samples, with float tensors as shapes, to be looked at when layouts are known."""
-        if any(physical(leaf) is not leaf for leaf in given.values()):
-            return  # under vmap, samples stay apart
-        floats = {slot: inputs.get(slot) for slot, leaf in given.items() if is_float(leaf)}
-        index = tuple(slot for slot, leaf in given.items() if slot not in floats and id(leaf) not in self.constant)
-        if not index and op in (Tensor.__getitem__, Tensor.__setitem__):
-            return
-        kept = {
-            slot: number
-            for slot, number in floats.items()
-            if number not in self.fixed and id(given[slot]) not in self.without_samples
-        }
-        base = next(iter(given))
-        if base in index and len(index) > 1 and id(given[base]) not in self.without_samples:
-            kept[base], index = None, index[1:]
-        if kept:
-            stripped = tuple(tuple(leaf.shape) if slot in kept else leaf for slot, leaf in enumerate(leaves))
-            self.moves.append((Move(op, stripped, spec, index), kept))
-
-    def moved_by(self) -> str | None:
-        """The name of an op that moves samples by the values of data, if there is one."""
-        batch = self.clock.batch
-        for move, floats in self.moves if batch > 1 else []:
-            if move.moves_samples(
-                {slot: self._layout_of(number, move.leaves[slot]) for slot, number in floats.items()}, batch
-            ):
-                return op_name(move.op)
-        return None
-
-    def _layout_of(self, number: int | None, shape: tuple[int, ...]) -> Layout | None:
-        """The layout measured for a value; one that no parameter reaches is taken to have its samples in an axis."""
-        if number is not None:
-            layout = self.meters[number].layout() if number in self.meters else None
-            return layout if isinstance(layout, Layout) else None
-        axes = [axis for axis, size in enumerate(shape) if size == self.clock.batch]
-        return Layout(axes[0]) if len(axes) == 1 else None
+    ) -> int:
+        """Keeps a call that may move samples, to be looked at when layouts are known; gives its number."""
+        call, self.calls = self.calls, self.calls + 1
+        if any(physical(leaf) is not leaf for leaf in given.values()):  # under vmap, samples stay apart
+            return call
+        moved = tuple(slot for slot, value in inputs.items() if value not in self.fixed)
+        hidden = [leaf for slot, leaf in given.items() if leaf.grad_fn is not None and slot not in inputs]
+        unseen = op in BY_DATA and any(self.params & accumulators(leaf) for leaf in hidden)
+        if moved or unseen:
+            index = tuple(slot for slot, leaf in given.items() if not is_float(leaf)) if op in BY_DATA else ()
+            kept = tuple(
+                (leaf.new_empty(()).expand(leaf.shape) if is_float(leaf) else leaf.clone()) if slot in given else leaf
+                for slot, leaf in enumerate(leaves)
+            )
+            ordering = op in BY_DATA and op not in (Tensor.__getitem__, Tensor.__setitem__)
+            self.moves[call] = Noted(Move(op, kept, spec, moved), index, bool(index) or ordering, unseen)
+            self.clock.keep = self.clock.keep or bool(index)
+        return call
 
     def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:
         for value in written:
@@ -234,43 +204,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def find_sites(records: Sequence[Record], names: Sequence[str], carry_all: bool = False) -> list[Site]:
-    """Decides at each op that a tangent reaches: tap where every output has a layout, otherwise carry on.
-
-    Values reached by a tangent are the parameters, what is computed from them alone, and what is carried.
-    """
-    reached = {i: frozenset([name]) for i, name in enumerate(names)}
-    sites = []
-    for record in records:
-        hot = {slot: reached[value] for slot, value in record.inputs.items() if value in reached}
-        if not hot:
+def accumulators(value: Tensor) -> set[int]:
+    """The ids of the leaves that autograd would come to from a value."""
+    todo, seen, found = [value.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
             continue
-        origin = frozenset[str]().union(*hot.values())
-        layouts = tuple(output_layout(output, record.bound) for output in record.outputs)
-        action: Action = "tap"
-        if all(layout == "constant" for layout in layouts):
-            action = "skip"
-        elif carry_all or "carried" in layouts:
-            action = "carry"
-            reached.update({output.value: origin for output in record.outputs if output.value is not None})
-        sites.append(
-            Site(
-                op=record.op,
-                tracked=tuple(hot),
-                action=action,
-                layouts=layouts,
-                parameters=tuple(sorted(origin)),
-                shapes=tuple(o.shape for o in record.outputs),
-                written=record.written,
-                random=record.random,
-            )
-        )
-    return sites
-
-
-def output_layout(output: Output, bound: bool) -> OutputLayout:
-    """What the meter of an output found."""
-    if output.value is None:
-        return "constant"
-    layout = output.meter.layout() if output.meter is not None and not bound else None
-    return layout or "carried"
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo.extend(child for child, _ in node.next_functions)
+    return found

@@ -210,7 +210,11 @@ class _Transform:
         if reasons and problem.is_meta():
             raise PlanError(f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...).")
         plan = make_plan(problem, self.options)
-        outcome = self._attempt(problem, directions, plan, verify=False)
+        try:
+            outcome = self._attempt(problem, directions, plan, verify=False)
+        except MismatchError:
+            plan = make_plan(problem, self.options, exactly=True)
+            outcome = self._attempt(problem, directions, plan, verify=False)
         self._remember(plan)
         return outcome
 

@@ -29,6 +29,7 @@ ORDER = (
     "capture",
     "run",
     "trace",
+    "sites",
     "losses",
     "verify",
     "planning",

@@ -1,0 +1,148 @@
+"""From what was measured to the sites: where a score is tapped, and where a tangent is carried on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from funcghost.digest import op_name
+from funcghost.layout import Layout, Rows
+from funcghost.moves import Maps, Moved, Where, resolve
+from funcghost.plans import Action, OutputLayout, Site
+from funcghost.trace import Noted, Output, Record
+
+
+class UnresolvedMoveError(Exception):
+    """An op moves samples by the values of data, and it cannot be told where to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """The values whose rows have been moved by data, and the calls that do so."""
+
+    rows: dict[int, Rows]
+    moved: tuple[Moved, ...]
+
+
+def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int) -> Followed:
+    """Follows the samples through ops that move them by data, in the order of the program.
+
+    Between such ops everything is as measured: what sample an entry belongs to depends on ops and shapes alone.
+
+    Raises:
+        UnresolvedMoveError: for an op whose outputs cannot be followed.
+    """
+    for unseen in (note for note in noted.values() if note.unseen and note.by_data):
+        raise UnresolvedMoveError(op_name(unseen.move.op))
+    where: dict[int, Layout | Rows] = {}
+    maps: Maps = {}
+    moved: list[Moved] = []
+    for record in records:
+        for output in record.outputs:
+            layout = output.meter.layout() if output.meter is not None else None
+            if output.value is not None and isinstance(layout, Layout):
+                where[output.value] = layout
+        known = {slot: where[value] for slot, value in record.inputs.items() if value in where}
+        ways = [place for place in known.values() if isinstance(place, Rows)]
+        note = noted.get(record.move) if record.move is not None else None
+        if note is not None and known and (ways or _moves_by_data(note, known, batch)):
+            assert record.move is not None
+            found = _resolved(record, note, known, maps, batch)
+            moved.append(found)
+            places: Sequence[Where | None] = [p if isinstance(p, Layout | Rows) else None for p in found.outputs]
+        elif ways:
+            places = [_in_rows(record, output, ways, maps) for output in record.outputs]
+        else:
+            continue
+        for output, place in zip(record.outputs, places, strict=True):
+            if output.value is not None:
+                where.pop(output.value, None)
+                if place is not None:
+                    where[output.value] = place
+    return Followed({value: place for value, place in where.items() if isinstance(place, Rows)}, tuple(moved))
+
+
+def _moves_by_data(note: Noted, known: dict[int, Where], batch: int) -> bool:
+    """Whether the op sends entries elsewhere when the data differ; its inputs have measured layouts."""
+    slots = tuple(slot for slot in note.move.slots if slot in known)
+    layouts = [place for slot in slots if isinstance(place := known[slot], Layout)]
+    return note.by_data and note.move.of(slots).by_data(layouts, batch, note.by)
+
+
+def _resolved(record: Record, note: Noted, known: dict[int, Where], maps: Maps, batch: int) -> Moved:
+    """Where the op's outputs are, held to what their gradients say."""
+    assert record.move is not None
+    move = note.move.of(tuple(slot for slot in note.move.slots if slot in known))
+    used = [output.meter is not None and output.meter.base is not None for output in record.outputs]
+    found = resolve(move, record.move, record.op, [known[slot] for slot in move.slots], used, maps, batch)
+    if found is None or len(found.outputs) != len(record.outputs):
+        raise UnresolvedMoveError(record.op)
+    for output, place in zip(record.outputs, found.outputs, strict=True):
+        meter = output.meter
+        if place == "unused" or meter is None or meter.silent:
+            continue
+        agrees = (
+            meter.in_rows(maps[place.call, place.output]) == place.axis
+            if isinstance(place, Rows)
+            else meter.layout() == place
+        )
+        if not agrees:
+            raise UnresolvedMoveError(record.op)
+    return found
+
+
+def _in_rows(record: Record, output: Output, ways: Sequence[Rows], maps: Maps) -> Rows | None:
+    """The rows of an output of an op that takes rows moved before: those of one of its inputs."""
+    if output.meter is None or output.meter.base is None:
+        return None
+    for rows in ways:
+        axis = output.meter.in_rows(maps[rows.call, rows.output])
+        if axis is not None:
+            return Rows(axis, rows.call, rows.output)
+    raise UnresolvedMoveError(record.op)
+
+
+def find_sites(
+    records: Sequence[Record], names: Sequence[str], rows: dict[int, Rows], carry_all: bool = False
+) -> list[Site]:
+    """Decides at each op that a tangent reaches: tap where every output has a layout, otherwise carry on.
+
+    Values reached by a tangent are the parameters, what is computed from them alone, and what is carried.
+    """
+    reached = {i: frozenset([name]) for i, name in enumerate(names)}
+    sites = []
+    for record in records:
+        hot = {slot: reached[value] for slot, value in record.inputs.items() if value in reached}
+        if not hot:
+            continue
+        origin = frozenset[str]().union(*hot.values())
+        layouts = tuple(output_layout(output, record.bound, rows) for output in record.outputs)
+        action: Action = "tap"
+        if all(layout == "constant" for layout in layouts):
+            action = "skip"
+        elif carry_all or "carried" in layouts:
+            action = "carry"
+            reached.update({output.value: origin for output in record.outputs if output.value is not None})
+        sites.append(
+            Site(
+                op=record.op,
+                tracked=tuple(hot),
+                action=action,
+                layouts=layouts,
+                parameters=tuple(sorted(origin)),
+                shapes=tuple(o.shape for o in record.outputs),
+                written=record.written,
+                random=record.random,
+            )
+        )
+    return sites
+
+
+def output_layout(output: Output, bound: bool, rows: dict[int, Rows]) -> OutputLayout:
+    """What the meter of an output found."""
+    if output.value is None:
+        return "constant"
+    if output.meter is None or bound:
+        return "carried"
+    layout = output.meter.layout()
+    if output.value in rows and layout != "unused":
+        return "carried" if output.meter.silent else rows[output.value]
+    return layout or "carried"
