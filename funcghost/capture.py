@@ -18,7 +18,7 @@ from funcghost.moves import MOVES, Maps, Move
 from funcghost.plans import OutputLayout, Plan, Site
 from funcghost.state import RandomState, random_state, replaying
 from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, physical, pushforward, swap
-from funcghost.tap import Scorer, Tap
+from funcghost.tap import Scorer, tap
 
 Tangents = tuple[Tensor | None, ...]
 """One tangent per direction, None for zero."""
@@ -258,7 +258,7 @@ class Capture(TorchFunctionMode):
 
         scorer = Scorer(f"site {index} ({site.op})", slopes, columns, layouts)
         along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
-        tapped = Tap.apply(self.probe, scorer, len(chosen), *(found[i] for i in chosen), *saved, *along)
+        tapped = tap(self.probe, scorer, [found[i] for i in chosen], [*saved, *along])
         return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
 
 

@@ -4,9 +4,8 @@ The first covers every op, not only those that parameters reach: whether `batch_
 op that may see no parameter at all.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 
 _names: dict[Any, str] = {}
+_codes: dict[Any, int] = {}
 
 
 def op_name(op: Any) -> str:
@@ -24,8 +24,15 @@ def op_name(op: Any) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Digest:
+def _code(text: Any) -> int:
+    """A number for an op or a string, the same in every process."""
+    code = _codes.get(text)
+    if code is None:
+        code = _codes[text] = crc32((text if isinstance(text, str) else op_name(text)).encode())
+    return code
+
+
+class Digest(NamedTuple):
     """Two checksums of a run: of its ops and their flags, and of all sizes. Sizes may differ from the plan's."""
 
     ops: int = 0
@@ -36,24 +43,24 @@ class Digest:
 
         Questions such as `x.requires_grad` or `x.shape` are left out: profilers ask them, too.
         """
-        if not _gives_tensors(returned) and op is not Tensor.__setitem__:
+        if not isinstance(returned, Tensor) and op is not Tensor.__setitem__ and not _holds_tensors(returned):
             return self
-        flags = [leaf for leaf in leaves if leaf is True or leaf is False or isinstance(leaf, str)]
-        ops = crc32(f"{op_name(op)}{flags}{torch.is_grad_enabled()}".encode(), self.ops)
-        return Digest(ops, hash((self.sizes, *_sizes(leaves))))
+        flags: list[int] = [self.ops, _code(op), torch.is_grad_enabled()]
+        sizes: list[Any] = [self.sizes]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                sizes.append(leaf.shape)
+            elif isinstance(leaf, bool):
+                flags.append(2 + leaf)
+            elif isinstance(leaf, int):
+                sizes.append(leaf)
+            elif isinstance(leaf, str):
+                flags.append(_code(leaf))
+            elif isinstance(leaf, slice):
+                sizes.extend(end for end in (leaf.start, leaf.stop, leaf.step) if type(end) is int)
+        # Hashes of tuples of numbers are the same in every process.
+        return Digest(hash(tuple(flags)), hash(tuple(sizes)))
 
 
-def _gives_tensors(returned: Any) -> bool:
-    if isinstance(returned, tuple | list):
-        return any(isinstance(value, Tensor) for value in returned)
-    return isinstance(returned, Tensor)
-
-
-def _sizes(leaves: Sequence[Any]) -> Iterator[Any]:
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            yield leaf.shape
-        elif isinstance(leaf, slice):
-            yield from (end for end in (leaf.start, leaf.stop, leaf.step) if type(end) is int)
-        elif type(leaf) is int:
-            yield leaf
+def _holds_tensors(returned: Any) -> bool:
+    return isinstance(returned, tuple | list) and any(isinstance(value, Tensor) for value in returned)

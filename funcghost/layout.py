@@ -5,8 +5,9 @@ scales exactly the entries of sample i of every output gradient, without roundin
 passes over the same graph names the sample of every entry.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -122,51 +123,45 @@ def codes(batch: int, like: Tensor) -> list[Tensor]:
 class Clock:
     """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code.
 
-    Before it is started, backwards are those of the losses themselves. `keep`: the coded gradients are wanted later.
+    Before it is started, backwards are those of the losses themselves.
     """
 
     batch: int = 0
     code: Tensor | None = None
     started: bool = True
-    keep: bool = False
 
 
 class Meter:
-    """Narrows down the layout of one output from the gradients of it that a few backward passes bring."""
+    """Finds the layout of one output from the gradients of it that a few backward passes bring."""
 
     def __init__(self, clock: Clock) -> None:
         """Starts without any gradient."""
         self.clock = clock
         self.base: Tensor | None = None
-        self.candidates: list[Layout] = []
         self.coded: list[tuple[Tensor, Tensor]] = []
 
-    def see(self, gradient: Tensor) -> None:
+    def see(self, gradient: Tensor | None) -> None:
         """Takes the gradient of the backward that is running."""
-        if not self.clock.started:
+        if not self.clock.started or gradient is None:
             return
         if self.clock.code is None:
             self.base = gradient
-            self.candidates = candidates(gradient.shape, self.clock.batch) if gradient.layout is torch.strided else []
-            return
-        if self.clock.keep:
+        else:
             self.coded.append((self.clock.code, gradient))
-        if self.candidates:
-            self.candidates = [c for c in self.candidates if self._agrees(c, gradient, self.clock.code)]
 
-    def _agrees(self, layout: Layout, coded: Tensor, code: Tensor) -> bool:
-        """Whether the coded gradient is the base gradient times the code of each entry's sample."""
-        assert self.base is not None
-        base, coded = (layout.by_sample(value, self.clock.batch) for value in (self.base, coded))
-        return _proportional(_corner(base), _corner(coded), code) and _proportional(base, coded, code)
-
+    @cached_property
     def layout(self) -> Layout | Literal["unused"] | None:
-        """The one layout left; "unused" if no gradient came; None where none or several fit."""
+        """The one layout that agrees; "unused" if no gradient came; None where none or several agree."""
         if self.base is None:
             return "unused"
-        return self.candidates[0] if len(self.candidates) == 1 and not self.silent else None
+        if self.base.layout is not torch.strided or self.silent:
+            return None
+        found = candidates(self.base.shape, self.clock.batch)
+        for part in (_corner, _whole):
+            found = [layout for layout in found if self._agrees(layout, part)]
+        return found[0] if len(found) == 1 else None
 
-    @property
+    @cached_property
     def silent(self) -> bool:
         """Whether the gradient says nothing."""
         return self.base is None or (self.clock.batch > 1 and not bool(self.base.nan_to_num().any()))
@@ -183,6 +178,18 @@ class Meter:
                 return axis
         return None
 
+    def _agrees(self, layout: Layout, part: Callable[[Tensor], Tensor]) -> bool:
+        """Whether each coded gradient is the base gradient times the code of each entry's sample, in a part of it."""
+        assert self.base is not None
+        rows = part(layout.by_sample(self.base, self.clock.batch))
+        return all(
+            _proportional(rows, part(layout.by_sample(coded, self.clock.batch)), code) for code, coded in self.coded
+        )
+
+
+def _whole(rows: Tensor) -> Tensor:
+    return rows
+
 
 def _corner(rows: Tensor) -> Tensor:
     """A few entries of every sample: most layouts that do not fit are seen not to there."""
@@ -193,13 +200,22 @@ def _corner(rows: Tensor) -> Tensor:
 
 def _proportional(base: Tensor, coded: Tensor, code: Tensor) -> bool:
     """Whether `coded[i] = code[i] base[i]` for every sample; entries that are not finite say nothing."""
-    expected = base.reshape(len(code), -1) * code.unsqueeze(-1).to(base.dtype)
-    off = coded.reshape(len(code), -1) - expected
+    expected = base * code.to(base.dtype).view(-1, *[1] * (base.dim() - 1))
+    off = coded - expected
+    size, error = _largest(expected), _largest(off)
+    if not bool(error.isfinite().all()):
+        unknown = ~off.isfinite()
+        size, error = _largest(expected.masked_fill(unknown, 0)), _largest(off.masked_fill(unknown, 0))
     # Exact up to the order of summation; half precision is held to float32, as the scales are exact there too.
     tolerance = 256 * torch.finfo(torch.promote_types(expected.dtype, torch.float32)).eps
-    if not bool(off.isfinite().all()):
-        unknown = ~expected.isfinite()
-        off, expected = off.masked_fill(unknown, 0), expected.masked_fill(unknown, 0)
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    size, error = (torch.linalg.vector_norm(x, dim=1, dtype=wide) for x in (expected, off))
-    return bool((error <= tolerance * size).all())
+    nothing = 256 * torch.finfo(expected.dtype).tiny * torch.finfo(expected.dtype).eps  # subnormal numbers are rounded
+    return bool((error <= tolerance * size + nothing).all())
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The size of the largest entry of each row."""
+    if not rows.numel():
+        return rows.new_zeros(len(rows))
+    axes = tuple(range(1, rows.dim() + 1))
+    rows = (rows.abs() if rows.is_complex() else rows).unsqueeze(-1)
+    return torch.maximum(rows.amax(axes), -rows.amin(axes))

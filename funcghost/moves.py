@@ -111,7 +111,10 @@ class Move:
         """Whole numbers for the slots."""
         generator = torch.Generator().manual_seed(seed)
         shapes = (self.leaves[slot].shape for slot in self.slots)
-        return [torch.randint(-99, 99, shape, generator=generator).to(self.like().device).double() for shape in shapes]
+        return [
+            torch.randint(-99, 99, shape, generator=generator, device="cpu").to(self.like().device).double()
+            for shape in shapes
+        ]
 
     def of(self, slots: tuple[int, ...]) -> "Move":
         """The same call where the samples in these slots alone matter."""

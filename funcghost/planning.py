@@ -96,7 +96,8 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
         except (GhostError, RuntimeError, ValueError) as error:
             log.info("planning at the very parameters, since elsewhere: %s", error)
     with untouched(problem.devices()) as written:
-        measured = _measure(problem, carry_all=options.route == "forward")
+        observed = _observe(problem)
+    measured = _decide(problem, observed, carry_all=options.route == "forward")
     measured = replace(measured, plan=replace(measured.plan, written=tuple(written())))
     plan = _rehearse(problem, measured, options.verify != "never") if measured.plan.batch else measured.plan
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
@@ -162,7 +163,18 @@ def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
-def _measure(problem: Problem, carry_all: bool) -> Measured:
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One traced forward, and the gradients of `<weights, losses>`; the meters of the trace have seen theirs."""
+
+    trace: Trace
+    losses: Tensor
+    weights: Tensor
+    gradients: list[Tensor]
+
+
+def _observe(problem: Problem) -> Observed:
+    """One forward, a backward, and one more to the first outputs for each code."""
     clock, leaves = Clock(started=False), problem.leaves()
     trace = Trace(problem, leaves, clock)
     with trace:
@@ -180,24 +192,30 @@ def _measure(problem: Problem, carry_all: bool) -> Measured:
         gradients = torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True)
     for code in codes(clock.batch, losses) if clock.batch > 1 else []:
         clock.code = code
-        torch.autograd.grad(losses, leaves, weights * code, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(losses, trace.roots or leaves, weights * code, retain_graph=True, allow_unused=True)
+    found = [torch.zeros_like(leaf) if g is None else g.to_dense() for g, leaf in zip(gradients, leaves, strict=True)]
+    return Observed(trace, losses.detach(), weights, [g.detach() for g in found])
+
+
+def _decide(problem: Problem, seen: Observed, carry_all: bool) -> Measured:
+    """The sites that follow from what was observed."""
+    trace, batch = seen.trace, seen.losses.shape[0]
     try:
-        followed = follow_moves(trace.records, trace.moves if clock.batch > 1 else {}, clock.batch)
+        followed = follow_moves(trace.records, trace.moves if batch > 1 else {}, batch)
     except UnresolvedMoveError as op:
         log.info("%s moves samples by the values of data: tangents are carried to the losses.", op)
         followed, carry_all = Followed({}, ()), True
     plan = Plan(
         sites=tuple(find_sites(trace.records, problem.params.names, followed.rows, carry_all)),
         moves=() if carry_all else followed.moved,
-        batch=clock.batch,
+        batch=batch,
         digest=trace.digest.ops,
         sizes=frozenset([trace.digest.sizes]),
-        precision=_lowest([*trace.dtypes, losses.dtype]),
-        axes=batch_axes(problem.batch, clock.batch),
+        precision=_lowest([*trace.dtypes, seen.losses.dtype]),
+        axes=batch_axes(problem.batch, batch),
         captured=trace.captured(),
     )
-    found = [torch.zeros_like(leaf) if g is None else g.to_dense() for g, leaf in zip(gradients, leaves, strict=True)]
-    return Measured(plan, witness(losses, weights, [g.detach() for g in found], plan.precision))
+    return Measured(plan, witness(seen.losses, seen.weights, seen.gradients, plan.precision))
 
 
 def _refuse_reentrant_checkpoints(losses: Tensor) -> None:
@@ -234,7 +252,7 @@ class _Rehearsal:
 
         if check and seen.finite:
             check_conservation(
-                problem.params, scores, seen, self._carried(problem), partial(_nearby_gradients, problem, seen.weights)
+                problem.params, scores, seen, self._columns(problem), partial(_nearby_gradients, problem, seen.weights)
             )
             return True
         if check:
@@ -242,10 +260,22 @@ class _Rehearsal:
         scores([seen.direction])
         return False
 
-    def _carried(self, problem: Problem) -> set[int]:
-        """The parameters whose tangents meet others on their way."""
-        names = {name for site in self.sites if site.action == "carry" for name in site.parameters}
-        return {index for index, name in enumerate(problem.params.names) if name in names}
+    def _columns(self, problem: Problem) -> list[list[int]]:
+        """The parameters to check together: those of one tap, since `J V` is had there for all of them at once.
+
+        Tangents that are carried meet those of other sites on their way: of such parameters there are 8 sums.
+        """
+        numbers = {name: index for index, name in enumerate(problem.params.names)}
+        carried = {numbers[name] for site in self.sites if site.action == "carry" for name in site.parameters}
+        groups = {index: [index] for index in numbers.values() if index not in carried}
+        for site in self.sites:
+            for name in site.parameters[1:]:
+                one, other = (groups.get(numbers[n]) for n in (site.parameters[0], name))
+                if one is not None and other is not None and one is not other:
+                    one.extend(other)
+                    groups.update({index: one for index in other})
+        apart = list({id(group): group for group in groups.values()}.values())
+        return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]
 
     def choose(self, index: int, call: Call) -> Pushforward:
         """A pushforward that tries the ways in the order of their cost, and notes the first that works."""

@@ -32,32 +32,34 @@ def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int)
     """
     for unseen in (note for note in noted.values() if note.unseen and note.by_data):
         raise UnresolvedMoveError(op_name(unseen.move.op))
-    where: dict[int, Layout | Rows] = {}
+    rows: dict[int, Rows] = {}
+    meters = {output.value: output.meter for record in records for output in record.outputs if output.value is not None}
+
+    def place(value: int) -> Where | None:
+        meter = meters.get(value)
+        layout = rows.get(value) or (meter.layout if meter is not None else None)
+        return None if layout == "unused" else layout
+
     maps: Maps = {}
     moved: list[Moved] = []
     for record in records:
-        for output in record.outputs:
-            layout = output.meter.layout() if output.meter is not None else None
-            if output.value is not None and isinstance(layout, Layout):
-                where[output.value] = layout
-        known = {slot: where[value] for slot, value in record.inputs.items() if value in where}
-        ways = [place for place in known.values() if isinstance(place, Rows)]
+        ways = [rows[value] for value in record.inputs.values() if value in rows]
         note = noted.get(record.move) if record.move is not None else None
-        if note is not None and known and (ways or _moves_by_data(note, known, batch)):
-            assert record.move is not None
-            found = _resolved(record, note, known, maps, batch)
-            moved.append(found)
-            places: Sequence[Where | None] = [p if isinstance(p, Layout | Rows) else None for p in found.outputs]
-        elif ways:
-            places = [_in_rows(record, output, ways, maps) for output in record.outputs]
-        else:
-            continue
-        for output, place in zip(record.outputs, places, strict=True):
-            if output.value is not None:
-                where.pop(output.value, None)
-                if place is not None:
-                    where[output.value] = place
-    return Followed({value: place for value, place in where.items() if isinstance(place, Rows)}, tuple(moved))
+        if note is not None and (ways or note.by_data):
+            places = {slot: place(value) for slot, value in record.inputs.items() if slot in note.move.slots}
+            known = {slot: where for slot, where in places.items() if where is not None}
+            if known and (ways or _moves_by_data(note, known, batch)):
+                moved.append(_resolved(record, note, known, maps, batch))
+                for output, where in zip(record.outputs, moved[-1].outputs, strict=True):
+                    if output.value is not None and isinstance(where, Rows):
+                        rows[output.value] = where
+                continue
+        if ways:
+            for output in record.outputs:
+                found = _in_rows(record, output, ways, maps)
+                if output.value is not None and found is not None:
+                    rows[output.value] = found
+    return Followed(rows, tuple(moved))
 
 
 def _moves_by_data(note: Noted, known: dict[int, Where], batch: int) -> bool:
@@ -82,7 +84,7 @@ def _resolved(record: Record, note: Noted, known: dict[int, Where], maps: Maps, 
         agrees = (
             meter.in_rows(maps[place.call, place.output]) == place.axis
             if isinstance(place, Rows)
-            else meter.layout() == place
+            else meter.layout == place
         )
         if not agrees:
             raise UnresolvedMoveError(record.op)
@@ -142,7 +144,7 @@ def output_layout(output: Output, bound: bool, rows: dict[int, Rows]) -> OutputL
         return "constant"
     if output.meter is None or bound:
         return "carried"
-    layout = output.meter.layout()
+    layout = output.meter.layout
     if output.value in rows and layout != "unused":
         return "carried" if output.meter.silent else rows[output.value]
     return layout or "carried"

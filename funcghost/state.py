@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,19 @@ def replaying(state: RandomState | None) -> Iterator[None]:
         set_random_state(present)
 
 
-def _is_written(argument: torch.Argument) -> bool:
-    """By the schema; those of batch norm do not say that the running statistics are."""
-    return (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in RUNNING
+@lru_cache(maxsize=None)
+def _effects(op: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
+    """The arguments that an op writes to, by place and name, and whether it may return older memory.
+
+    By the schema; those of batch norm do not say that the running statistics are written to.
+    """
+    schema = op._schema
+    written = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in RUNNING
+    )
+    return written, any(value.alias_info is not None for value in schema.returns)
 
 
 class _WriteLog(TorchDispatchMode):
@@ -63,23 +74,19 @@ class _WriteLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        for position, argument in enumerate(schema.arguments):
-            if _is_written(argument):
-                written = args[position] if position < len(args) else kwargs.get(argument.name)
-                for value in written if isinstance(written, list | tuple) else [written]:
-                    self._keep(value)
+        written, aliases = _effects(func)
+        for place, name in written:
+            given = args[place] if place < len(args) else kwargs.get(name)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                self._keep(value)
         for value in kwargs.values():
             if isinstance(value, torch.Generator) and value not in self.generators:
                 self.generators[value] = value.get_state()
         out = func(*args, **kwargs)
-        for value in out if isinstance(out, (list, tuple)) else [out]:
-            if (
-                isinstance(value, Tensor)
-                and value.layout is torch.strided
-                and not any(r.alias_info is not None for r in schema.returns)
-            ):
-                self.born.add(value.untyped_storage()._cdata)
+        if not aliases:
+            for value in out if isinstance(out, (list, tuple)) else [out]:
+                if isinstance(value, Tensor) and value.layout is torch.strided:
+                    self.born.add(value.untyped_storage()._cdata)
         return out
 
     def _keep(self, value: Any) -> None:

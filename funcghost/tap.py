@@ -1,4 +1,4 @@
-"""The two autograd Functions: identities in the forward that see the output gradient in the backward.
+"""The autograd Functions: identities in the forward that see the output gradient in the backward.
 
 `Observe` hands the gradient to a meter while a plan is made. `Tap` contracts it with `J V` and returns the
 contribution of the site *as the gradient of a zero probe*, so that autograd itself adds the sites up: no state,
@@ -110,6 +110,27 @@ class Tap(torch.autograd.Function):
             slopes = _unsqueezed(scorer.slopes)
         out = Tap.apply(probe, replace(scorer, slopes=slopes), n, *values, *tensors[n:])
         return out, tuple(None if d is None else 0 for d in dims[:n])
+
+
+class EagerTap(torch.autograd.Function):
+    """`Tap` where no `torch.func` transform is active: the same, without the cost of being ready for one."""
+
+    @staticmethod
+    def forward(ctx: Any, probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs as they are."""
+        found = Tap.forward(probe, scorer, n, *tensors)
+        Tap.setup_context(ctx, (probe, scorer, n, *tensors), found)
+        return found
+
+    backward = Tap.backward
+    jvp = Tap.jvp
+
+
+def tap(probe: Tensor, scorer: Scorer, outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs, behind a tap that scores them in the backward."""
+    function = EagerTap if torch._C._functorch.maybe_current_level() is None else Tap
+    found: tuple[Tensor, ...] = function.apply(probe, scorer, len(outputs), *outputs, *saved)
+    return found
 
 
 class Observe(torch.autograd.Function):

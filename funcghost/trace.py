@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcghost.digest import Digest, op_name
@@ -64,7 +65,10 @@ class Noted(NamedTuple):
 
 
 class Trace(TorchFunctionMode):
-    """Records what is computed from the parameters while the losses run."""
+    """Records what is computed from the parameters while the losses run.
+
+    A backward as far as the `roots` comes past every meter.
+    """
 
     def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock) -> None:
         super().__init__()
@@ -81,6 +85,7 @@ class Trace(TorchFunctionMode):
         self.seen: dict[int, Tensor] = {id(t): t for t in (*params, *tensors(problem.batch))}
         self.dtypes = {param.dtype for param in params}
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
+        self.roots: list[Any] = []
         self.moves: dict[int, Noted] = {}
         self.calls = 0
 
@@ -138,6 +143,8 @@ class Trace(TorchFunctionMode):
             wrapped, original = physical(value) is not value, id(value)
             meter = None if fixed or (bound and wrapped) else Meter(self.clock)
             if meter is not None:
+                if self.fixed.issuperset(inputs.values()):
+                    self.roots.append(get_gradient_edge(physical(value)))
                 if wrapped or (value._is_view() and not bound):
                     # A hook would stay with the view's present node, which an op in place on it replaces.
                     value = replaced[original] = Observe.apply(meter.see, value)
@@ -154,7 +161,13 @@ class Trace(TorchFunctionMode):
 
     def _may_be_statistics(self, leaf: Tensor) -> bool:
         """Batch norms update their running statistics without a trace in the version counter."""
-        return is_float(leaf) and leaf.dim() == 1 and id(leaf) not in self.values and not leaf.requires_grad
+        return (
+            is_float(leaf)
+            and physical(leaf) is leaf
+            and leaf.dim() == 1
+            and id(leaf) not in self.values
+            and not leaf.requires_grad
+        )
 
     def _note_move(
         self, op: Any, leaves: list[Any], spec: Any, given: dict[int, Tensor], inputs: dict[int, int]
@@ -174,7 +187,6 @@ class Trace(TorchFunctionMode):
             )
             ordering = op in BY_DATA and op not in (Tensor.__getitem__, Tensor.__setitem__)
             self.moves[call] = Noted(Move(op, kept, spec, moved), index, bool(index) or ordering, unseen)
-            self.clock.keep = self.clock.keep or bool(index)
         return call
 
     def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:

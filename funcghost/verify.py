@@ -3,8 +3,10 @@
 Autograd knows nothing of sites. A use of a parameter that was not seen, a wrong rule or a wrong layout breaks the law.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -36,18 +38,25 @@ class Witness:
     @property
     def finite(self) -> bool:
         """Whether there is anything to compare: NaN and inf in the losses spread over a batch's gradient."""
-        return all(bool(value.isfinite().all()) for value in (self.losses, *self.gradients))
+        return all(map(isfinite, (float(self.losses.double().sum()), *self.shares)))
 
+    @cached_property
     def shares(self) -> list[float]:
         """`<gradient, V>` of each parameter."""
-        return [float((g.double() * v.double()).sum()) for g, v in zip(self.gradients, self.direction, strict=True)]
+        pairs = zip(self.gradients, self.direction, strict=True)
+        return [float((_wide(g) * _wide(v)).sum(dtype=torch.float64)) for g, v in pairs]
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float32 at least."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def sample_weights(losses: Tensor) -> Tensor:
     """The weights c [b]: of either sign, of size 1/2 to 3/2, the same for the same b."""
     generator = torch.Generator().manual_seed(losses.shape[0])
-    size = torch.rand(losses.shape, generator=generator) + 0.5
-    sign = torch.randint(0, 2, losses.shape, generator=generator) * 2 - 1
+    size = torch.rand(losses.shape, generator=generator, device="cpu") + 0.5
+    sign = torch.randint(0, 2, losses.shape, generator=generator, device="cpu") * 2 - 1
     return (size * sign).to(losses)
 
 
@@ -57,28 +66,31 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
     A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it.
     `precision` is the lowest precision met on the way.
     """
-    norms = [float(torch.linalg.vector_norm(g.double())) for g in gradients]
-    largest = max((n for n in norms if 0 < n < float("inf")), default=1.0)
+    norms = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients]
+    largest = max((n for n in norms if 0 < n < inf), default=1.0)
     direction = []
     for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
         generator = torch.Generator(gradient.device).manual_seed(index)
-        noise = torch.randn(gradient.shape, generator=generator, device=gradient.device, dtype=torch.float64)
-        noise = noise / torch.linalg.vector_norm(noise).clamp_min(1e-30)
-        along = gradient.double() / max(norm, 1e-30) if norm < float("inf") else 0.0
-        size = 0.5 + ((index * 7919) % 101) / 101
+        noise = torch.rand(gradient.shape, generator=generator, device=gradient.device, dtype=torch.float32) - 0.5
+        across = max(float(torch.linalg.vector_norm(noise)), 1e-30)
+        along = 0.5 + ((index * 7919) % 101) / 101
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
-        boost = min(largest / max(norm, 1e-30), 1e3) if norm < float("inf") else 1.0
-        direction.append(((along * size + noise) * boost).to(gradient.dtype))
+        boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
+        value = _wide(gradient) * (along * boost / max(norm, 1e-30)) + noise * (boost / across)
+        direction.append(value.to(gradient.dtype))
     return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
 
 
 def check_conservation(
-    params: Params, scores: Scores, seen: Witness, together: Collection[int], nearby: Callable[[int], Sequence[Tensor]]
+    params: Params,
+    scores: Scores,
+    seen: Witness,
+    groups: Sequence[list[int]],
+    nearby: Callable[[int], Sequence[Tensor]],
 ) -> None:
-    """Compares the share of each parameter; of those in `together`, at most 8 sums of shares.
+    """Compares the sum of shares of each group of parameters, and then of its halves where it is off.
 
-    A column for each parameter costs no more than one for all where directions do not meet: at a tap. Where tangents
-    are carried they do, and those parameters go together.
+    A column for each group costs no more than one for all where directions do not meet.
 
     `nearby(seed)` gives autograd's gradients where all differs by rounding: what such a change does to a share is
     no evidence against ours.
@@ -86,8 +98,6 @@ def check_conservation(
     Raises:
         ConservationError: naming the parameters.
     """
-    alone = [[index] for index in range(len(params.names)) if index not in together]
-    groups = [*alone, *(sorted(together)[i::8] for i in range(min(8, len(together))))]
     wrong = _broken(scores, seen, groups)
     while any(len(group) > 1 for group in wrong):
         halves = [half for group in wrong for half in _halves(group)]
@@ -95,7 +105,7 @@ def check_conservation(
     culprits = sorted(index for group in wrong for index in group)
     if not culprits:
         return
-    shares, moved = seen.shares(), [replace(seen, gradients=list(nearby(seed))).shares() for seed in (1, 2)]
+    shares, moved = seen.shares, [replace(seen, gradients=list(nearby(seed))).shares for seed in (1, 2)]
     found = _weighted(scores(_restricted(seen.direction, [[index] for index in culprits])), seen.weights).sum(0)
     ours = dict(zip(culprits, found.tolist(), strict=True))
     rounding = {index: 16 * max(abs(other[index] - shares[index]) for other in moved) for index in culprits}
@@ -119,7 +129,7 @@ def _weighted(scores: Tensor, weights: Tensor) -> Tensor:
 
 def _broken(scores: Scores, seen: Witness, groups: Sequence[list[int]]) -> list[list[int]]:
     """The groups whose scores do not add up to their shares."""
-    shares = seen.shares()
+    shares = seen.shares
     terms = _weighted(scores(_restricted(seen.direction, groups)), seen.weights)
     wrong = []
     for group, ours, size in zip(groups, terms.sum(0).tolist(), terms.abs().sum(0).tolist(), strict=True):

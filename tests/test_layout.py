@@ -63,7 +63,7 @@ def layout_of(base: Tensor, batch: int, backward: Callable[[Tensor], Tensor]) ->
     for code in codes(batch, torch.ones((), dtype=torch.float64)) if batch > 1 else []:
         clock.code = code
         meter.see(backward(code))
-    return meter.layout()
+    return meter.layout
 
 
 def measured(drawn: Drawn, base: Tensor) -> Any:
@@ -132,7 +132,7 @@ def test_silence_is_no_layout(drawn: Drawn, dtype: torch.dtype) -> None:
 
 
 def test_output_without_any_gradient_is_unused() -> None:
-    assert Meter(Clock(3)).layout() == "unused"
+    assert Meter(Clock(3)).layout == "unused"
 
 
 def test_diagonal_gradient_is_ambiguous() -> None:
