@@ -82,9 +82,13 @@ class Move:
 
     def apply(self, numbers: Sequence[Tensor]) -> list[Tensor]:
         """What comes out of the op for these numbers in the slots, with zeros in the other floating tensors."""
-        given = [leaf.new_zeros(leaf.shape, dtype=torch.float64) if is_float(leaf) else leaf for leaf in self.leaves]
-        for slot, value in zip(self.slots, numbers, strict=True):
-            given[slot] = value.clone() if self.op in IN_PLACE else value
+        filled = dict(zip(self.slots, numbers, strict=True))
+        given = [
+            (filled[slot].clone() if self.op in IN_PLACE else filled[slot])
+            if slot in filled
+            else (leaf.new_zeros(leaf.shape, dtype=torch.float64) if is_float(leaf) else leaf)
+            for slot, leaf in enumerate(self.leaves)
+        ]
         nest: Any = optree.tree_unflatten(self.spec, given)
         with torch.no_grad():
             returned = self.op(*nest[0], **nest[1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from funcghost.digest import op_name
 from funcghost.layout import Layout, Rows
@@ -45,7 +46,9 @@ def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int)
     for record in records:
         ways = [rows[value] for value in record.inputs.values() if value in rows]
         note = noted.get(record.move) if record.move is not None else None
-        if note is not None and (ways or note.by_data):
+        kept = {output.value: _in_rows(output, ways, maps) for output in record.outputs} if ways else {}
+        lost = any(where is None for where in kept.values())
+        if note is not None and (lost or note.by_data):
             places = {slot: place(value) for slot, value in record.inputs.items() if slot in note.move.slots}
             known = {slot: where for slot, where in places.items() if where is not None}
             if known and (ways or _moves_by_data(note, known, batch)):
@@ -54,11 +57,9 @@ def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int)
                     if output.value is not None and isinstance(where, Rows):
                         rows[output.value] = where
                 continue
-        if ways:
-            for output in record.outputs:
-                found = _in_rows(record, output, ways, maps)
-                if output.value is not None and found is not None:
-                    rows[output.value] = found
+        if lost:
+            raise UnresolvedMoveError(record.op)
+        rows.update({value: where for value, where in kept.items() if value is not None and isinstance(where, Rows)})
     return Followed(rows, tuple(moved))
 
 
@@ -91,15 +92,15 @@ def _resolved(record: Record, note: Noted, known: dict[int, Where], maps: Maps, 
     return found
 
 
-def _in_rows(record: Record, output: Output, ways: Sequence[Rows], maps: Maps) -> Rows | None:
-    """The rows of an output of an op that takes rows moved before: those of one of its inputs."""
+def _in_rows(output: Output, ways: Sequence[Rows], maps: Maps) -> Rows | Literal["unused"] | None:
+    """The rows of an output of an op that takes rows moved before: those of one of its inputs, if it keeps them."""
     if output.meter is None or output.meter.base is None:
-        return None
+        return "unused"
     for rows in ways:
         axis = output.meter.in_rows(maps[rows.call, rows.output])
         if axis is not None:
             return Rows(axis, rows.call, rows.output)
-    raise UnresolvedMoveError(record.op)
+    return None
 
 
 def find_sites(

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def replaying(state: RandomState | None) -> Iterator[None]:
         set_random_state(present)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _effects(op: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
     """The arguments that an op writes to, by place and name, and whether it may return older memory.
 
