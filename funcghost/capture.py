@@ -151,15 +151,18 @@ class Capture(TorchFunctionMode):
         if self.position != len(self.plan.sites):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
 
-    @contextmanager
-    def resumed(self, position: int, calls: int, tangents: dict[int, Tangents]) -> Iterator[None]:
-        """Runs a part again from a position, on the user's own parameters."""
+    def resumed(self) -> "Capture":
+        """The mode for running a part again from here, on the user's own parameters."""
         again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
-        again.tangents, again.position, again.directions = dict(tangents), position, self.directions
-        again.maps, again.calls = self.maps, calls
+        again.originals, again.directions = self.originals, self.directions
+        again.position, again.calls, again.maps = self.position, self.calls, self.maps
+        for key, tangents in self.tangents.items():
+            reference = self.references[key]
+            value = reference() if isinstance(reference, weakref.ref) else reference
+            again.tangents[key] = tangents
+            again.references[key] = weakref.ref(value, forgetting(again.tangents, key))
         again._follow(self.originals)
-        with again:
-            yield
+        return again
 
     def _digest(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
         if not self.traced:
@@ -306,7 +309,5 @@ def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextMa
     tensors, and raises `UnsupportedOpError` otherwise. Outside of funcghost it does nothing.
     """
     capture = _active.get()
-    again = (
-        nullcontext() if capture is None else capture.resumed(capture.position, capture.calls, dict(capture.tangents))
-    )
+    again = nullcontext() if capture is None else capture.resumed()
     return nullcontext(), again

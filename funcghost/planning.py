@@ -273,7 +273,7 @@ class _Rehearsal:
                 one, other = (groups.get(numbers[n]) for n in (site.parameters[0], name))
                 if one is not None and other is not None and one is not other:
                     one.extend(other)
-                    groups.update({index: one for index in other})
+                    groups.update(dict.fromkeys(other, one))
         apart = list({id(group): group for group in groups.values()}.values())
         return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]
 

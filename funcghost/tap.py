@@ -47,25 +47,43 @@ class Scorer:
             raise MismatchError(
                 f"{self.name}: an output that the losses did not use when the plan was made is used now."
             )
-        columns = [self._column(slope, gradients, probe) for slope in self.slopes(*saved)]
+        columns = [self._column(slope, gradients, probe, alone(slope, saved)) for slope in self.slopes(*saved)]
         if len(columns) < probe.shape[1]:
             found, zero = dict(zip(self.columns, columns, strict=True)), torch.zeros_like(columns[0])
             columns = [found.get(k, zero) for k in range(probe.shape[1])]
         return torch.stack(columns, -1)
 
-    def _column(self, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
+    def _column(
+        self, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor, ours: bool
+    ) -> Tensor:
         parts = [
-            inner(value, g, layout, probe)
+            inner(value, g, layout, probe, ours)
             for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
             if g is not None and layout != "unused"
         ]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
-def inner(slope: Tensor, gradient: Tensor, layout: Layout | Placed, probe: Tensor) -> Tensor:
-    """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe."""
-    product = slope.to(torch.promote_types(slope.dtype, torch.float32)) * gradient.conj()
+def inner(slope: Tensor, gradient: Tensor, layout: Layout | Placed, probe: Tensor, ours: bool = False) -> Tensor:
+    """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe.
+
+    If the memory of the slope is `ours`, the product is written there.
+    """
+    wide = torch.promote_types(slope.dtype, torch.float32)
+    if ours and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
+        return layout.sum(slope.mul_(gradient), probe)
+    product = slope.to(wide) * gradient.conj()
     return layout.sum(product.real if product.is_complex() else product, probe)
+
+
+def alone(slopes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether there is one slope, in memory that holds nothing else and that no other tensor shares."""
+    if len(slopes) != 1 or type(slopes[0]) is not Tensor or slopes[0].is_complex() or not slopes[0].is_contiguous():
+        return False
+    memory = slopes[0].untyped_storage()
+    return memory.nbytes() == slopes[0].numel() * slopes[0].element_size() and not any(
+        other.untyped_storage()._cdata == memory._cdata for other in others if other.layout is torch.strided
+    )
 
 
 def _unsqueezed(slopes: Slopes) -> Slopes:
@@ -91,7 +109,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """The score for the probe, and the gradients passed on."""
         probe, *saved = ctx.saved_tensors
-        score = ctx.scorer.score(saved, gradients, probe)
+        used = any(gradient is not None for gradient in gradients)
+        score = ctx.scorer.score(saved, gradients, probe) if used else None
         return (score, None, None, *gradients, *(None for _ in saved))
 
     @staticmethod

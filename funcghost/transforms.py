@@ -1,7 +1,8 @@
 """The transforms: pure functions of parameters, batch and reducers, made from a loss."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
+from funcghost.lifting import lifted
 from funcghost.planning import Options, check_options, make_plan, verify_plan
 from funcghost.plans import Plan
 from funcghost.reducers import split_reducers
@@ -132,7 +134,19 @@ def plan(
     problem = Problem(losses, split_params(params), batch, has_aux)
     for reducer in split_reducers(reducers)[0]:
         reducer.directions(problem.params)
-    return make_plan(problem, check_options(options))
+    with uncompiled():
+        return make_plan(problem, check_options(options))
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What the losses call runs as plain Python where it was given to `torch.compile`, so that a mode sees its ops.
+
+    Gradients are taken also where the caller has inference mode on.
+    """
+    enabled = torch.is_grad_enabled()
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield
 
 
 class _Transform:
@@ -160,25 +174,23 @@ class _Transform:
         if torch.compiler.is_compiling():
             grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
             return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise InputError("a step cannot run inside torch.func transforms; for several directions use fg.stack.")
-        return self._solve(params, batch, reducers, ())
+        with uncompiled():
+            return self._solve(params, batch, reducers, ())
 
     def _compiled(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """The step as a compiler traces it: what the losses close over comes in as arguments, tensors alone go out."""
-        return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
+        with torch.compiler.set_stance("force_eager"):
+            return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
 
     def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
         problem = Problem(self.losses, split_params(params), batch, self.has_aux)
         wanted, spec = split_reducers(reducers)
         columns = [reducer.directions(problem.params) for reducer in wanted]
         directions = [direction for column in columns for direction in column]
-        if not directions:
-            outcome = run_plain(problem, self.reduction)
-        elif captured or torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        if directions and (captured or torch.compiler.is_compiling() or get_proxy_mode() is not None):
             outcome = self._along_the_plan(problem, directions, captured)
         else:
-            outcome = self._planned(problem, directions)
+            outcome = lifted(self._planned, problem, directions)
         scores = outcome.scores.split([len(column) for column in columns], dim=1)
         reduced = [reducer.result(score) for reducer, score in zip(wanted, scores, strict=True)]
         grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
@@ -188,6 +200,8 @@ class _Transform:
         self, problem: Problem, directions: Sequence[Sequence[Tensor]], captured: Sequence[Tensor]
     ) -> Outcome:
         """Runs along the plan that was passed, and only that, while a compiler traces."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise InputError("while a compiler traces, a step cannot run inside torch.func transforms: use fg.stack.")
         if not self.plans:
             raise PlanError(
                 "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
@@ -199,7 +213,9 @@ class _Transform:
             raise PlanError(f"the plan passed is not for these losses: {error} Make it with fg.plan(...).") from None
 
     def _planned(self, problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Outcome:
-        """Runs along the first plan that fits; plans anew where none does."""
+        """Runs along the first plan that fits; plans anew where none does, and needs none where nothing is scored."""
+        if not directions:
+            return run_plain(problem, self.reduction)
         reasons = []
         for plan in list(self.plans):
             try:

@@ -676,29 +676,6 @@ def test_derivatives_inside_the_losses_are_exact_or_refused(losses: Losses) -> N
         assert_scores(found, expected(losses, params, x, direction))
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
-def test_step_inside_a_torch_func_transform_is_refused(transform: str) -> None:
-    params, x = {"w": normal(3)}, normal(4, 3)
-    directions = normal(2, 3)
-
-    def losses(params: Params, x: Tensor) -> Tensor:
-        return (x @ params["w"]).sin()
-
-    def scores(v: Tensor) -> Tensor:
-        return fg.reduce(losses)(params, x, fg.dot({"w": v}))
-
-    calls = {
-        "vmap": lambda: torch.func.vmap(scores)(directions),
-        "grad": lambda: torch.func.grad(lambda v: scores(v).sum())(directions[0]),
-        "jvp": lambda: torch.func.jvp(scores, (directions[0],), (directions[1],)),
-    }
-    with pytest.raises(fg.InputError, match=says("inside torch.func transforms; for several directions use fg.stack")):
-        calls[transform]()
-    stacked = fg.reduce(losses)(params, x, fg.dot(fg.stack([{"w": v} for v in directions])))
-    for k, v in enumerate(directions):
-        assert_scores(stacked[:, k], expected(losses, params, x, {"w": v}))
-
-
 # Plans that do not fit.
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import funcghost as fg
 from funcghost import rules
 from funcghost.digest import op_name
+from funcghost.losses import gathered
 from funcghost.rules import Rule, register_rule, registered
 from funcghost.tangent import Call, Outputs, Way, covered_by_rule, flatten_call, is_float, outputs, pushforward
 from tests.naive import assert_scores, expected
@@ -357,7 +358,8 @@ REAL = [s for s in COVERED if any(not s.leaves[slot].is_complex() for slots in s
 
 
 def test_samples_cover_every_rule() -> None:
-    assert {sample.op for sample in COVERED} == set(registered())
+    # The rule for the end of a vmap is held by tests/test_per_example.py.
+    assert {sample.op for sample in COVERED} == set(registered()) - {gathered}
     assert len(set(NAMES)) == len(NAMES)
 
 
