@@ -18,7 +18,7 @@ from funcghost.plans import Plan, Site, batch_axes
 from funcghost.run import Problem, backward, run
 from funcghost.sites import Followed, UnresolvedMoveError, find_sites, follow_moves
 from funcghost.state import untouched
-from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, pushforward
+from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, physical, pushforward
 from funcghost.trace import Trace
 from funcghost.verify import Witness, check_conservation, sample_weights, witness
 
@@ -278,13 +278,21 @@ class _Rehearsal:
         return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]
 
     def choose(self, index: int, call: Call) -> Pushforward:
-        """A pushforward that tries the ways in the order of their cost, and notes the first that works."""
-        ways: tuple[Way, ...] = ("rule",) if covered_by_rule(call) else ("forward", "transpose")
+        """A pushforward that tries the ways in the order of their cost, and notes the first that works.
+
+        An op of the user's own that knows no forward derivative gives zero: its transpose may know more.
+        """
+        ways: list[Way] = ["rule"] if covered_by_rule(call) else ["forward", "transpose"]
         pushes = [pushforward(call, way) for way in ways]
         site = self.sites[index] = replace(self.sites[index], way=ways[0])
 
+        def noted(way: Way, out: Outputs, flops: int) -> Outputs:
+            size = sum(value.numel() * value.element_size() for value in out)
+            self.sites[index] = replace(site, way=way, flops=flops, bytes=size)
+            return out
+
         def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
-            errors = []
+            errors, zero = [], list[tuple[Way, Outputs, int]]()
             for way, push in zip(ways, pushes, strict=True):
                 try:
                     with _FlopCount() as count:
@@ -292,9 +300,11 @@ class _Rehearsal:
                 except RuntimeError as error:
                     errors.append(f"{way}: {str(error).splitlines()[0]}")
                     continue
-                size = sum(value.numel() * value.element_size() for value in out)
-                self.sites[index] = replace(site, way=way, flops=count.total, bytes=size)
-                return out
+                if way == "rule" or any(bool(physical(value).any()) for value in out):
+                    return noted(way, out, count.total)
+                zero.append((way, out, count.total))
+            if zero:
+                return noted(*zero[0]) if self.sites[index] is site else zero[0][1]
             raise UnsupportedOpError(
                 f"parameters {list(site.parameters)} are used by {site.op}, whose derivative cannot be had "
                 f"({'; '.join(errors)}). "

@@ -192,9 +192,19 @@ def _forward(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) ->
 
 
 def _transpose(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
-    """The backward `u -> u J` is linear in `u`, hence its own backward is `V -> J V`."""
+    """The backward `u -> u J` is linear in `u`, hence its own backward is `V -> J V`.
+
+    By autograd itself, which knows more ops than `torch.func`.
+    """
     with torch.enable_grad():
-        values, pullback = torch.func.vjp(op, *primals)[:2]
-        transposed = torch.func.vjp(lambda *u: pullback(u), *(torch.zeros_like(v) for v in values))[1]
-        derivative: Outputs = transposed(tangents)
-    return derivative
+        leaves = [primal.detach().requires_grad_() for primal in primals]
+        values = op(*leaves)
+        smooth = [value for value in values if value.requires_grad]
+        duals = [torch.zeros_like(value, requires_grad=True) for value in smooth]
+        pulled = torch.autograd.grad(smooth, leaves, duals, create_graph=True, allow_unused=True)
+        pairs = [(u, v) for u, v in zip(pulled, tangents, strict=True) if u is not None and u.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(duals)
+        if pairs:
+            found = torch.autograd.grad([u for u, _ in pairs], duals, [v for _, v in pairs], allow_unused=True)
+    derivatives = dict(zip(map(id, smooth), found, strict=True))
+    return tuple(torch.zeros_like(v) if (d := derivatives.get(id(v))) is None else d for v in values)

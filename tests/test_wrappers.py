@@ -599,12 +599,22 @@ CUSTOM_OPS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("called", CUSTOM_OPS)
-def test_custom_op_needs_a_rule(called: str) -> None:
+def test_custom_op_is_followed_by_its_backward_and_faster_by_a_rule(called: str) -> None:
     call, op = CUSTOM_OPS[called]
     losses, params, x = with_op(call)
+    assert [site.way for site in fg.plan(losses, params, x).sites] == ["rule", "transpose", "rule"]
+    assert_exact(losses, params, x)
+    fg.register_rule(op, linear=[["w", "b"], ["x", "b"]], arguments=["x", "w", "b"])
+    assert [site.way for site in fg.plan(losses, params, x).sites] == ["rule"] * 3
+    assert_exact(losses, params, x)
+
+
+def test_custom_op_without_a_second_derivative_needs_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Affine, "backward", torch.autograd.function.once_differentiable(Affine.backward))
+    losses, params, x = with_op(shown)
     with pytest.raises(fg.GhostError, match=r"'b', 'w'.*fg\.register_rule"):
         fg.reduce(losses)(params, x, fg.dot(like(params)))
-    fg.register_rule(op, linear=[["w", "b"], ["x", "b"]], arguments=["x", "w", "b"])
+    fg.register_rule(shown, linear=[["w", "b"], ["x", "b"]], arguments=["x", "w", "b"])
     assert_exact(losses, params, x)
 
 
