@@ -17,7 +17,7 @@ from funcghost.layout import Layout, Placed, Rows
 from funcghost.moves import MOVES, Maps, Move
 from funcghost.plans import OutputLayout, Plan, Site
 from funcghost.state import RandomState, random_state, replaying
-from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, physical, pushforward, swap
+from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward, swap
 from funcghost.tap import Scorer, tap
 
 Tangents = tuple[Tensor | None, ...]
@@ -67,6 +67,7 @@ class Capture(TorchFunctionMode):
         self.references: dict[int, Any] = {}
         self.position = 0
         self.digest = Digest()
+        self.ended = False
         self.moves = {moved.call: moved for moved in plan.moves}
         self.calls = 0
         self.maps: Maps = {}
@@ -86,7 +87,10 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
-        kwargs = kwargs or {}
+        returned = self._run(op, args, kwargs or {})
+        return returned if self.traced else self.digest.give(returned)
+
+    def _run(self, op: Any, args: Any, kwargs: Any) -> Any:
         leaves, spec = flatten_call(args, kwargs)
         if self.standins and any(id(leaf) in self.standins for leaf in leaves):
             leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]
@@ -150,11 +154,12 @@ class Capture(TorchFunctionMode):
             raise MismatchError("the losses ran other ops, or ops with other flags, than when the plan was made.")
         if self.position != len(self.plan.sites):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
+        self.ended = True
 
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
         again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
-        again.originals, again.directions = self.originals, self.directions
+        again.originals, again.directions, again.ended = self.originals, self.directions, True
         again.position, again.calls, again.maps = self.position, self.calls, self.maps
         for key, tangents in self.tangents.items():
             reference = self.references[key]
@@ -166,7 +171,7 @@ class Capture(TorchFunctionMode):
 
     def _digest(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
         if not self.traced:
-            self.digest = self.digest.after(op, leaves, returned)
+            self.digest.add(op, leaves, returned)
 
     def _follow(self, params: Sequence[Tensor]) -> None:
         for param, *tangents in zip(params, *self.directions, strict=True):
@@ -212,7 +217,7 @@ class Capture(TorchFunctionMode):
         self, index: int, site: Site, value: Tensor, layout: OutputLayout
     ) -> Layout | Placed | Literal["unused"]:
         """Where the samples of an output are in this run."""
-        shape, rows = physical(value).shape, None
+        shape, rows = batched_shape(value), None
         if isinstance(layout, Rows):
             rows = self.maps.get((layout.call, layout.output))
             if rows is not None and layout.axis < len(shape) and shape[layout.axis] == len(rows):
@@ -259,10 +264,20 @@ class Capture(TorchFunctionMode):
                     pushed.append(push.evaluate(kept, flat[start : start + count]))
             return [tuple(slope[i] for i in chosen) for slope in pushed]
 
-        scorer = Scorer(f"site {index} ({site.op})", slopes, columns, layouts)
+        scorer = Scorer(f"site {index} ({site.op})", slopes, columns, layouts, lambda: self.ended)
         along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
         tapped = tap(self.probe, scorer, [found[i] for i in chosen], [*saved, *along])
         return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
+
+
+def batched_shape(value: Tensor) -> tuple[int, ...]:
+    """The shape with all vmapped axes in front, the outer before the inner: that of the gradients a tap sees."""
+    vmapped, inner = list[int](), value
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        axis, inner = torch._C._functorch.maybe_get_bdim(inner), torch._C._functorch.get_unwrapped(inner)
+        if axis >= 0:
+            vmapped.insert(0, inner.shape[axis])
+    return (*vmapped, *value.shape)
 
 
 def filled(call: Call, along: Sequence[Tensor | None]) -> list[Tensor]:

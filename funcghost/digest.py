@@ -4,8 +4,9 @@ The first covers every op, not only those that parameters reach: whether `batch_
 op that may see no parameter at all.
 """
 
+import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -32,34 +33,61 @@ def _code(text: Any) -> int:
     return code
 
 
-class Digest(NamedTuple):
-    """Two checksums of a run: of its ops and their flags, and of all sizes. Sizes may differ from the plan's."""
+class Digest:
+    """Two checksums of a run: of its ops, their flags and what goes into each, and of all sizes.
 
-    ops: int = 0
-    sizes: int = 0
+    Sizes may differ from the plan's. Numbers are flags in so far as they are zero: a term with weight zero is none.
+    """
 
-    def after(self, op: Any, leaves: Sequence[Any], returned: Any) -> "Digest":
-        """The checksums after one more op.
+    def __init__(self) -> None:
+        """Starts before the first op."""
+        self.ops = self.sizes = self.count = 0
+        self.numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def add(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
+        """One more op.
 
         Questions such as `x.requires_grad` or `x.shape` are left out: profilers ask them, too.
         """
         if not isinstance(returned, Tensor) and op is not Tensor.__setitem__ and not _holds_tensors(returned):
-            return self
+            return
         flags: list[int] = [self.ops, _code(op), torch.is_grad_enabled()]
         sizes: list[Any] = [self.sizes]
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 sizes.append(leaf.shape)
+                flags.append(self._number(leaf))
             elif isinstance(leaf, bool):
                 flags.append(2 + leaf)
             elif isinstance(leaf, int):
                 sizes.append(leaf)
+            elif isinstance(leaf, float):
+                flags.append(leaf == 0)
             elif isinstance(leaf, str):
                 flags.append(_code(leaf))
             elif isinstance(leaf, slice):
                 sizes.extend(end for end in (leaf.start, leaf.stop, leaf.step) if type(end) is int)
         # Hashes of tuples of numbers are the same in every process.
-        return Digest(hash(tuple(flags)), hash(tuple(sizes)))
+        self.ops, self.sizes = hash(tuple(flags)), hash(tuple(sizes))
+
+    def give(self, returned: Any) -> Any:
+        """Numbers the tensors that an op gave, in the form in which the losses get them."""
+        if isinstance(returned, Tensor):
+            self._number(returned)
+        elif isinstance(returned, tuple | list):
+            for value in returned:
+                if isinstance(value, Tensor):
+                    self._number(value)
+        return returned
+
+    def _number(self, value: Tensor) -> int:
+        """Which tensor it is, counted in the order in which they come."""
+        known = self.numbers.get(id(value))
+        if known is not None and known[0]() is value:
+            return known[1]
+        self.count += 1
+        self.numbers[id(value)] = weakref.ref(value), self.count
+        return self.count
 
 
 def _holds_tensors(returned: Any) -> bool:

@@ -154,7 +154,7 @@ class Meter:
         """The one layout that agrees; "unused" if no gradient came; None where none or several agree."""
         if self.base is None:
             return "unused"
-        if self.base.layout is not torch.strided or self.silent:
+        if self.base.layout is not torch.strided or self.silent or (self.clock.batch > 1 and not self.coded):
             return None
         found = candidates(self.base.shape, self.clock.batch)
         for part in (_corner, _whole):
@@ -168,7 +168,7 @@ class Meter:
 
     def in_rows(self, samples: Tensor) -> int | None:
         """The axis whose rows belong to these samples, if there is one."""
-        if self.base is None or self.base.layout is not torch.strided or self.silent:
+        if self.base is None or self.base.layout is not torch.strided or self.silent or not self.coded:
             return None
         for axis, size in enumerate(self.base.shape):
             if size == len(samples) and all(

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcghost.errors import MismatchError
@@ -37,7 +38,7 @@ BY_DATA: frozenset[Op] = _named(
     *("index_select", "gather", "take_along_dim", "take", "masked_select", "masked_scatter", "sort", "msort", "topk"),
     *("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_reduce", "kthvalue"),
     *("unique", "segment_reduce", "index_fill", "argwhere", "repeat_interleave"),
-) | {_T.__getitem__, _T.__setitem__}
+) | {_T.__getitem__, _T.__setitem__, F.embedding, F.embedding_bag, torch.embedding}
 """The ops that choose where an entry goes by an index or an order. Others compute in place."""
 
 BY_SHAPE: frozenset[Op] = _named(

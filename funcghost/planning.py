@@ -20,7 +20,7 @@ from funcghost.sites import Followed, UnresolvedMoveError, find_sites, follow_mo
 from funcghost.state import untouched
 from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, physical, pushforward
 from funcghost.trace import Trace
-from funcghost.verify import Witness, check_conservation, sample_weights, witness
+from funcghost.verify import Witness, check_conservation, sample_weights, shaken, witness
 
 log = logging.getLogger("funcghost")
 
@@ -60,18 +60,10 @@ def check_options(options: Options | None) -> Options:
     return options or Options()
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """A plan without ways, and what autograd says of the same losses."""
-
-    plan: Plan
-    witness: Witness
-
-
 def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> Plan:
-    """Plans the losses on this batch; not `exactly` where the parameters are, if some of them are all zero.
+    """Plans the losses on this batch: `exactly` at the values that come, or at drawn ones if that can be done.
 
-    Costs the FLOPs of about three training steps, and memory for the output gradients of every op at once. Random
+    Costs the FLOPs of about four training steps, and memory for the output gradients of every op at once. Random
     streams and tensors that the losses write to are put back.
 
     Raises:
@@ -88,18 +80,24 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
         raise PlanError(
             "plan: tensors on the meta device have no values to measure. Plan on a real device and pass the plan."
         )
-    if not exactly and (generic := without_zeros(problem)) is not problem:
-        try:
-            return make_plan(generic, options, exactly=True)
-        except InputError:
-            raise
-        except (GhostError, RuntimeError, ValueError) as error:
-            log.info("planning at the very parameters, since elsewhere: %s", error)
+    if exactly:
+        return _make_plan(problem, options, drawn=False)
+    try:
+        return _make_plan(without_zeros(problem), options, drawn=True)
+    except (InputError, UnsupportedOpError):
+        raise
+    except (GhostError, RuntimeError, ValueError) as error:
+        log.info("planning at the very values, since elsewhere: %s", error)
+        return _make_plan(problem, options, drawn=False)
+
+
+def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
     with untouched(problem.devices()) as written:
-        observed = _observe(problem)
-    measured = _decide(problem, observed, carry_all=options.route == "forward")
-    measured = replace(measured, plan=replace(measured.plan, written=tuple(written())))
-    plan = _rehearse(problem, measured, options.verify != "never") if measured.plan.batch else measured.plan
+        observed = _observe(problem, drawn)
+    plan = _decide(problem, *observed, carry_all=options.route == "forward")
+    plan = replace(plan, written=tuple(written()))
+    if plan.batch:
+        plan = _rehearse(problem, plan, options.verify != "never")
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
     return plan
 
@@ -127,56 +125,44 @@ def without_zeros(problem: Problem) -> Problem:
 def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tensor]:
     """The gradients of `<weights, losses>` by autograd, with parameters and weights off by a little rounding."""
 
-    def shaken(value: Tensor, number: int) -> Tensor:
-        generator = torch.Generator(value.device).manual_seed(1000 * seed + number)
+    def near(value: Tensor, number: int) -> Tensor:
         size = 64 if value.dtype in (torch.float64, torch.float32) else 1
-        sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
-        return (value.detach() * (1 + size * torch.finfo(value.dtype).eps * sign)).to(value.dtype)
+        return shaken(value, size * torch.finfo(value.dtype).eps, 1000 * seed + number)
 
-    near = replace(problem, point=tuple(shaken(leaf, number) for number, leaf in enumerate(problem.leaves(), 1)))
+    moved = replace(problem, point=tuple(near(leaf, number) for number, leaf in enumerate(problem.leaves(), 1)))
     with untouched(problem.devices()):
-        inputs = near.leaves()
-        losses, _ = near.evaluate(inputs)
-        return backward(losses, inputs, shaken(weights, 0))
+        inputs = moved.leaves()
+        losses, _ = moved.evaluate(inputs)
+        return [gradient.to_dense() for gradient in backward(losses, inputs, near(weights, 0))]
 
 
 def verify_plan(problem: Problem, plan: Plan) -> Plan:
     """Checks the conservation law for a plan on this batch; the plan says if that could be done."""
+    return _rehearse(problem, plan, check=True)
+
+
+def _rehearse(problem: Problem, plan: Plan, check: bool) -> Plan:
     with untouched(problem.devices()):
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
         weights = sample_weights(losses)
-        gradients = backward(losses, leaves, weights)
-    return _rehearse(problem, Measured(plan, witness(losses, weights, gradients, plan.precision)), check=True)
-
-
-def _rehearse(problem: Problem, measured: Measured, check: bool) -> Plan:
-    rehearsal = _Rehearsal(measured.plan)
+        gradients = [gradient.to_dense() for gradient in backward(losses, leaves, weights)]
+    rehearsal = _Rehearsal(plan)
     try:
-        verified = rehearsal.run(problem, measured, check)
+        verified = rehearsal.run(problem, witness(losses, weights, gradients, plan.precision), check)
     except MismatchError as error:
         raise PlanError(f"the losses do something else each time they run: {error}") from error
-    return replace(measured.plan, sites=tuple(rehearsal.sites), verified=verified)
+    return replace(plan, sites=tuple(rehearsal.sites), verified=verified)
 
 
 def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """One traced forward, and the gradients of `<weights, losses>`; the meters of the trace have seen theirs."""
-
-    trace: Trace
-    losses: Tensor
-    weights: Tensor
-    gradients: list[Tensor]
-
-
-def _observe(problem: Problem) -> Observed:
-    """One forward, a backward, and one more to the first outputs for each code."""
+def _observe(problem: Problem, drawn: bool) -> tuple[Trace, Tensor]:
+    """One forward with its losses, a backward to the first outputs, and one more for each code."""
     clock, leaves = Clock(started=False), problem.leaves()
-    trace = Trace(problem, leaves, clock)
+    trace = Trace(problem, leaves, clock, drawn)
     with trace:
         losses, _ = problem.evaluate(leaves)
     _refuse_reentrant_checkpoints(losses)
@@ -187,35 +173,31 @@ def _observe(problem: Problem) -> Observed:
         )
     clock.batch, clock.started = losses.shape[0], True
     weights = sample_weights(losses)
-    gradients: Sequence[Tensor | None] = [None] * len(leaves)
-    if clock.batch:
-        gradients = torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True)
-    for code in codes(clock.batch, losses) if clock.batch > 1 else []:
+    for code in [None, *(codes(clock.batch, losses) if clock.batch > 1 else [])] if clock.batch else []:
         clock.code = code
-        torch.autograd.grad(losses, trace.roots or leaves, weights * code, retain_graph=True, allow_unused=True)
-    found = [torch.zeros_like(leaf) if g is None else g.to_dense() for g, leaf in zip(gradients, leaves, strict=True)]
-    return Observed(trace, losses.detach(), weights, [g.detach() for g in found])
+        cotangent = weights if code is None else weights * code
+        torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
+    return trace, losses.detach()
 
 
-def _decide(problem: Problem, seen: Observed, carry_all: bool) -> Measured:
-    """The sites that follow from what was observed."""
-    trace, batch = seen.trace, seen.losses.shape[0]
+def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool) -> Plan:
+    """The plan, without ways to `J V`, that follows from what was observed."""
+    batch = len(losses)
     try:
         followed = follow_moves(trace.records, trace.moves if batch > 1 else {}, batch)
     except UnresolvedMoveError as op:
         log.info("%s moves samples by the values of data: tangents are carried to the losses.", op)
         followed, carry_all = Followed({}, ()), True
-    plan = Plan(
+    return Plan(
         sites=tuple(find_sites(trace.records, problem.params.names, followed.rows, carry_all)),
         moves=() if carry_all else followed.moved,
         batch=batch,
         digest=trace.digest.ops,
         sizes=frozenset([trace.digest.sizes]),
-        precision=_lowest([*trace.dtypes, seen.losses.dtype]),
+        precision=_lowest([*trace.dtypes, losses.dtype]),
         axes=batch_axes(problem.batch, batch),
         captured=trace.captured(),
     )
-    return Measured(plan, witness(seen.losses, seen.weights, seen.gradients, plan.precision))
 
 
 def _refuse_reentrant_checkpoints(losses: Tensor) -> None:
@@ -241,9 +223,9 @@ class _Rehearsal:
         self.plan = plan
         self.sites: list[Site] = list(plan.sites)
 
-    def run(self, problem: Problem, measured: Measured, check: bool) -> bool:
+    def run(self, problem: Problem, seen: Witness, check: bool) -> bool:
         """Finds the ways; with `check`, holds the scores to the witness. Says whether they were verified."""
-        seen, devices = measured.witness, problem.devices()
+        devices = problem.devices()
 
         def scores(directions: Sequence[Direction]) -> Tensor:
             plan = replace(self.plan, sites=tuple(self.sites))

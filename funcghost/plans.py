@@ -1,15 +1,23 @@
 """The plan: for every site its op, layout and way to `J V`; made once, printed, passed back."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from funcghost._version import __version__
+from funcghost.codec import MalformedError, decode, encode
+from funcghost.errors import PlanError
 from funcghost.layout import Layout, Rows
 from funcghost.moves import Moved
 from funcghost.tangent import Way
 from funcghost.trees import Tree, tensors
+
+FORMAT = 1
+"""The version of the text form of a plan."""
 
 Action = Literal["tap", "carry", "skip"]
 OutputLayout = Layout | Rows | Literal["unused", "constant", "carried"]
@@ -43,7 +51,13 @@ class Plan:
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
     `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
     ops compute in, `moves` the ops that move samples by data. `captured` are the user's tensors that the losses close
-    over, `written` the memory they write to.
+    over, `written` the memory they write to: None where there is some, and this process has not seen it yet.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> plan = fg.plan(lambda params, x: x @ params["w"], {"w": torch.zeros(3)}, torch.ones(2, 3))
+        >>> fg.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     sites: tuple[Site, ...]
@@ -54,8 +68,8 @@ class Plan:
     axes: tuple[tuple[int, int], ...] = ()
     verified: bool = False
     moves: tuple[Moved, ...] = ()
-    captured: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
-    written: tuple[torch.UntypedStorage, ...] = field(default=(), repr=False, compare=False)
+    captured: tuple[Tensor, ...] | None = field(default=(), repr=False, compare=False)
+    written: tuple[torch.UntypedStorage, ...] | None = field(default=(), repr=False, compare=False)
 
     def batch_size(self, batch: Tree) -> int:
         """The number of samples in another batch of the same structure."""
@@ -72,6 +86,49 @@ class Plan:
         """FLOPs that one direction adds to a step, as counted while planning."""
         return sum(site.flops for site in self.sites)
 
+    def to_json(self) -> str:
+        """The plan as text, for another process: see `from_json`."""
+        content = {
+            **encode(self),
+            "captures": self.captured is None or bool(self.captured),
+            "writes": self.written is None or bool(self.written),
+        }
+        versions = {"format": FORMAT, "funcghost": __version__, "torch": torch.__version__}
+        return json.dumps({**versions, "checksum": _checksum(content), "plan": content}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """A plan from the text of `to_json`, for the same losses in another process.
+
+        Law: `Plan.from_json(plan.to_json()) == plan`. With `plan=` that plan, a transform neither plans nor verifies
+        the sizes that the plan was verified for. As with any plan, a run that finds other ops than it says plans anew.
+
+        A plan that was written by another version of funcghost or torch is read, but not trusted: it is verified once
+        in its first run. Tensors are not written: where the losses close over some, `torch.compile` needs a plan
+        that this process made; where they write to some (running statistics), the first run finds out to which.
+
+        Raises:
+            PlanError: the text is not what `to_json` gives, was changed since, or has another format.
+
+        Example:
+            >>> import funcghost as fg, torch
+            >>> losses, params, x = lambda params, x: x @ params["w"], {"w": torch.zeros(2)}, torch.eye(2)
+            >>> text = fg.plan(losses, params, x).to_json()  # write it to a file; in the next process read it:
+            >>> score = fg.reduce(losses, plan=fg.Plan.from_json(text))
+            >>> score(params, x, fg.dot({"w": torch.tensor([3.0, 4.0])}))
+            tensor([3., 4.])
+        """
+        whole = _parse(text)
+        content = dict(whole["plan"])
+        try:
+            captures, writes = (decode(bool, content.pop(name, None), name) for name in ("captures", "writes"))
+            plan: Plan = decode(cls, content, "plan")
+        except MalformedError as error:
+            raise PlanError(f"the text is not a plan: {error}. {_REMEDY}") from None
+        plan = replace(plan, captured=None if captures else (), written=None if writes else ())
+        made_here = (whole["funcghost"], whole["torch"]) == (__version__, torch.__version__)
+        return plan if made_here else replace(plan, sizes=frozenset(), verified=False)
+
     def __str__(self) -> str:
         """The table: one line per site that does something."""
         rows = [_HEAD, *(_row(i, site) for i, site in enumerate(self.sites) if site.action != "skip")]
@@ -84,6 +141,31 @@ class Plan:
             f"planned with {self.batch} samples, {'verified' if self.verified else 'not verified'}"
         )
         return "\n".join([*lines, total])
+
+
+_REMEDY = "Write it again with fg.plan(...).to_json()."
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """What is around the plan in its text, as far as it must be as it was written."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise PlanError(f"the text is not a plan: it is not JSON ({error}). {_REMEDY}") from None
+    if not isinstance(whole, dict) or "format" not in whole or not isinstance(whole.get("plan"), dict):
+        raise PlanError(f"the text is not a plan: it has no format and plan. {_REMEDY}")
+    if whole["format"] != FORMAT:
+        raise PlanError(
+            f"the plan has format {whole['format']!r}, this is funcghost {__version__} with {FORMAT}. {_REMEDY}"
+        )
+    unchanged = whole.get("checksum") == _checksum(whole["plan"])
+    if not unchanged or set(whole) != {"format", "funcghost", "torch", "checksum", "plan"}:
+        raise PlanError(f"the plan was changed after it was written: its checksum does not fit. {_REMEDY}")
+    return whole
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 _HEAD = ("site", "op", "parameters", "output", "layout", "J V by", "FLOP", "bytes")

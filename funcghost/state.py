@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -130,3 +130,20 @@ def untouched(devices: Sequence[torch.device]) -> Iterator[Callable[[], list[tor
         restore((*before[:3], list(log.originals.values())))
         for generator, state in log.generators.items():
             generator.set_state(state)
+
+
+@contextmanager
+def undone_on_failure(
+    devices: Sequence[torch.device], written: Sequence[torch.UntypedStorage] | None
+) -> Iterator[Callable[[], tuple[torch.UntypedStorage, ...]]]:
+    """Undoes what the body does to random streams and to the memory it writes to, if it raises.
+
+    Where that memory is not known (None) it is found out, as by `untouched`. Gives a function that says which it was.
+    """
+    before, log = snapshot(devices, written or ()), None if written is not None else _WriteLog()
+    try:
+        with log or nullcontext():
+            yield lambda: tuple(written or ()) if log is None else tuple(old for old, _ in log.originals.values())
+    except BaseException:
+        restore(before if log is None else (*before[:3], list(log.originals.values())))
+        raise

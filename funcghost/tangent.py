@@ -91,6 +91,14 @@ def covered_by_rule(call: Call) -> bool:
     return rule is not None and _terms(call, rule) is not None
 
 
+def is_linear(call: Call) -> bool:
+    """Whether a rule says that the op is linear in all tensors of this call at once."""
+    rule = find_rule(call.op)
+    terms = None if rule is None else _terms(call, rule)
+    given = {slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
+    return terms is not None and len(terms) == 1 and given.issubset((*terms[0][0], *terms[0][1]))
+
+
 def pushforward(call: Call, way: Way) -> Pushforward:
     """The function that computes `J V` of a call in a given way."""
     rule = find_rule(call.op)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcghost.errors import MismatchError, UnsupportedOpError
+from funcghost.errors import MismatchError
 from funcghost.layout import Layout, Placed
 
 Slopes = Callable[..., list[tuple[Tensor, ...]]]
@@ -28,21 +28,17 @@ def alias(value: Tensor) -> Tensor:
 class Scorer:
     """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts.
 
-    `columns` are the directions that reach the site.
+    `columns` are the directions that reach the site. Before `ready()`, backwards are those of the losses themselves.
     """
 
     name: str
     slopes: Slopes
     columns: tuple[int, ...]
     layouts: tuple[Layout | Placed | Literal["unused"], ...]
+    ready: Callable[[], bool]
 
     def score(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
         """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries."""
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise UnsupportedOpError(
-                f"{self.name}: the losses differentiate through parameters with torch.func. Write the inner derivative "
-                "out by hand, or leave these parameters out of params."
-            )
         if any(g is not None and layout == "unused" for g, layout in zip(gradients, self.layouts, strict=True)):
             raise MismatchError(
                 f"{self.name}: an output that the losses did not use when the plan was made is used now."
@@ -109,7 +105,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """The score for the probe, and the gradients passed on."""
         probe, *saved = ctx.saved_tensors
-        used = any(gradient is not None for gradient in gradients)
+        used = ctx.scorer.ready() and any(gradient is not None for gradient in gradients)
         score = ctx.scorer.score(saved, gradients, probe) if used else None
         return (score, None, None, *gradients, *(None for _ in saved))
 

@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from funcghost.digest import Digest, op_name
 from funcghost.errors import UnsupportedOpError
+from funcghost.generic import Generic
 from funcghost.layout import Clock, Meter
 from funcghost.moves import BY_DATA, MOVES, Move
 from funcghost.run import Problem
-from funcghost.state import random_state
-from funcghost.tangent import flatten_call, is_float, outputs, physical, swap
+from funcghost.state import random_state, set_random_state
+from funcghost.tangent import Call, flatten_call, is_float, outputs, physical, swap
 from funcghost.tap import Observe
 from funcghost.trees import tensors
 
@@ -70,11 +71,11 @@ class Trace(TorchFunctionMode):
     A backward as far as the `roots` comes past every meter.
     """
 
-    def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock) -> None:
+    def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock, drawn: bool) -> None:
         super().__init__()
         params, names = leaves, problem.params.names
         self.devices = problem.devices()
-        self.memory = {param.untyped_storage()._cdata: name for param, name in zip(params, names, strict=True)}
+        self.memory = {storage_of(param): name for param, name in zip(params, names, strict=True)}
         self.clock = clock
         self.records: list[Record] = []
         self.values = {id(param): number for number, param in enumerate(params)}
@@ -88,6 +89,7 @@ class Trace(TorchFunctionMode):
         self.roots: list[Any] = []
         self.moves: dict[int, Noted] = {}
         self.calls = 0
+        self.generic = Generic() if drawn else None
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is and notes what went in and came out."""
@@ -103,7 +105,7 @@ class Trace(TorchFunctionMode):
         copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
         before = random_state(self.devices)
         returned = op(*args, **kwargs)
-        self.digest = self.digest.after(op, leaves, returned)
+        self.digest.add(op, leaves, returned)
         drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(self.devices), strict=True))
         if not inputs or not torch.is_grad_enabled():
             return self._keep(returned)
@@ -115,15 +117,15 @@ class Trace(TorchFunctionMode):
         self._refuse_writes(op, [given[slot] for slot in written])
         found = outputs(returned, [given[slot] for slot in written])
         if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
-            return returned
-        return self._keep(self._record(op, given, inputs, written, found, returned, drew, move))
+            return self.digest.give(returned)
+        call = Call(op, tuple(leaves), spec, tuple(inputs), written)
+        return self._keep(self._record(call, given, inputs, found, returned, drew, move))
 
     def _record(
         self,
-        op: Any,
+        call: Call,
         given: dict[int, Tensor],
         inputs: dict[int, int],
-        written: tuple[int, ...],
         found: tuple[Tensor, ...],
         returned: Any,
         drew: bool,
@@ -131,24 +133,32 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         fixed = len(inputs) == len(given) and self.fixed.issuperset(inputs.values())
         smooth = [value for value in found if physical(value).requires_grad]
-        memory = {physical(leaf).untyped_storage()._cdata for leaf in given.values()}
-        bound = any(physical(v).untyped_storage()._cdata in memory for v in smooth)
+        memory = {storage_of(leaf) for leaf in given.values()}
+        bound = any(storage_of(value) in memory for value in smooth)
+        drawn = found
+        if self.generic and not (fixed or bound or call.written):
+            after = random_state(self.devices) if drew else []
+            drawn = self.generic.outputs(call, found)
+            set_random_state(after)
         outs, replaced = [], {}
-        for value in found:
+        for original, value in zip(map(id, found), drawn, strict=True):
+            if id(value) != original:
+                replaced[original] = value
             if not physical(value).requires_grad:
                 self.values.pop(id(value), None)
                 outs.append(Output(None, tuple(value.shape)))
                 continue
             self.dtypes.add(value.dtype)
-            wrapped, original = physical(value) is not value, id(value)
+            wrapped = physical(value) is not value
             meter = None if fixed or (bound and wrapped) else Meter(self.clock)
             if meter is not None:
-                if self.fixed.issuperset(inputs.values()):
+                if not self.fixed.isdisjoint(inputs.values()):
                     self.roots.append(get_gradient_edge(physical(value)))
                 if wrapped or (value._is_view() and not bound):
                     # A hook would stay with the view's present node, which an op in place on it replaces.
                     value = replaced[original] = Observe.apply(meter.see, value)
                 else:
+                    _ = value.grad_fn  # A view's history must be up to date first: torch crashes otherwise (#196459).
                     value.register_hook(meter.see)
             self.values[id(value)] = self.count
             self.seen[id(value)] = value
@@ -156,7 +166,7 @@ class Trace(TorchFunctionMode):
             if fixed:
                 self.fixed.add(self.count)
             self.count += 1
-        self.records.append(Record(op_name(op), inputs, tuple(outs), written, fixed, bound, drew, move))
+        self.records.append(Record(op_name(call.op), inputs, tuple(outs), call.written, fixed, bound, drew, move))
         return swap(returned, replaced) if replaced else returned
 
     def _may_be_statistics(self, leaf: Tensor) -> bool:
@@ -191,7 +201,7 @@ class Trace(TorchFunctionMode):
 
     def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:
         for value in written:
-            name = self.memory.get(physical(value).untyped_storage()._cdata)
+            name = self.memory.get(storage_of(value))
             if name is not None:
                 raise UnsupportedOpError(
                     f"parameter {name!r} is written to by {op_name(op)} inside the losses (embeddings do so with "
@@ -203,13 +213,19 @@ class Trace(TorchFunctionMode):
         for leaf in optree.tree_leaves(returned):
             if isinstance(leaf, Tensor):
                 self.seen[id(leaf)] = leaf
-        return returned
+        return self.digest.give(returned)
 
     def captured(self) -> tuple[Tensor, ...]:
         """The tensors of the user that went into ops without being parameters or batch: buffers, constants."""
         self.seen.clear()
         alive = (reference() for reference in self.foreign.values())
         return tuple(tensor for tensor in alive if tensor is not None and tensor.is_leaf)
+
+
+def storage_of(value: Tensor) -> int | None:
+    """What is the same for tensors that share memory; None for a sparse one."""
+    value = physical(value)
+    return value.untyped_storage()._cdata if value.layout is torch.strided else None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -17,7 +17,7 @@ from funcghost.planning import Options, check_options, make_plan, verify_plan
 from funcghost.plans import Plan
 from funcghost.reducers import split_reducers
 from funcghost.run import Losses, Outcome, Problem, Reduction, run, run_plain
-from funcghost.state import restore, snapshot
+from funcghost.state import undone_on_failure
 from funcghost.trees import Tree, split_params
 
 log = logging.getLogger("funcghost")
@@ -166,7 +166,7 @@ class _Transform:
                 "Options.route='forward' has no backward to take a training gradient from; use it with fg.reduce."
             )
         self.plans = [] if plan is None else [plan]
-        self.captured = () if plan is None else plan.captured
+        self.captured = () if plan is None else plan.captured or ()
         self._traced = torch._dynamo.nonstrict_trace(self._compiled)
 
     def step(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
@@ -206,6 +206,11 @@ class _Transform:
             raise PlanError(
                 "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
             )
+        if torch.compiler.is_compiling() and self.plans[0].captured is None:
+            raise PlanError(
+                "the plan was read from text, and the losses close over tensors, which a text does not hold and a "
+                "compiler needs: make plan = fg.plan(...) in this process, or hand those tensors in with the batch."
+            )
         standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
         try:
             return run(problem, self.plans[0], directions, reduction=self.reduction, standins=standins)
@@ -238,14 +243,11 @@ class _Transform:
         self, problem: Problem, directions: Sequence[Sequence[Tensor]], plan: Plan, verify: bool = True
     ) -> Outcome:
         """Runs along a plan, known or with `verify=False` just made; if that fails in any way, leaves no trace."""
-        before = snapshot(problem.devices(), plan.written)
-        try:
+        with undone_on_failure(problem.devices(), plan.written) as written:
             outcome = run(problem, plan, directions, reduction=self.reduction)
             if verify:
-                self._remember(self._verified(problem, plan, outcome), instead_of=plan)
-        except BaseException:
-            restore(before)
-            raise
+                known = plan if plan.written is not None else replace(plan, written=written())
+                self._remember(self._verified(problem, known, outcome), instead_of=plan)
         return outcome
 
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:

@@ -52,6 +52,13 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def shaken(value: Tensor, size: float, seed: int) -> Tensor:
+    """The value with every entry off by `size` relative to it, up or down."""
+    generator = torch.Generator(value.device).manual_seed(seed)
+    sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device).to(value.dtype) * 2 - 1
+    return value.detach() * (1 + size * sign)
+
+
 def sample_weights(losses: Tensor) -> Tensor:
     """The weights c [b]: of either sign, of size 1/2 to 3/2, the same for the same b."""
     generator = torch.Generator().manual_seed(losses.shape[0])
@@ -117,9 +124,10 @@ def check_conservation(
         f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
         f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
         f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where a torch function mode does not see it "
-        "(inside a custom autograd Function, a torch.func transform of their own, a compiled submodule, a C++ "
-        "extension), changed in place through a view, or by an op whose rule is wrong. Call ordinary torch ops on "
-        "these parameters, out of place; correct the rule given to fg.register_rule; or leave them out of params."
+        "(inside a custom autograd Function, a torch.func transform of their own, a derivative that the losses take by "
+        "torch.autograd.grad, a compiled submodule, a C++ extension), changed in place through a view, or by an op "
+        "whose rule is wrong. Call ordinary torch ops on these parameters, out of place, with derivatives written out "
+        "by hand; correct the rule given to fg.register_rule; or leave them out of params."
     )
 
 

@@ -1,0 +1,204 @@
+"""Ops at values of no meaning: what an op does with the samples, whatever the data.
+
+Whether samples mix may hang on values: a mask, a matrix that pools rows, a weight that is zero at first, a hinge that
+is not active yet. A layout measured at such values would not hold later. So while a plan is made, the derivative of
+every op is taken at drawn values of the same size, in place of those that come; its outputs are the true ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from funcghost.moves import MOVES
+from funcghost.tangent import Call, Outputs, is_float, is_linear, physical
+
+PERIOD = 65521
+"""How many numbers are drawn; a prime, so that rows of a tensor are not alike."""
+FEW = 1024
+"""Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""
+FAR = 64.0
+"""Entries larger by this than one, or smaller, may all lie where an op is constant, however many there are."""
+TRUE, DRAWN = 0.73, (1.0, 0.61, 0.37)
+"""The weights of the true derivative and of those at the drawn values, so odd that they do not cancel."""
+
+_T: Any = Tensor
+PRODUCTS = frozenset((torch.mul, _T.mul, torch.multiply, _T.multiply, _T.__mul__, _T.__rmul__))
+"""Where an integer tensor is a factor, and a zero in it one of no meaning. Elsewhere integers may be indices."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a tensor's entries on average, and the largest if there is no negative one."""
+
+    mean: float
+    largest: float | None
+
+
+class Generic:
+    """Takes the derivatives of ops at drawn values."""
+
+    def __init__(self) -> None:
+        """Draws once for all."""
+        self.normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.count = 0
+
+    def outputs(self, call: Call, found: Outputs) -> Outputs:
+        """What the call gave, with the derivative of the op at drawn values; as it is where that cannot be had.
+
+        Its derivative is the same everywhere where the op is linear in all its tensors.
+        """
+        tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
+        if call.op in MOVES or any(physical(leaf) is not leaf for leaf in tensors.values()) or is_linear(call):
+            return found
+        varied = {
+            slot: leaf
+            for slot, leaf in tensors.items()
+            if leaf.dtype == torch.bool or is_float(leaf) or call.op in PRODUCTS
+        }
+        scales = {slot: scale_of(leaf.detach()) for slot, leaf in varied.items()}
+        few = all(leaf.numel() <= FEW for leaf in varied.values())
+        far = any(scale.mean and not 1 / FAR < scale.mean < FAR for scale in scales.values())
+        terms: list[tuple[float, Outputs]] = []
+        for number, weight in enumerate(DRAWN[: 3 if few else 2 if far else 1]):
+            values = {slot: self._other(leaf, scales[slot], slot, number) for slot, leaf in varied.items()}
+            terms += [(weight, drawn) for drawn in _evaluated(call, found, values)]
+        if not terms:
+            values = {slot: self._near(leaf, slot) for slot, leaf in varied.items()}
+            if not all(torch.equal(values[slot], leaf) for slot, leaf in varied.items()):
+                terms = [(1.0, drawn) for drawn in _evaluated(call, found, values)]
+        self.count += 2 * len(call.leaves)
+        return tuple(_back(true, [(w, o[i]) for w, o in terms]) for i, true in enumerate(found)) if terms else found
+
+    def _other(self, leaf: Tensor, scale: Scale, slot: int, number: int) -> Tensor:
+        """Of the size of the entries, 1/50 if those are zero, and positive if they are; for bools, of either kind.
+
+        The second time of size 1 and the other sign or kind, the third time of size 1/8.
+        """
+        value = _dense(leaf)
+        noise = self._noise(value, slot if number < 2 else slot + 1) * (-1 if number == 1 else 1)
+        if value.dtype == torch.bool:
+            return _repeated(noise > 0, value)
+        if not is_float(value):
+            return torch.where(value == 0, 1, value)
+        largest = torch.finfo(value.dtype).max
+        noise = noise * (1.25 * scale.mean or 0.02, 1.0, 0.125)[number]
+        if scale.largest is not None:
+            noise, largest = noise.abs(), scale.largest if number == 0 else max(scale.largest, 1.0)
+        return _sparse(_repeated(noise.clamp(-largest, largest), value), leaf)
+
+    def _near(self, leaf: Tensor, slot: int) -> Tensor:
+        """Off by a quarter at most, for ops that do not take any values."""
+        value = _dense(leaf)
+        if not is_float(value):
+            return torch.ones_like(value)
+        return _sparse(value * _repeated(1 + self._noise(value, slot).clamp(-1, 1) / 4, value), leaf)
+
+    def _noise(self, value: Tensor, number: int) -> Tensor:
+        """Normal numbers in the precision of the value, but float32 at least."""
+        dtype = value.real.dtype if is_float(value) else torch.float32
+        noise = self.normal.roll(-4001 * (self.count + number + 1))
+        return noise.to(value.device, torch.promote_types(dtype, torch.float32))
+
+
+def _evaluated(call: Call, found: Outputs, values: dict[int, Tensor]) -> list[Outputs]:
+    """What the call gives for other values, with the derivative of what it gave; nothing where that cannot be had."""
+    leaves = list(call.leaves)
+    try:
+        for slot, value in values.items():
+            leaf = leaves[slot]
+            leaves[slot] = Away.apply(leaf, value) if leaf.requires_grad else value
+        # A checkpoint counts what the ops of its region keep: these are not among them. Kept as it is, an op's own
+        # output would keep the op, and the op it.
+        with saved_tensors_hooks(Tensor.detach, _as_it_is):
+            drawn = call.evaluate(leaves)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return []
+    return [drawn] if len(drawn) == len(found) and all(map(_alike, drawn, found)) else []
+
+
+def _back(true: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The true value with the weighted mean of the derivatives; the true one is among them if there are few entries."""
+    if not true.requires_grad:
+        return true
+    weights = [TRUE if true.numel() <= FEW else 0.0, *(weight for weight, _ in terms)]
+    value: Tensor = Back.apply([weight / sum(weights) for weight in weights], true, *(drawn for _, drawn in terms))
+    return value
+
+
+def scale_of(value: Tensor) -> Scale:
+    """What the finite entries of a tensor are like."""
+    some = _some(_dense(value))
+    if not is_float(some):
+        return Scale(0.0, None)
+    some = torch.where(some.isfinite(), some, 0)
+    sizes = some.abs().to(torch.promote_types(some.real.dtype, torch.float32))
+    largest = float(sizes.max()) if some.numel() else 1.0
+    mean = largest * float((sizes / largest).mean()) if some.numel() and largest else largest
+    return Scale(mean, None if some.is_complex() or not largest or bool((some < 0).any()) else largest)
+
+
+def _some(value: Tensor) -> Tensor:
+    """Every so many entries of a large tensor."""
+    step = max(1, round((value.numel() / PERIOD) ** (1 / max(1, value.dim()))))
+    return value[tuple(slice(None, None, step) for _ in value.shape)]
+
+
+def _repeated(noise: Tensor, value: Tensor) -> Tensor:
+    """As many numbers as there are entries, one noise after the other."""
+    copies = -(-value.numel() // PERIOD)
+    return noise.to(value.dtype).repeat(copies)[: value.numel()].view(value.shape)
+
+
+def _dense(leaf: Tensor) -> Tensor:
+    return leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
+
+
+def _sparse(value: Tensor, leaf: Tensor) -> Tensor:
+    """What is drawn for a leaf in its layout; one that is sparse has its zeros anywhere."""
+    return value if leaf.layout is torch.strided else value.to_sparse(layout=leaf.layout)
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _alike(drawn: Tensor, true: Tensor) -> bool:
+    """Whether a drawn output can stand for the true one: infinite entries come of fills, if that has some, too."""
+    if (drawn.shape, drawn.dtype, drawn.requires_grad) != (true.shape, true.dtype, true.requires_grad):
+        return False
+    if not drawn.requires_grad or bool(drawn.isfinite().all()):
+        return True
+    return bool(true.isinf().any()) and not bool(drawn.isnan().any())
+
+
+class Away(torch.autograd.Function):
+    """`Away.apply(value, other) -> other`, with the gradient of `value`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        """The other value."""
+        return other
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient as it is."""
+        return gradients[0], None
+
+
+class Back(torch.autograd.Function):
+    """`Back.apply(weights, true, *drawn) -> true`, with the gradients of all of them, weighted."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: list[float], true: Tensor, *drawn: Tensor) -> Tensor:
+        """The true value."""
+        ctx.weights = weights
+        return true.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The weighted gradients."""
+        return None, *(gradients[0] * weight if weight else None for weight in ctx.weights)
