@@ -2,16 +2,19 @@
 
 from funcghost._version import __version__
 from funcghost.capture import checkpoint_context
+from funcghost.check import check
 from funcghost.directions import stack
-from funcghost.errors import ConservationError, GhostError, InputError, PlanError, UnsupportedOpError
+from funcghost.errors import CheckError, ConservationError, GhostError, InputError, PlanError, UnsupportedOpError
 from funcghost.losses import module_losses, per_example
 from funcghost.planning import Options
 from funcghost.plans import Plan
 from funcghost.reducers import Reducer, dot
+from funcghost.report import Report
 from funcghost.rules import register_rule
 from funcghost.transforms import Step, grad_and_reduce, plan, reduce
 
 __all__ = [
+    "CheckError",
     "ConservationError",
     "GhostError",
     "InputError",
@@ -19,9 +22,11 @@ __all__ = [
     "Plan",
     "PlanError",
     "Reducer",
+    "Report",
     "Step",
     "UnsupportedOpError",
     "__version__",
+    "check",
     "checkpoint_context",
     "dot",
     "grad_and_reduce",

@@ -26,3 +26,7 @@ class PlanError(GhostError, RuntimeError):
 
 class MismatchError(PlanError):
     """A call's sites are not those of the plan: it is planned anew where that can be done."""
+
+
+class CheckError(GhostError, RuntimeError):
+    """What `fg.check` compared does not agree, or could not be compared."""

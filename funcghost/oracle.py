@@ -1,5 +1,7 @@
 """The slow truth: per-sample gradients one by one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def per_sample_gradients(losses: Losses, params: Tree, batch: Tree) -> Tree:
     leaves = problem.leaves()
     with untouched(problem.devices()):
         values, _ = problem.evaluate(leaves)
-        rows = [_row(value, leaves) for value in values]
+        rows = [gradient_of(value, leaves) for value in values]
     stacked = [
         torch.stack([row[k] for row in rows]) if rows else leaf.detach().new_zeros((0, *leaf.shape))
         for k, leaf in enumerate(leaves)
@@ -33,7 +35,8 @@ def per_sample_gradients(losses: Losses, params: Tree, batch: Tree) -> Tree:
     return problem.params.rebuild(stacked)
 
 
-def _row(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def gradient_of(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of one number, dense, with zeros where it does not depend on a leaf; its graph is kept."""
     if not value.requires_grad:
         return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
     found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)

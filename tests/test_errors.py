@@ -792,12 +792,13 @@ def test_output_that_was_not_used_when_planned_is_planned_anew() -> None:
 def test_every_error_class_is_reached_and_is_a_ghost_error() -> None:
     # Each is raised above; here that they are told apart, and caught as what users expect.
     assert issubclass(fg.InputError, ValueError)
-    for kind in (fg.UnsupportedOpError, fg.ConservationError, fg.PlanError):
+    for kind in (fg.UnsupportedOpError, fg.ConservationError, fg.PlanError, fg.CheckError):
         assert issubclass(kind, RuntimeError)
         assert issubclass(kind, fg.GhostError)
         assert not issubclass(kind, fg.InputError)
     named = {name for name in fg.__all__ if name.endswith("Error")}
-    assert named == {"GhostError", "InputError", "UnsupportedOpError", "ConservationError", "PlanError"}
+    kinds = {"UnsupportedOpError", "ConservationError", "PlanError", "CheckError"}
+    assert named == {"GhostError", "InputError"} | kinds
 
 
 # Errors of funcghost's own leave no trace, either.

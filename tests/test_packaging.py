@@ -20,6 +20,7 @@ ORDER = (
     "tangent",
     "layout",
     "moves",
+    "codec",
     "plans",
     "directions",
     "reducers",
@@ -29,6 +30,7 @@ ORDER = (
     "capture",
     "run",
     "lifting",
+    "generic",
     "trace",
     "sites",
     "batching",
@@ -37,9 +39,15 @@ ORDER = (
     "planning",
     "transforms",
     "oracle",
+    "progress",
+    "report",
+    "mixing",
+    "compare",
+    "check",
     "attribution.in_run",
     "attribution",
     "",
+    "__main__",
 )
 
 
