@@ -4,36 +4,64 @@ from funcghost._version import __version__
 from funcghost.capture import checkpoint_context
 from funcghost.check import check
 from funcghost.directions import stack
-from funcghost.errors import CheckError, ConservationError, GhostError, InputError, PlanError, UnsupportedOpError
+from funcghost.errors import (
+    CheckError,
+    ConservationError,
+    GhostError,
+    InputError,
+    MemoryBudgetError,
+    PlanError,
+    SampleAxisError,
+    UnsupportedOpError,
+)
 from funcghost.losses import module_losses, per_example
+from funcghost.pairs import Pairs, apply, combine, cosine, cross_dots, materialize
 from funcghost.planning import Options
 from funcghost.plans import Plan
-from funcghost.reducers import Reducer, dot
+from funcghost.projections import project
+from funcghost.quadratic import cross, gram, squared_norm
+from funcghost.reducers import Reducer, dot, per_param, per_segment, per_token
 from funcghost.report import Report
 from funcghost.rules import register_rule
-from funcghost.transforms import Step, grad_and_reduce, plan, reduce
+from funcghost.transforms import Step, grad_and_reduce, pairs, plan, reduce
 
 __all__ = [
     "CheckError",
     "ConservationError",
     "GhostError",
     "InputError",
+    "MemoryBudgetError",
     "Options",
+    "Pairs",
     "Plan",
     "PlanError",
     "Reducer",
     "Report",
+    "SampleAxisError",
     "Step",
     "UnsupportedOpError",
     "__version__",
+    "apply",
     "check",
     "checkpoint_context",
+    "combine",
+    "cosine",
+    "cross",
+    "cross_dots",
     "dot",
     "grad_and_reduce",
+    "gram",
+    "materialize",
     "module_losses",
+    "pairs",
     "per_example",
+    "per_param",
+    "per_segment",
+    "per_token",
     "plan",
+    "project",
     "reduce",
     "register_rule",
+    "squared_norm",
     "stack",
 ]

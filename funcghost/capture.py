@@ -14,11 +14,14 @@ from torch.overrides import TorchFunctionMode
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
 from funcghost.layout import Layout, Placed, Rows
+from funcghost.ledger import Ledger
 from funcghost.moves import MOVES, Maps, Move
 from funcghost.plans import OutputLayout, Plan, Site
+from funcghost.shadows import Shadow, followed, of_parameters
 from funcghost.state import RandomState, random_state, replaying
 from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward, swap
-from funcghost.tap import Scorer, tap
+from funcghost.tap import Collect, Scorer, tap
+from funcghost.uses import Levels, Where, find_uses
 
 Tangents = tuple[Tensor | None, ...]
 """One tangent per direction, None for zero."""
@@ -47,6 +50,7 @@ class Capture(TorchFunctionMode):
         originals: the user's own tensors of the parameters, which a checkpointed region sees when it is recomputed.
         choose: how a site without a way gets one (only while the plan is rehearsed).
         standins: tensors to take the place of others, by id; given while a compiler traces, when sizes are symbols.
+        ledger: what collects factors of per-sample gradients, if something is made of these.
     """
 
     def __init__(
@@ -58,11 +62,14 @@ class Capture(TorchFunctionMode):
         originals: Sequence[Tensor] = (),
         choose: Choose | None = None,
         standins: dict[int, Tensor] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
+        self.ledger = ledger
+        self.shadows: dict[int, Shadow] = {}
         self.traced = standins is not None
-        self.originals, self.directions = originals, directions
+        self.params, self.originals, self.directions = params, originals, directions
         self.tangents: dict[int, Tangents] = {}
         self.references: dict[int, Any] = {}
         self.position = 0
@@ -73,6 +80,8 @@ class Capture(TorchFunctionMode):
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
         self._follow(params)
+        if ledger is not None and ledger.wants_factors:
+            self.shadows.update(zip(map(id, params), of_parameters(params), strict=True))
 
     def __enter__(self) -> "Capture":
         """Starts to watch."""
@@ -110,7 +119,9 @@ class Capture(TorchFunctionMode):
             call = Call(op, before, spec, tracked, written)
         else:
             call = Call(op, tuple(leaves), spec, tracked, written)
-        carried = self._carry(index, call, site, drawn) if site and site.action == "carry" and written else None
+        carrying = site is not None and site.action == "carry"
+        carried = self._carry(index, call, site, drawn) if site and carrying and written else None
+        shadows = self._shadow(call, site, (), drawn) if site and carrying and written else None
         returned = op(*args, **kwargs)
         self._digest(op, leaves, returned)
         found = outputs(returned, [leaves[slot] for slot in written])
@@ -123,9 +134,9 @@ class Capture(TorchFunctionMode):
             raise MismatchError(f"site {index}: {site.op} gave {len(found)} outputs, the plan has {len(site.layouts)}.")
         if site.action == "tap":
             return swap(returned, self._tap(index, call, site, found, drawn))
-        self._attach(
-            site, found, carried or (self._carry(index, call, site, drawn) if site.action == "carry" else None)
-        )
+        if carrying and not written:
+            carried, shadows = self._carry(index, call, site, drawn), self._shadow(call, site, found, drawn)
+        self._attach(site, found, carried, shadows)
         return returned
 
     def tangents_of(self, value: Tensor) -> Tangents | None:
@@ -158,15 +169,19 @@ class Capture(TorchFunctionMode):
 
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
-        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
+        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins, self.ledger)
         again.originals, again.directions, again.ended = self.originals, self.directions, True
         again.position, again.calls, again.maps = self.position, self.calls, self.maps
         for key, tangents in self.tangents.items():
             reference = self.references[key]
             value = reference() if isinstance(reference, weakref.ref) else reference
             again.tangents[key] = tangents
-            again.references[key] = weakref.ref(value, forgetting(again.tangents, key))
+            again.references[key] = weakref.ref(value, again._forgetting(key))
+        again.shadows.update(self.shadows)
         again._follow(self.originals)
+        if self.shadows:
+            of_own = (self.shadows[id(param)] for param in self.params)
+            again.shadows.update(zip(map(id, self.originals), of_own, strict=True))
         return again
 
     def _digest(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
@@ -235,39 +250,112 @@ class Capture(TorchFunctionMode):
             move = Move(op, tuple(leaves), spec, moved.slots)
             self.as_planned.append(moved.follow(move, self.maps, self.probe.shape[0]))
 
-    def _attach(self, site: Site, found: Outputs, carried: list[Outputs | None] | None) -> None:
+    def _shadow(self, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> list[Shadow | None] | None:
+        """Where the outputs of a call that carries tangents come from, if that is asked for."""
+        if not self.shadows:
+            return None
+        with replaying(drawn):
+            return followed(call, found, [self.shadows[id(call.leaves[slot])] for slot in call.tracked], site.way)
+
+    def _attach(
+        self, site: Site, found: Outputs, carried: list[Outputs | None] | None, shadows: list[Shadow | None] | None
+    ) -> None:
         """Notes the tangents of what came out; a value that was overwritten without one loses its own."""
         for i, (value, layout) in enumerate(zip(found, site.layouts, strict=True)):
+            self.shadows.pop(id(value), None)
             if carried is None or layout == "constant":
                 self.tangents.pop(id(value), None)
                 continue
             self.tangents[id(value)] = tuple(None if slope is None else slope[i] for slope in carried)
-            self.references[id(value)] = weakref.ref(value, forgetting(self.tangents, id(value)))
+            self.references[id(value)] = weakref.ref(value, self._forgetting(id(value)))
+            shadow = shadows[i] if shadows else None
+            if shadow is not None:
+                self.shadows[id(value)] = shadow
+
+    def _forgetting(self, key: int) -> Callable[[Any], None]:
+        """Drops what is known of a value when it dies, before its id comes again."""
+        tangents, shadows = self.tangents, self.shadows
+
+        def forget(_: Any) -> None:
+            tangents.pop(key, None)
+            shadows.pop(key, None)
+
+        return forget
 
     def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
         """The outputs behind a tap, by the id of what they replace."""
         chosen = [i for i, layout in enumerate(site.layouts) if layout != "constant"]
         layouts = tuple(self._placed(index, site, found[i], site.layouts[i]) for i in chosen)
-        push, count = self._push(index, call, site), len(call.tracked)
-        saved = [call.leaves[slot].detach() for slot in push.needed]
+        around, name = ambient(found[chosen[0]].device.type, drawn), f"site {index} ({site.op})"
         tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
-        columns = tuple(k for k in range(len(tangents[0])) if any(known[k] is not None for known in tangents))
-        if not columns:
+        columns = tuple(k for k in range(self.probe.shape[1]) if any(known[k] is not None for known in tangents))
+        push, count = self._push(index, call, site) if columns else None, len(call.tracked)
+        saved = [call.leaves[slot].detach() for slot in push.needed] if push else []
+        along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
+        kept, collect = self._collector(call, layouts, chosen, len(batched_shape(found[chosen[0]])), found, around)
+        if not columns and collect is None:
             return {}
-        around = ambient(found[chosen[0]].device.type, drawn)
 
         def slopes(*tensors: Tensor) -> list[Outputs]:
-            kept, flat = tensors[: len(push.needed)], tensors[len(push.needed) :]
+            assert push is not None
+            own, flat = tensors[: len(push.needed)], tensors[len(push.needed) :]
             pushed = []
             for start in range(0, len(flat), count):
                 with around():
-                    pushed.append(push.evaluate(kept, flat[start : start + count]))
+                    pushed.append(push.evaluate(own, flat[start : start + count]))
             return [tuple(slope[i] for i in chosen) for slope in pushed]
 
-        scorer = Scorer(f"site {index} ({site.op})", slopes, columns, layouts, lambda: self.ended)
-        along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
-        tapped = tap(self.probe, scorer, [found[i] for i in chosen], [*saved, *along])
+        positions = frozenset[int]() if self.ledger is None else self.ledger.positions.intersection(columns)
+        if positions and self.ledger is not None:
+            for i, layout in zip(chosen, layouts, strict=True):
+                self.ledger.check_positions(name, layout, batched_shape(found[i]), len(self.probe))
+        scorer = Scorer(
+            name=name,
+            slopes=slopes,
+            columns=columns,
+            layouts=layouts,
+            ready=lambda: self.ended,
+            collect=collect,
+            kept=len(kept),
+            positions=dict.fromkeys(positions, self.ledger.add_positions) if self.ledger is not None else {},
+        )
+        tapped = tap(self.probe, scorer, [found[i] for i in chosen], [*kept, *saved, *along])
         return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
+
+    def _collector(
+        self,
+        call: Call,
+        layouts: Sequence[Where],
+        chosen: Sequence[int],
+        dims: int,
+        found: Outputs,
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[list[Tensor], Collect | None]:
+        """The tensors to keep for the factors of what went into a call, and what hands these to the ledger."""
+        ledger = self.ledger
+        if ledger is None or not self.shadows:
+            return [], None
+        targets = {slot: self.shadows[id(call.leaves[slot])] for slot in call.tracked}
+        indices = frozenset[int]().union(*(target.sources for target in targets.values()))
+        uses = find_uses(call, layouts, chosen, dims - found[chosen[0]].dim())
+        kept = [call.leaves[slot].detach() for use in uses for slot in use.needed]
+        batch = len(self.probe)
+        if not self.ended:
+            ledger.expect(indices)
+
+        def collect(tensors: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None]) -> None:
+            start = 0
+            for use in uses:
+                stop = start + len(use.needed)
+                own = tuple(has[start:stop] for has in levels)
+                with around():
+                    factors = use.factors(tensors[start:stop], own, gradients, layouts, batch)
+                for slot, factor in zip(use.slots, factors, strict=True):
+                    ledger.collect(targets[slot], factor)
+                start = stop
+            ledger.passed(indices)
+
+        return kept, collect
 
 
 def batched_shape(value: Tensor) -> tuple[int, ...]:
@@ -284,15 +372,6 @@ def filled(call: Call, along: Sequence[Tensor | None]) -> list[Tensor]:
     """The tangents of a call in one direction, with zeros where some of them are."""
     slots = zip(call.tracked, along, strict=True)
     return [torch.zeros_like(call.leaves[slot]) if tangent is None else tangent for slot, tangent in slots]
-
-
-def forgetting(tangents: dict[int, Tangents], key: int) -> Callable[[Any], None]:
-    """Drops the tangents of a value when it dies, before its id comes again."""
-
-    def forget(_: Any) -> None:
-        tangents.pop(key, None)
-
-    return forget
 
 
 def ambient(device: str, drawn: RandomState | None) -> Callable[[], AbstractContextManager[None]]:

@@ -10,7 +10,7 @@ from funcghost.errors import ConservationError, GhostError, InputError
 from funcghost.mixing import evaluated, mixing, repeats
 from funcghost.planning import Options, check_options, make_plan
 from funcghost.plans import Plan
-from funcghost.reducers import split_reducers
+from funcghost.reducers import Directional, split_reducers
 from funcghost.report import Report, Row
 from funcghost.run import Losses, Problem
 from funcghost.transforms import uncompiled
@@ -142,7 +142,7 @@ def _reducer_columns(problem: Problem, reducers: Tree) -> list[tuple[str, Column
     found, spec = split_reducers(reducers)
     columns: list[tuple[str, Column]] = []
     for path, reducer in zip(spec.paths(), found, strict=True):
-        directions = reducer.directions(problem.params)
+        directions = reducer.directions(problem.params) if isinstance(reducer, Directional) else []
         name = "reducer " + (".".join(map(str, path)) or type(reducer).__name__)
         for k, along in enumerate(directions):
             columns.append((f"{name}[:, {k}]" if len(directions) > 1 else name, along))

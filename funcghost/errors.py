@@ -30,3 +30,11 @@ class MismatchError(PlanError):
 
 class CheckError(GhostError, RuntimeError):
     """What `fg.check` compared does not agree, or could not be compared."""
+
+
+class MemoryBudgetError(GhostError, RuntimeError):
+    """No way to a result fits `Options.memory_budget`."""
+
+
+class SampleAxisError(GhostError, RuntimeError):
+    """An axis of samples, positions or segments is not where a reducer needs it."""

@@ -13,10 +13,11 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from funcghost.errors import InputError
+from funcghost.reducers import Direction
 from funcghost.run import Losses, Outcome, Problem
 from funcghost.trees import Tree, tensors
 
-Directions = Sequence[Sequence[Tensor]]
+Directions = Sequence[Direction]
 
 ONLY_DIRECTIONS = (
     "inside torch.func transforms a step takes directions under torch.func.vmap and nothing else: params, batch and "
@@ -40,7 +41,7 @@ def lifted(solve: Callable[[Problem, Directions], Outcome], problem: Problem, di
     Raises:
         InputError: something else than a direction is transformed, or a score is differentiated.
     """
-    leaves = [leaf for direction in directions for leaf in direction]
+    leaves = [leaf for direction in directions for leaf in direction if leaf is not None]
     others = [*problem.params.leaves, *tensors(problem.batch)]
     level = torch._C._functorch.maybe_current_level()
     if any(map(_is_wrapped, others)) or any(map(_has_tangent, others)):
@@ -52,22 +53,27 @@ def lifted(solve: Callable[[Problem, Directions], Outcome], problem: Problem, di
     if level is not None and not any(map(_is_wrapped, leaves)):
         raise InputError(ONLY_DIRECTIONS)
     below = problem if level is None else replace(problem, losses=_below(problem.losses))
-    size, outcomes = len(problem.params.leaves), list[Outcome]()
+    outcomes = list[Outcome]()
 
     def scores(flat: Sequence[Tensor]) -> Tensor:
-        found = [leaf.detach() for leaf in flat]
-        outcomes.append(solve(below, [found[i : i + size] for i in range(0, len(found), size)]))
+        given, members = iter(flat), len(flat) // len(leaves)
+        wanted = [
+            [None if leaf is None else next(given).detach() for leaf in direction]
+            for _ in range(members)
+            for direction in directions
+        ]
+        outcomes.append(solve(below, wanted))
         return outcomes[-1].scores
 
-    of_all: Tensor = Scores.apply(scores, size, *leaves)
+    of_all: Tensor = Scores.apply(scores, len(directions), *leaves)
     return replace(outcomes[-1], scores=of_all)
 
 
 class Scores(torch.autograd.Function):
-    """`Scores.apply(scores, size, *leaves) -> [b, k]`: those of `k` directions of `size` leaves each."""
+    """`Scores.apply(scores, k, *leaves) -> [b, k]`: those of `k` directions with these leaves."""
 
     @staticmethod
-    def forward(scores: Callable[[Sequence[Tensor]], Tensor], size: int, *leaves: Tensor) -> Tensor:
+    def forward(scores: Callable[[Sequence[Tensor]], Tensor], k: int, *leaves: Tensor) -> Tensor:
         """All of them at once."""
         return scores(leaves)
 
@@ -81,14 +87,15 @@ class Scores(torch.autograd.Function):
         raise InputError(LINEAR)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], scores: Any, size: int, *leaves: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], scores: Any, k: int, *leaves: Tensor) -> tuple[Tensor, int]:
         """The members of the vmapped axis are so many more directions."""
         members = [
             leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
             for leaf, dim in zip(leaves, in_dims[2:], strict=True)
         ]
-        found = Scores.apply(scores, size, *(leaf for member in zip(*members, strict=True) for leaf in member))
-        return found.unflatten(1, (info.batch_size, len(leaves) // size)), 1
+        flat = (leaf for member in zip(*members, strict=True) for leaf in member)
+        found = Scores.apply(scores, info.batch_size * k, *flat)
+        return found.unflatten(1, (info.batch_size, k)), 1
 
 
 def _below(losses: Losses) -> Losses:

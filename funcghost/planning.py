@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from funcghost.capture import Direction
+from funcghost.cost import DEFAULT_BUDGET, ROUTES, Means, Rates, machine_rates
 from funcghost.errors import GhostError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.layout import Clock, codes
 from funcghost.plans import Plan, Site, batch_axes
@@ -32,7 +33,13 @@ class Options:
     Args:
         verify: when to check the conservation law: on the "first" call (with each new plan), "always" or "never".
         route: "backward" takes scores in the backward wherever a layout fits; "forward" carries every tangent to
-            the losses: no backward and no stored activations, for scoring with `fg.reduce`.
+            the losses: no backward and no stored activations, for scoring with `fg.reduce`. "ghost" and "materialise"
+            are "backward" with this one route to inner products of gradients where it exists, not the cheapest.
+        memory_budget: bytes for the tiles of inner products between gradients; 256 MiB by default.
+        rates: the machine's FLOP/s of matrix products and bytes/s of memory, by which routes are chosen; measured in
+            a few milliseconds when a plan is made, and part of it, if not given.
+        compute_dtype: the dtype in which factors of gradients are multiplied, such as `torch.bfloat16`; by default
+            their own, but float32 at least. Sums are float32 at least. Training gradients are not touched.
 
     Raises:
         InputError: an option has a value that is not listed.
@@ -44,13 +51,28 @@ class Options:
     """
 
     verify: Literal["first", "always", "never"] = "first"
-    route: Literal["backward", "forward"] = "backward"
+    route: Literal["backward", "forward", "ghost", "materialise"] = "backward"
+    memory_budget: int = DEFAULT_BUDGET
+    rates: Rates | None = None
+    compute_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name, allowed in (("verify", ("first", "always", "never")), ("route", ("backward", "forward"))):
+        for name, allowed in (("verify", ("first", "always", "never")), ("route", ("backward", "forward", *ROUTES))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"Options.{name} must be one of {allowed}, found {getattr(self, name)!r}.")
+        if type(self.memory_budget) is not int or self.memory_budget < 1:
+            raise InputError(f"Options.memory_budget must be a number of bytes, found {self.memory_budget!r}.")
+        if self.rates is not None and not (len(self.rates) == 2 and all(rate > 0 for rate in self.rates)):
+            raise InputError(f"Options.rates must be (FLOP/s, bytes/s), two positive numbers, found {self.rates!r}.")
+        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+            raise InputError(f"Options.compute_dtype must be a floating dtype, found {self.compute_dtype!r}.")
+
+
+def means_of(options: Options, device: torch.device, rates: Rates | None = None) -> Means:
+    """What contractions may use: rates as given, those of the plan, or as measured."""
+    route = options.route if options.route in ROUTES else None
+    return Means(options.memory_budget, route, options.rates or rates or machine_rates(device), options.compute_dtype)
 
 
 def check_options(options: Options | None) -> Options:
@@ -216,6 +238,24 @@ def _refuse_reentrant_checkpoints(losses: Tensor) -> None:
         todo.extend(child for child, _ in node.next_functions)
 
 
+def together(plan: Plan, names: Sequence[str]) -> list[list[int]]:
+    """The parameters to check together: those of one tap, since `J V` is had there for all of them at once.
+
+    Tangents that are carried meet those of other sites on their way: of such parameters there are 8 sums.
+    """
+    numbers = {name: index for index, name in enumerate(names)}
+    carried = {numbers[name] for site in plan.sites if site.action == "carry" for name in site.parameters}
+    groups = {index: [index] for index in numbers.values() if index not in carried}
+    for site in plan.sites:
+        for name in site.parameters[1:]:
+            one, other = (groups.get(numbers[n]) for n in (site.parameters[0], name))
+            if one is not None and other is not None and one is not other:
+                one.extend(other)
+                groups.update(dict.fromkeys(other, one))
+    apart = list({id(group): group for group in groups.values()}.values())
+    return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]
+
+
 class _Rehearsal:
     """Runs a plan along the witness, trying the ways to `J V` where there is no rule."""
 
@@ -234,30 +274,17 @@ class _Rehearsal:
 
         if check and seen.finite:
             check_conservation(
-                problem.params, scores, seen, self._columns(problem), partial(_nearby_gradients, problem, seen.weights)
+                problem.params,
+                scores,
+                seen,
+                together(self.plan, problem.params.names),
+                partial(_nearby_gradients, problem, seen.weights),
             )
             return True
         if check:
             log.warning("the gradients are not finite: the conservation law will be checked with a batch whose are.")
         scores([seen.direction])
         return False
-
-    def _columns(self, problem: Problem) -> list[list[int]]:
-        """The parameters to check together: those of one tap, since `J V` is had there for all of them at once.
-
-        Tangents that are carried meet those of other sites on their way: of such parameters there are 8 sums.
-        """
-        numbers = {name: index for index, name in enumerate(problem.params.names)}
-        carried = {numbers[name] for site in self.sites if site.action == "carry" for name in site.parameters}
-        groups = {index: [index] for index in numbers.values() if index not in carried}
-        for site in self.sites:
-            for name in site.parameters[1:]:
-                one, other = (groups.get(numbers[n]) for n in (site.parameters[0], name))
-                if one is not None and other is not None and one is not other:
-                    one.extend(other)
-                    groups.update(dict.fromkeys(other, one))
-        apart = list({id(group): group for group in groups.values()}.values())
-        return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]
 
     def choose(self, index: int, call: Call) -> Pushforward:
         """A pushforward that tries the ways in the order of their cost, and notes the first that works.

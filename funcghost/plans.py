@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcghost._version import __version__
 from funcghost.codec import MalformedError, decode, encode
+from funcghost.cost import Rates
 from funcghost.errors import PlanError
 from funcghost.layout import Layout, Rows
 from funcghost.moves import Moved
@@ -45,13 +46,31 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Contraction:
+    """How a reducer is to contract the gradients of a parameter, predicted for the sizes of the batch planned with.
+
+    `rejected`: the other routes with their predicted times.
+    """
+
+    reducer: str
+    parameter: str
+    route: str
+    flops: int
+    bytes: int
+    seconds: float
+    rejected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a step does at each site, for losses of a given form; serves other batch sizes and lengths.
 
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
     `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
-    ops compute in, `moves` the ops that move samples by data. `captured` are the user's tensors that the losses close
-    over, `written` the memory they write to: None where there is some, and this process has not seen it yet.
+    ops compute in, `moves` the ops that move samples by data. `factored` says that the factors of per-sample gradients
+    were verified, `contractions` how reducers contract them, chosen by the machine's `rates`. `captured` are the user's
+    tensors that the losses close over, `written` the memory they write to: None where there is some, and this process
+    has not seen it yet.
 
     Example:
         >>> import funcghost as fg, torch
@@ -68,6 +87,9 @@ class Plan:
     axes: tuple[tuple[int, int], ...] = ()
     verified: bool = False
     moves: tuple[Moved, ...] = ()
+    rates: Rates | None = None
+    factored: bool = False
+    contractions: tuple[Contraction, ...] = ()
     captured: tuple[Tensor, ...] | None = field(default=(), repr=False, compare=False)
     written: tuple[torch.UntypedStorage, ...] | None = field(default=(), repr=False, compare=False)
 
@@ -140,7 +162,31 @@ class Plan:
             f"{taps} sites tapped, {carries} carried; {_count(self.flops)}FLOP per direction on top of a step, "
             f"planned with {self.batch} samples, {'verified' if self.verified else 'not verified'}"
         )
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *self._contracted()])
+
+    def _contracted(self) -> list[str]:
+        """The table of contractions, if reducers were given when the plan was made."""
+        if not self.contractions:
+            return []
+        head = ("reducer", "parameter", "route", "FLOP", "bytes", "predicted", "rejected")
+        rows = [head] + [
+            (
+                c.reducer,
+                c.parameter,
+                c.route,
+                _count(c.flops),
+                _count(c.bytes),
+                f"{c.seconds:.2g} s",
+                ", ".join(c.rejected),
+            )
+            for c in self.contractions
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        flops, seconds = sum(c.flops for c in self.contractions), sum(c.seconds for c in self.contractions)
+        tiles = max(c.bytes for c in self.contractions)
+        total = f"{_count(flops)}FLOP and {seconds:.2g} s predicted, in tiles of {_count(tiles)}bytes at most"
+        aligned = (zip(row, widths, strict=True) for row in rows)
+        return ["", *("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in aligned), total]
 
 
 _REMEDY = "Write it again with fg.plan(...).to_json()."

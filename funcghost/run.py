@@ -1,7 +1,7 @@
 """One forward and one backward of the losses along a plan."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import optree
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from funcghost.capture import Capture, Choose, Direction
 from funcghost.errors import InputError, MismatchError, UnsupportedOpError
+from funcghost.factors import Factor
+from funcghost.ledger import Ledger
 from funcghost.plans import Plan
 from funcghost.trees import Params, Tree, tensors
 
@@ -22,7 +24,8 @@ Reduction = Literal["mean", "sum"]
 class Outcome:
     """What a run gives: scores [b, k] in units of the losses, the training gradient if asked for, losses, aux.
 
-    `sizes` is the checksum of the sizes its ops ran with.
+    `sizes` is the checksum of the sizes its ops ran with, `positions` the scores by position [b, t], by column.
+    `parts` is what the tasks of the ledger made of each parameter, `pairs` the factors it kept.
     """
 
     scores: Tensor
@@ -30,6 +33,9 @@ class Outcome:
     losses: Tensor
     aux: Any
     sizes: int = 0
+    positions: Mapping[int, Tensor] = field(default_factory=dict)
+    parts: Sequence[Mapping[str, Tensor]] = ()
+    pairs: Mapping[str, tuple[Factor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +104,11 @@ def run(
     reduction: Reduction | None,
     choose: Choose | None = None,
     standins: dict[int, Tensor] | None = None,
+    ledger: Ledger | None = None,
 ) -> Outcome:
     """Scores along the plan; with a `reduction` also the gradient of the reduced losses, from the same backward.
+
+    Factors of the gradients of the losses go to the `ledger`.
 
     Raises:
         MismatchError: the call does not fit the plan.
@@ -109,7 +118,7 @@ def run(
         return _run_empty(problem, len(directions), reduction)
     leaves = problem.leaves()
     probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
-    capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins)
+    capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger)
     with capture:
         losses, aux = problem.evaluate(leaves)
     if losses.shape[0] != batch:
@@ -117,17 +126,23 @@ def run(
             f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch."
         )
     capture.finish()
+    tail = capture.shadows.get(id(losses))
+    if ledger is not None and tail is not None:
+        ledger.expect(tail.sources)
     wanted = [probe] if reduction is None else [probe, *leaves]
     cotangent = cotangents(losses, reduction or "sum")
-    scores, *gradients = backward(losses, wanted, cotangent)
+    scores, *gradients = backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
     if not problem.is_meta():
         capture.check_moves(at_once=standins is None)
     scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
+    positions: Mapping[int, Tensor] = {}
+    if ledger is not None:
+        positions = ledger.close(tail, cotangent, losses.shape[0] if reduction == "mean" else 1)
     carried = capture.tangents_of(losses)
-    if carried is not None:
+    if carried:
         tails = [torch.zeros_like(losses) if tangent is None else tangent for tangent in carried]
         scores = scores + torch.stack(tails, -1).to(scores.dtype)
-    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes)
+    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, positions)
 
 
 def run_plain(problem: Problem, reduction: Reduction | None) -> Outcome:
@@ -151,12 +166,12 @@ def cotangents(losses: Tensor, reduction: Reduction) -> Tensor:
     return torch.full_like(losses, 1 / losses.shape[0] if reduction == "mean" and losses.shape[0] else 1.0)
 
 
-def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_graph: bool = False) -> list[Tensor]:
     """The gradient of `<losses, cotangent>`; zeros where the losses do not depend on something."""
     if not losses.requires_grad:
         return [torch.zeros_like(leaf, requires_grad=False) for leaf in wanted]
     try:
-        found = torch.autograd.grad(losses, wanted, cotangent, allow_unused=True)
+        found = torch.autograd.grad(losses, wanted, cotangent, retain_graph=keep_graph, allow_unused=True)
     except CheckpointError as error:
         raise UnsupportedOpError(
             "torch.utils.checkpoint recomputed a region differently. Pass context_fn=fg.checkpoint_context to "

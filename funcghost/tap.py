@@ -5,8 +5,8 @@ contribution of the site *as the gradient of a zero probe*, so that autograd its
 nothing kept after a layer's backward. Both see the physical batch under `torch.func.vmap`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from funcghost.errors import MismatchError
 from funcghost.layout import Layout, Placed
+from funcghost.uses import Levels
 
 Slopes = Callable[..., list[tuple[Tensor, ...]]]
+Collect = Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None]], None]
+"""Takes the tensors kept, which of them are vmapped, and the gradients of the outputs."""
 
 
 def alias(value: Tensor) -> Tensor:
@@ -36,40 +39,71 @@ class Scorer:
     columns: tuple[int, ...]
     layouts: tuple[Layout | Placed | Literal["unused"], ...]
     ready: Callable[[], bool]
+    collect: Collect | None = None
+    kept: int = 0
+    levels: Levels = ()
+    positions: Mapping[int, Callable[[int, Tensor], None]] = field(default_factory=dict)
 
-    def score(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor:
-        """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries."""
+    def score(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor | None:
+        """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries.
+
+        The first tensors are those kept for the factors, which are collected on the way.
+        """
         if any(g is not None and layout == "unused" for g, layout in zip(gradients, self.layouts, strict=True)):
             raise MismatchError(
                 f"{self.name}: an output that the losses did not use when the plan was made is used now."
             )
-        columns = [self._column(slope, gradients, probe, alone(slope, saved)) for slope in self.slopes(*saved)]
+        if self.collect is not None:
+            self.collect(tensors[: self.kept], self.levels, gradients)
+        if not self.columns:
+            return None
+        saved = tensors[self.kept :]
+        columns = [
+            self._column(k, slope, gradients, probe, alone(slope, saved))
+            for k, slope in zip(self.columns, self.slopes(*saved), strict=True)
+        ]
         if len(columns) < probe.shape[1]:
             found, zero = dict(zip(self.columns, columns, strict=True)), torch.zeros_like(columns[0])
             columns = [found.get(k, zero) for k in range(probe.shape[1])]
         return torch.stack(columns, -1)
 
     def _column(
-        self, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor, ours: bool
+        self, k: int, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor, ours: bool
     ) -> Tensor:
+        apart = self.positions.get(k)
         parts = [
-            inner(value, g, layout, probe, ours)
+            inner(value, g, layout, probe, ours, by_position=apart is not None)
             for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
             if g is not None and layout != "unused"
         ]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        if apart is None:
+            return total
+        apart(k, total)
+        return total.sum(1)
 
 
-def inner(slope: Tensor, gradient: Tensor, layout: Layout | Placed, probe: Tensor, ours: bool = False) -> Tensor:
+def inner(
+    slope: Tensor,
+    gradient: Tensor,
+    layout: Layout | Placed,
+    probe: Tensor,
+    ours: bool = False,
+    by_position: bool = False,
+) -> Tensor:
     """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe.
 
-    If the memory of the slope is `ours`, the product is written there.
+    If the memory of the slope is `ours`, the product is written there. With `by_position`, [b, t].
     """
     wide = torch.promote_types(slope.dtype, torch.float32)
-    if ours and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
+    if ours and not by_position and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
         return layout.sum(slope.mul_(gradient), probe)
     product = slope.to(wide) * gradient.conj()
-    return layout.sum(product.real if product.is_complex() else product, probe)
+    product = product.real if product.is_complex() else product
+    if by_position:
+        assert isinstance(layout, Layout)
+        return layout.by_sample(product, len(probe)).unsqueeze(-1).flatten(2).sum(2, dtype=probe.dtype)
+    return layout.sum(product, probe)
 
 
 def alone(slopes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -118,12 +152,15 @@ class Tap(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> Any:
         """The tap of the physical batch: the vmapped axis goes first, `J V` is vmapped over the saved tensors."""
         dims = in_dims[3:]
-        values = [v if d is None else v.movedim(d, 0) for v, d in zip(tensors[:n], dims[:n], strict=True)]
-        if any(d is not None for d in dims[n:]):
-            slopes = torch.func.vmap(scorer.slopes, in_dims=tuple(dims[n:]), randomness=info.randomness)
+        values = [v if d is None else v.movedim(d, 0) for v, d in zip(tensors, dims, strict=True)]
+        has = tuple(d is not None for d in dims[n:])
+        mapped = tuple(0 if own else None for own in has[scorer.kept :])
+        if any(own is not None for own in mapped):
+            slopes = torch.func.vmap(scorer.slopes, in_dims=mapped, randomness=info.randomness)
         else:
             slopes = _unsqueezed(scorer.slopes)
-        out = Tap.apply(probe, replace(scorer, slopes=slopes), n, *values, *tensors[n:])
+        levels = (has[: scorer.kept], *scorer.levels)
+        out = Tap.apply(probe, replace(scorer, slopes=slopes, levels=levels), n, *values)
         return out, tuple(None if d is None else 0 for d in dims[:n])
 
 

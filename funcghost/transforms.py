@@ -13,12 +13,15 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
 from funcghost.lifting import lifted
-from funcghost.planning import Options, check_options, make_plan, verify_plan
+from funcghost.pairs import Pairs
+from funcghost.planning import Options, check_options, make_plan, means_of, verify_plan
 from funcghost.plans import Plan
 from funcghost.reducers import split_reducers
+from funcghost.requests import Request, requested
 from funcghost.run import Losses, Outcome, Problem, Reduction, run, run_plain
 from funcghost.state import undone_on_failure
 from funcghost.trees import Tree, split_params
+from funcghost.witness import verify_factors
 
 log = logging.getLogger("funcghost")
 
@@ -105,6 +108,24 @@ def reduce(
     return lambda params, batch, reducers: step(params, batch, reducers).reduced
 
 
+def pairs(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[[Tree, Tree], Pairs]:
+    """The per-sample gradients of a batch in factored form: `fg.pairs(losses)(params, batch)` gives `Pairs`.
+
+    One forward and one backward, without any weight gradient; memory for the inputs and output gradients of all uses of
+    parameters. Arguments and errors as in `grad_and_reduce`.
+
+    Law: `fg.materialize` of it is the tree of the gradients of `losses[i]`, [b, *shape].
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.cross_dots(pairs, pairs)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return _Transform(losses, None, False, options, plan).pairs
+
+
 def plan(
     losses: Losses,
     params: Tree,
@@ -131,11 +152,11 @@ def plan(
         0     Tensor.matmul  w           2x3     axis 0  rule    24    24
         1 sites tapped, 0 carried; 24 FLOP per direction on top of a step, planned with 2 samples, verified
     """
-    problem = Problem(losses, split_params(params), batch, has_aux)
-    for reducer in split_reducers(reducers)[0]:
-        reducer.directions(problem.params)
+    problem, options = Problem(losses, split_params(params), batch, has_aux), check_options(options)
+    request = requested(split_reducers(reducers)[0], problem.params)
     with uncompiled():
-        return make_plan(problem, check_options(options))
+        made = make_plan(problem, options)
+        return verify_factors(problem, made, options, request.tasks) if request.tasks and made.batch else made
 
 
 @contextmanager
@@ -182,23 +203,50 @@ class _Transform:
         with torch.compiler.set_stance("force_eager"):
             return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
 
+    def pairs(self, params: Tree, batch: Tree) -> Pairs:
+        """The function that `pairs` returns."""
+        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        with uncompiled():
+            kept = self._outcome(problem, Request(keep=True), ()).pairs
+        shapes = tuple(
+            (name, tuple(leaf.shape), leaf.dtype)
+            for name, leaf in zip(problem.params.names, problem.params.leaves, strict=True)
+        )
+        return Pairs(kept, shapes, problem.params.spec)
+
     def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
         problem = Problem(self.losses, split_params(params), batch, self.has_aux)
         wanted, spec = split_reducers(reducers)
-        columns = [reducer.directions(problem.params) for reducer in wanted]
-        directions = [direction for column in columns for direction in column]
-        if directions and (captured or torch.compiler.is_compiling() or get_proxy_mode() is not None):
-            outcome = self._along_the_plan(problem, directions, captured)
-        else:
-            outcome = lifted(self._planned, problem, directions)
-        scores = outcome.scores.split([len(column) for column in columns], dim=1)
-        reduced = [reducer.result(score) for reducer, score in zip(wanted, scores, strict=True)]
+        request = requested(wanted, problem.params)
+        outcome = self._outcome(problem, request, captured)
+        reduced = request.results(wanted, problem.params, outcome)
         grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
         return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
 
-    def _along_the_plan(
-        self, problem: Problem, directions: Sequence[Sequence[Tensor]], captured: Sequence[Tensor]
+    def _outcome(self, problem: Problem, request: Request, captured: tuple[Tensor, ...]) -> Outcome:
+        traced = captured or torch.compiler.is_compiling() or get_proxy_mode() is not None
+        if not request.empty and traced:
+            return self._along_the_plan(problem, request, captured)
+        if request.positions and torch._C._functorch.maybe_current_level() is not None:
+            raise InputError("per_token and per_segment cannot be vmapped over directions: use fg.stack.")
+        return lifted(
+            lambda below, directions: self._planned(below, replace(request, directions=tuple(directions))),
+            problem,
+            request.directions,
+        )
+
+    def _run(
+        self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
     ) -> Outcome:
+        ledger = request.ledger(problem.params, means_of(self.options, problem.params.leaves[0].device, plan.rates))
+        outcome = run(problem, plan, request.directions, reduction=self.reduction, standins=standins, ledger=ledger)
+        if ledger is None:
+            return outcome
+        dtype = outcome.scores.dtype
+        kept = ledger.pairs(outcome.losses, problem.params.leaves) if request.keep else {}
+        return replace(outcome, parts=ledger.results(outcome.losses, dtype), pairs=kept)
+
+    def _along_the_plan(self, problem: Problem, request: Request, captured: Sequence[Tensor]) -> Outcome:
         """Runs along the plan that was passed, and only that, while a compiler traces."""
         if torch._C._functorch.maybe_current_level() is not None:
             raise InputError("while a compiler traces, a step cannot run inside torch.func transforms: use fg.stack.")
@@ -213,18 +261,18 @@ class _Transform:
             )
         standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
         try:
-            return run(problem, self.plans[0], directions, reduction=self.reduction, standins=standins)
+            return self._run(problem, request, self.plans[0], standins)
         except MismatchError as error:
             raise PlanError(f"the plan passed is not for these losses: {error} Make it with fg.plan(...).") from None
 
-    def _planned(self, problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Outcome:
+    def _planned(self, problem: Problem, request: Request) -> Outcome:
         """Runs along the first plan that fits; plans anew where none does, and needs none where nothing is scored."""
-        if not directions:
+        if request.empty:
             return run_plain(problem, self.reduction)
         reasons = []
         for plan in list(self.plans):
             try:
-                return self._attempt(problem, directions, plan)
+                return self._attempt(problem, request, plan)
             except MismatchError as reason:
                 log.info("a plan does not fit this call: %s", reason)
                 reasons.append(reason)
@@ -232,22 +280,20 @@ class _Transform:
             raise PlanError(f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...).")
         plan = make_plan(problem, self.options)
         try:
-            outcome = self._attempt(problem, directions, plan, verify=False)
+            return self._attempt(problem, request, plan, new=True)
         except MismatchError:
-            plan = make_plan(problem, self.options, exactly=True)
-            outcome = self._attempt(problem, directions, plan, verify=False)
-        self._remember(plan)
-        return outcome
+            return self._attempt(problem, request, make_plan(problem, self.options, exactly=True), new=True)
 
-    def _attempt(
-        self, problem: Problem, directions: Sequence[Sequence[Tensor]], plan: Plan, verify: bool = True
-    ) -> Outcome:
-        """Runs along a plan, known or with `verify=False` just made; if that fails in any way, leaves no trace."""
+    def _attempt(self, problem: Problem, request: Request, plan: Plan, new: bool = False) -> Outcome:
+        """Runs along a plan, known or just made (`new`); if that fails in any way, leaves no trace."""
         with undone_on_failure(problem.devices(), plan.written) as written:
-            outcome = run(problem, plan, directions, reduction=self.reduction)
-            if verify:
+            outcome, checked = self._run(problem, request, plan), plan
+            if not new:
                 known = plan if plan.written is not None else replace(plan, written=written())
-                self._remember(self._verified(problem, known, outcome), instead_of=plan)
+                checked = self._verified(problem, known, outcome)
+            if request.factored and not checked.factored and self.options.verify != "never" and len(outcome.losses):
+                checked = verify_factors(problem, checked, self.options)
+            self._remember(checked, instead_of=plan)
         return outcome
 
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:

@@ -1,0 +1,209 @@
+"""Inner products between factored per-sample gradients of one parameter: each formula stands here once.
+
+Two routes give the same numbers. `ghost` multiplies positions with positions:
+
+    <grad_i, grad_j> = sum over uses u, v and positions t, s of <rows_ut, rows_vs> <cols_ut, cols_vs>
+
+which never forms anything of the size of the parameter. `materialise` forms the gradients, slice by slice.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from funcghost.cost import Means, choose, common_form, sketch
+from funcghost.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples, wide
+
+
+def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tensor:
+    """`|grad_i|^2` of one parameter from all of its uses, [b]."""
+    b, sketches = samples(uses[0]), [sketch(use) for use in uses]
+    route, _ = choose(sketches, sketches, (b, b), means, diagonal=True, same=True, name=name)
+    uses = [use.map(in_dtype(means.dtype)) for use in uses]
+    if route.name == "materialise":
+        return _materialised_norms(uses, means.budget)
+    total = _zeros(uses[0], (b,))
+    for i, one in enumerate(uses):
+        for j, other in enumerate(uses[i:], i):
+            found = _ghost_diagonal(one, other, means.budget)
+            total = total + (found if i == j else 2 * found)
+    return total
+
+
+def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means, name: str = "") -> Tensor:
+    """`<grad_i, grad_j>` of one parameter for the samples of a and those of b, [a, b]; symmetric if a is b."""
+    same = a is b
+    route, _ = choose(
+        [sketch(use) for use in a],
+        [sketch(use) for use in b],
+        (samples(a[0]), samples(b[0])),
+        means,
+        same=same,
+        name=name,
+    )
+    a = [use.map(in_dtype(means.dtype)) for use in a]
+    b = a if same else [use.map(in_dtype(means.dtype)) for use in b]
+    if route.name == "materialise":
+        found = _materialised_products(a, b, means.budget)
+    else:
+        found = _zeros(a[0], (samples(a[0]), samples(b[0])))
+        for one in a:
+            for other in b:
+                found = found + _ghost_matrix(one, other, means.budget)
+    return (found + found.T) / 2 if same else found
+
+
+def along(use: Factor, direction: Tensor) -> Tensor:
+    """`<grad_i, V>` for a dense direction of the parameter's shape, [b]."""
+    if isinstance(use, Dense):
+        return wide(use.value).reshape(samples(use), direction.numel()) @ wide(direction).flatten()
+    if isinstance(use, Lookup):
+        looked = wide(direction).flatten(1)[use.index]
+        return (looked * wide(use.cols)).flatten(1).sum(1)
+    matrices = use.form.fold(wide(direction))  # [q, m, n]
+    return (torch.matmul(wide(use.rows).transpose(1, 2), matrices).transpose(1, 2) * wide(use.cols)).flatten(1).sum(1)
+
+
+def weighted_sum(use: Factor, weights: Tensor) -> Tensor:
+    """`sum_i weights[i] grad_i`, of the parameter's shape: one product, no gradient per sample."""
+    first = use.tensors[-1]
+    scaled = wide(first) * weights.to(wide(first).dtype).view(-1, *[1] * (first.dim() - 1))
+    if isinstance(use, Dense):
+        return scaled.sum(0)
+    if isinstance(use, Lookup):
+        table = scaled.new_zeros((use.form.blocks[1], scaled.shape[-1]))
+        return table.index_add(0, use.index.flatten(), scaled.flatten(0, 1)).reshape(use.shape)
+    rows, cols = wide(use.rows).flatten(0, 1), scaled.flatten(0, 1)
+    return use.form.unfold(torch.matmul(rows.permute(1, 2, 0), cols.transpose(0, 1)))
+
+
+def in_dtype(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """Rounds to the dtype that the caller chose to contract in, if any; numbers of rows stay."""
+    return lambda value: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def _zeros(use: Factor, shape: tuple[int, ...]) -> Tensor:
+    return wide(use.tensors[-1]).new_zeros(shape)
+
+
+def _products(one: Factor, other: Factor) -> Tensor:
+    """`<position t of one, position s of other>` within each of z samples, [z, t, s], and added up over blocks."""
+    if isinstance(one, Lookup) and isinstance(other, Lookup):
+        same = one.index.unsqueeze(2) == other.index.unsqueeze(1)
+        return torch.matmul(wide(one.cols), wide(other.cols).mT) * same
+    if isinstance(one, Lookup):
+        return _products(other, one).mT
+    assert isinstance(one, Outer)
+    rows, cols = wide(one.rows).transpose(1, 2), wide(one.cols).transpose(1, 2)  # [z, q, t, .]
+    if isinstance(other, Lookup):
+        index = other.index.unsqueeze(1).expand(-1, rows.shape[2], -1)
+        return torch.gather(rows.squeeze(1), 2, index) * torch.matmul(cols.squeeze(1), wide(other.cols).mT)
+    assert isinstance(other, Outer)
+    products = torch.matmul(rows, wide(other.rows).permute(0, 2, 3, 1))
+    products = products * torch.matmul(cols, wide(other.cols).permute(0, 2, 3, 1))
+    return products.squeeze(1) if products.shape[1] == 1 else products.sum(1)
+
+
+def _ghost_diagonal(one: Factor, other: Factor, budget: int) -> Tensor:
+    """The sums of the products of positions of the same sample, [b], in tiles of samples and of positions."""
+    found = []
+    for start, stop, parts in _tiles(one, other, budget, samples(one), 1):
+        own, second = _narrow(one, start, stop), _narrow(other, start, stop)
+        found.append(torch.stack([_products(part, second).sum((1, 2)) for part in _positions(own, parts)]).sum(0))
+    return torch.cat(found) if found else _zeros(one, (0,))
+
+
+def _ghost_matrix(one: Factor, other: Factor, budget: int) -> Tensor:
+    """The sums of the products of positions of any two samples, [a, b], in tiles of samples and of positions."""
+    second, (b, s) = _as_one(other), (samples(other), _length(other))
+    found = []
+    for start, stop, parts in _tiles(one, other, budget, samples(one), b):
+        total = _zeros(one, (stop - start, b))
+        for part in _positions(_narrow(one, start, stop), parts):
+            products = _products(_as_one(part), second)
+            total = total + products.view(stop - start, _length(part), b, s).sum((1, 3))
+        found.append(total)
+    return torch.cat(found) if found else _zeros(one, (0, b))
+
+
+def _length(use: Factor) -> int:
+    assert not isinstance(use, Dense)
+    return use.positions
+
+
+def _tiles(one: Factor, other: Factor, budget: int, a: int, b: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of samples, and the number of positions at once, so that a tile takes no more than the budget."""
+    q = one.form.blocks[0]
+    row = 3 * q * _length(other) * b * max(4, one.tensors[-1].element_size())
+    whole = row * _length(one)
+    if whole <= budget or not whole:
+        size = a if not whole else max(1, budget // whole)
+        yield from ((start, min(start + size, a), _length(one)) for start in range(0, a, max(size, 1)))
+        return
+    parts = max(1, budget // row)
+    yield from ((start, start + 1, parts) for start in range(a))
+
+
+def _narrow(use: Factor, start: int, stop: int) -> Factor:
+    return use.map(lambda value: value[start:stop])
+
+
+def _positions(use: Factor, size: int) -> Iterator[Factor]:
+    length = _length(use)
+    for start in range(0, length, max(size, 1)):
+        yield use if size >= length else use.map(lambda value, at=start: value[:, at : at + size])  # type: ignore[misc]
+
+
+def _as_one(use: Factor) -> Factor:
+    """The positions of all samples as those of one."""
+    return use.map(lambda value: value.flatten(0, 1).unsqueeze(0))
+
+
+def _slices(uses: Sequence[Factor], count: int, budget: int) -> tuple[Form | None, int, int]:
+    """The form to slice, the number of rows, and the rows of a slice for which `count` gradients fit the budget."""
+    form = common_form([sketch(use) for use in uses])
+    if form is None:
+        return None, 1, 1
+    q, m, n = form.blocks
+    row = q * n * max(use.tensors[-1].element_size() for use in uses) * count * (2 if len(uses) > 1 else 1)
+    return form, m, max(1, budget // max(row, 1))
+
+
+def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int) -> Tensor:
+    """The gradients of all uses together, in the rows from `start` to `stop`, [b, entries]."""
+    total: Tensor | None = None
+    for use in uses:
+        found = dense(use) if form is None else blocks(use, form, start, stop)
+        total = found if total is None else total + found
+    assert total is not None
+    return total.reshape(len(total), prod(total.shape[1:]))
+
+
+def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
+    b = samples(uses[0])
+    form, rows, width = _slices(uses, 1, budget)
+    together = max(1, min(b, width // max(rows, 1))) if width >= rows else 1
+    if form is None:
+        together = 1
+    found = []
+    for first in range(0, b, together):
+        some = [_narrow(use, first, first + together) for use in uses]
+        parts = (
+            torch.linalg.vector_norm(_gradients(some, form, at, min(at + width, rows)), dim=1).square()
+            for at in range(0, rows, width)
+        )
+        found.append(sum(parts, start=_zeros(uses[0], (samples(some[0]),))))
+    return torch.cat(found) if found else _zeros(uses[0], (0,))
+
+
+def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int) -> Tensor:
+    count = samples(a[0]) + (0 if a is b else samples(b[0]))
+    form, rows, width = _slices([*a, *b], count, budget)
+    total = _zeros(a[0], (samples(a[0]), samples(b[0])))
+    for at in range(0, rows, width):
+        one = _gradients(a, form, at, min(at + width, rows))
+        other = one if a is b else _gradients(b, form, at, min(at + width, rows))
+        total = total + one @ other.T
+    return total

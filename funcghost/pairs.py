@@ -1,0 +1,320 @@
+"""Pairs: the per-sample gradients of a batch in factored form, kept; and what can be asked of them afterwards."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcghost.contract import along, inner_products, squared_norms, weighted_sum
+from funcghost.cost import Means
+from funcghost.errors import InputError
+from funcghost.factors import Dense, Factor, Lookup, Outer, dense, nbytes, samples
+from funcghost.planning import Options, check_options, means_of
+from funcghost.reducers import Additive, Directional, split_reducers
+from funcghost.trees import Params, Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The per-sample gradients of b samples: for each parameter the factors of all of its uses.
+
+    `uses` maps names to factors, `parameters` lists names, shapes and dtypes, `spec` is the structure of the tree.
+
+    Law: `fg.materialize(pairs)` is the tree of per-sample gradients [b, *shape]; whatever else is made of pairs is that
+    of these gradients.
+
+    `pairs[i]`, `pairs[2:5]` and `pairs[index]` choose samples, `Pairs.cat([p, q])` puts batches together, `len(pairs)`
+    is b, `pairs.to(device or dtype)` moves or casts. A pytree for optree and for torch.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: (x @ params["w"]).sum(1))({"w": torch.zeros(2, 3)}, torch.eye(2))
+        >>> pairs
+        Pairs of 2 samples, 40 bytes
+          w  2x3  outer, 1 position
+        >>> len(pairs[:1])
+        1
+    """
+
+    uses: Mapping[str, tuple[Factor, ...]]
+    parameters: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    spec: optree.PyTreeSpec
+
+    @property
+    def params(self) -> Params:
+        """The parameters without values."""
+        device = _device(self)
+        leaves = (torch.empty((), dtype=dtype, device=device).expand(shape) for _, shape, dtype in self.parameters)
+        return Params(tuple(self.uses), tuple(leaves), self.spec)
+
+    def __len__(self) -> int:
+        return samples(next(iter(self.uses.values()))[0])
+
+    def __getitem__(self, index: Any) -> "Pairs":
+        """Those of some samples."""
+        if type(index) is int:
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"sample {index} of {len(self)}")
+            index = slice(index % len(self), index % len(self) + 1)
+        return self.map(lambda value: value[index])
+
+    def map(self, function: Any) -> "Pairs":
+        """With another tensor for each of its own."""
+        uses = {name: tuple(use.map(function) for use in uses) for name, uses in self.uses.items()}
+        return Pairs(uses, self.parameters, self.spec)
+
+    def to(self, target: torch.device | str | torch.dtype) -> "Pairs":
+        """On another device, or in another floating dtype."""
+        cast = isinstance(target, torch.dtype)
+        return self.map(lambda value: value if cast and not value.is_floating_point() else value.to(target))
+
+    @staticmethod
+    def cat(parts: Sequence["Pairs"]) -> "Pairs":
+        """The samples of all parts; positions may differ in number, where a use has fewer there are zeros.
+
+        Raises:
+            InputError: the parts are not of the same parameters, used in the same ways.
+        """
+        if not parts or not all(isinstance(part, Pairs) for part in parts):
+            raise InputError("Pairs.cat: takes one or more Pairs.")
+        first = parts[0]
+        for number, part in enumerate(parts[1:], 1):
+            if _kinds(part) != _kinds(first):
+                raise InputError(f"Pairs.cat: part {number} is not of the same uses of the same parameters as part 0.")
+        columns = {name: zip(*(part.uses[name] for part in parts), strict=True) for name in first.uses}
+        joined = {name: tuple(map(_joined, uses)) for name, uses in columns.items()}
+        return Pairs(joined, first.parameters, first.spec)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all factors."""
+        return sum(nbytes(use) for uses in self.uses.values() for use in uses)
+
+    def __repr__(self) -> str:
+        rows = []
+        for name, uses in self.uses.items():
+            shape = "x".join(map(str, uses[0].shape)) or "scalar"
+            rows.append((name, shape, "; ".join(map(_words, uses))))
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {what}" for name, shape, what in rows]
+        return "\n".join([f"Pairs of {len(self)} samples, {self.nbytes} bytes", *lines])
+
+
+def _words(use: Factor) -> str:
+    if isinstance(use, Dense):
+        return "dense"
+    kind = "outer" if isinstance(use, Outer) else "lookup"
+    return f"{kind}, {use.positions} position{'' if use.positions == 1 else 's'}"
+
+
+def _kinds(pairs: Pairs) -> dict[str, list[Any]]:
+    return {name: [(type(use), use.form) for use in uses] for name, uses in pairs.uses.items()}
+
+
+def _joined(uses: Sequence[Any]) -> Any:
+    """One factor of the samples of several, padded with zeros to the longest."""
+    if isinstance(uses[0], Dense):
+        return Dense(torch.cat([use.value for use in uses]))
+    longest = max(use.positions for use in uses)
+
+    def padded(value: Tensor) -> Tensor:
+        missing = longest - value.shape[1]
+        return torch.cat([value, value.new_zeros((len(value), missing, *value.shape[2:]))], 1) if missing else value
+
+    columns = zip(*(use.map(padded).tensors for use in uses), strict=True)
+    tensors = iter([torch.cat(column) for column in columns])
+    return uses[0].map(lambda _: next(tensors))
+
+
+def _check(pairs: Any, what: str) -> Pairs:
+    if not isinstance(pairs, Pairs):
+        raise InputError(
+            f"{what}: takes Pairs as fg.pairs(losses)(params, batch) gives them, found {type(pairs).__name__}."
+        )
+    return pairs
+
+
+def apply(reducers: Tree, pairs: Pairs, *, options: Options | None = None) -> Tree:
+    """The reducers over kept pairs: the same numbers as in the step that gave the pairs.
+
+    Law: `fg.apply(r, fg.pairs(losses)(params, batch)) == fg.reduce(losses)(params, batch, r)`.
+
+    Shapes, units, cost and errors: those of the reducers. `per_token` and `per_segment` need the step itself.
+
+    Raises:
+        InputError: the reducers are not reducers, or need the positions, which pairs do not keep apart.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.apply({"norm": fg.squared_norm()}, pairs)
+        {'norm': tensor([1., 1.])}
+    """
+    pairs, means = _check(pairs, "apply"), means_of(check_options(options), _device(pairs))
+    found, spec = split_reducers(reducers)
+    return optree.tree_unflatten(spec, [_applied(reducer, pairs, means) for reducer in found])
+
+
+def _applied(reducer: Any, pairs: Pairs, means: Means) -> Any:
+    if isinstance(reducer, Additive):
+        parts = {name: reducer.of_parameter(name, uses, means) for name, uses in pairs.uses.items()}
+        return reducer.result(parts)
+    assert isinstance(reducer, Directional)
+    if reducer.by_position:
+        raise InputError("apply: scores by position are those of a step: pass the reducer to fg.grad_and_reduce.")
+    columns, params = [], pairs.params
+    for direction in reducer.directions(params):
+        terms = [
+            along(use, value)
+            for name, value in zip(params.names, direction, strict=True)
+            if value is not None
+            for use in pairs.uses[name]
+        ]
+        columns.append(torch.stack(terms).sum(0))
+    return reducer.result(torch.stack(columns, -1), params)
+
+
+def _device(pairs: Pairs) -> torch.device:
+    return next(iter(pairs.uses.values()))[0].tensors[0].device
+
+
+def _match(a: Pairs, b: Pairs) -> None:
+    if a.uses.keys() != b.uses.keys():
+        raise InputError("pairs: both must be of the same parameters.")
+    for name in a.uses:
+        if a.uses[name][0].shape != b.uses[name][0].shape:
+            raise InputError(f"pairs: parameter {name!r} has another shape in one than in the other.")
+
+
+def cross_dots(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+    """The inner products of any two per-sample gradients: `out[i, j] = <a_i, b_j>`.
+
+    Shapes: [a, b]. Units and cost: those of `fg.gram`.
+
+    Raises:
+        InputError: these are not pairs of the same parameters.
+        MemoryBudgetError: no tile of any route fits the budget.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.cross_dots(pairs, pairs[:1])
+        tensor([[1.],
+                [0.]])
+    """
+    a, b = _check(a, "cross_dots"), _check(b, "cross_dots")
+    _match(a, b)
+    means = means_of(check_options(options), _device(a))
+    parts = [inner_products(a.uses[name], b.uses[name], means, name) for name in a.uses]
+    return torch.stack(parts).sum(0)
+
+
+def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+    """The cosines of the angles between per-sample gradients: `out[i, j] = <a_i, b_j> / (|a_i| |b_j|)`.
+
+    Shapes: [a, b]; 0 where a gradient is zero. Cost: that of `cross_dots` and of both norms.
+
+    Raises:
+        InputError: as in `cross_dots`.
+        MemoryBudgetError: as in `cross_dots`.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, 3 * torch.eye(2))
+        >>> fg.cosine(pairs, pairs)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    products = cross_dots(a, b, options=options)
+    means = means_of(check_options(options), _device(a))
+    one, other = (sum(squared_norms(uses, means, name) for name, uses in p.uses.items()).sqrt() for p in (a, b))  # type: ignore[union-attr]
+    scale = one.unsqueeze(1) * other
+    return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
+
+
+def combine(pairs: Pairs, weights: Tensor) -> Tree:
+    """`sum_i weights[i] grad_i`: the gradient of a weighted loss by book-keeping, without a second backward.
+
+    Law: equal to autograd's gradient of `(weights * losses).sum()`.
+
+    Shapes: weights [b]; a tree like params.
+
+    Cost: one product per use, as the weight's gradient in a backward.
+
+    Raises:
+        InputError: the weights are not [b].
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.combine(pairs, torch.tensor([2.0, 3.0]))
+        {'w': tensor([2., 3.])}
+    """
+    pairs = _check(pairs, "combine")
+    if not isinstance(weights, Tensor) or weights.shape != (len(pairs),) or not weights.is_floating_point():
+        found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise InputError(f"combine: weights must be floating numbers [{len(pairs)}], one per sample, found {found}.")
+    leaves = []
+    for name, _, dtype in pairs.parameters:
+        total, *others = (weighted_sum(use, weights) for use in pairs.uses[name])
+        for other in others:
+            total = total + other
+        leaves.append(total.to(dtype))
+    return optree.tree_unflatten(pairs.spec, leaves)
+
+
+def materialize(pairs: Pairs) -> Tree:
+    """The per-sample gradients themselves: a tree like params with leaves [b, *shape], in the parameters' dtype.
+
+    Cost: b copies of the parameters.
+
+    Raises:
+        InputError: these are not pairs.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.materialize(pairs)
+        {'w': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+    pairs = _check(pairs, "materialize")
+    leaves = []
+    for name, _, dtype in pairs.parameters:
+        total, *others = map(dense, pairs.uses[name])
+        for other in others:
+            total = total + other
+        leaves.append(total.to(dtype))
+    return optree.tree_unflatten(pairs.spec, leaves)
+
+
+def _flatten(pairs: Pairs) -> tuple[list[Tensor], Any]:
+    found = [value for uses in pairs.uses.values() for use in uses for value in use.tensors]
+    kinds = tuple((name, tuple(map(_kind, uses))) for name, uses in pairs.uses.items())
+    return found, (kinds, pairs.parameters, pairs.spec)
+
+
+def _kind(use: Factor) -> tuple[Any, ...]:
+    """The type of a factor, how many tensors it has, and what else it is made of."""
+    facts = (use.form,) if isinstance(use, Outer) else (use.shape,) if isinstance(use, Lookup) else ()
+    return type(use), len(use.tensors), facts
+
+
+def _unflatten(context: Any, tensors: Sequence[Any]) -> Pairs:
+    kinds, parameters, spec = context
+    given = iter(tensors)
+    uses = {
+        name: tuple(kind(*(next(given) for _ in range(count)), *facts) for kind, count, facts in own)
+        for name, own in kinds
+    }
+    return Pairs(uses, parameters, spec)
+
+
+_registry: Any = optree  # typed for collections
+_registry.register_pytree_node(Pairs, _flatten, _unflatten, namespace=optree.registry.__GLOBAL_NAMESPACE)
+torch.utils._pytree.register_pytree_node(
+    Pairs, _flatten, lambda tensors, context: _unflatten(context, list(tensors)), serialized_type_name="funcghost.Pairs"
+)

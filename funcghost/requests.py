@@ -1,0 +1,75 @@
+"""What a tree of reducers asks of a run: directions to score in, scores by position, and tasks for the ledger."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from funcghost.cost import Means
+from funcghost.ledger import Ledger
+from funcghost.reducers import Additive, Direction, Directional, Reducer
+from funcghost.run import Outcome
+from funcghost.trees import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked for: `positions` are the columns wanted by position, `keep` says that factors are."""
+
+    directions: tuple[Direction, ...] = ()
+    positions: frozenset[int] = frozenset()
+    tasks: tuple[Additive, ...] = ()
+    keep: bool = False
+
+    @property
+    def factored(self) -> bool:
+        """Whether per-sample gradients are needed in factored form."""
+        return bool(self.tasks) or self.keep
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked for."""
+        return not (self.directions or self.factored)
+
+    def ledger(self, params: Params, means: Means) -> Ledger | None:
+        """What collects it, if scores are not all."""
+        if not self.factored and not self.positions:
+            return None
+        return Ledger(params.names, self.tasks, means, keep=self.keep, positions=self.positions)
+
+    def results(self, reducers: Sequence[Reducer], params: Params, outcome: Outcome) -> list[Any]:
+        """What each of the reducers makes of the outcome."""
+        results, start, tasks = list[Any](), 0, iter(outcome.parts)
+        for reducer in reducers:
+            if isinstance(reducer, Directional):
+                stop = start + len(reducer.directions(params))
+                scores = outcome.scores[:, start:stop]
+                if reducer.by_position:
+                    scores = _by_position(outcome, range(start, stop))
+                results.append(reducer.result(scores, params))
+                start = stop
+            elif isinstance(reducer, Additive):
+                results.append(reducer.result(next(tasks)))
+        return results
+
+
+def _by_position(outcome: Outcome, columns: range) -> torch.Tensor:
+    """[b, t, k], with zeros for directions that no use of a parameter meets."""
+    known = next(iter(outcome.positions.values()), outcome.scores.new_zeros((len(outcome.scores), 0)))
+    found = [outcome.positions.get(k, torch.zeros_like(known)) for k in columns]
+    return torch.stack(found, -1)
+
+
+def requested(reducers: Sequence[Reducer], params: Params) -> Request:
+    """What the reducers ask for, each in its turn."""
+    directions, positions, tasks = list[Direction](), set[int](), list[Additive]()
+    for reducer in reducers:
+        if isinstance(reducer, Directional):
+            own = reducer.directions(params)
+            if reducer.by_position:
+                positions.update(range(len(directions), len(directions) + len(own)))
+            directions += own
+        elif isinstance(reducer, Additive):
+            tasks.append(reducer)
+    return Request(tuple(directions), frozenset(positions), tuple(tasks))

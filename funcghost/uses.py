@@ -1,0 +1,231 @@
+"""From the output gradient of a site to the factors of the per-sample gradients of what goes in there.
+
+Where the op is known as a product, the factor is read off its letters: those that the parameter shares with the output
+are rows, those that it shares with the other argument are columns, those it shares with both are blocks, and the rest
+of the output are positions, the samples among them. Any other op is differentiated by autograd, once per sample, with
+the gradient of the others masked: `Masked` is what all forms have to agree with.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcghost.factors import Dense, Factor, Form, Lookup, Outer, wide
+from funcghost.layout import Layout, Placed
+from funcghost.products import Letter, Letters, Product, Table, describe
+from funcghost.tangent import Call, Outputs, physical
+
+Where = Layout | Placed | Literal["unused"]
+Levels = tuple[tuple[bool, ...], ...]
+"""For each vmapped axis, the outermost first: which of the saved tensors have it (in front, in the same order)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """What a tapped call makes of the arguments in `slots`, of which it keeps the tensors in `needed`.
+
+    `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots.
+    """
+
+    slots: tuple[int, ...]
+    needed: tuple[int, ...]
+    factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
+
+
+def find_uses(call: Call, layouts: Sequence[Where], chosen: Sequence[int], vmapped: int) -> list[Use]:
+    """How to get the factors for each tracked argument: by letters where that can be done, all others by autograd."""
+    known, others = list[Use](), list[int]()
+    for slot in call.tracked:
+        plain = len(layouts) == 1 and physical(call.leaves[slot]) is call.leaves[slot]
+        product = describe(call, slot) if plain else None
+        use = None
+        if isinstance(product, Product):
+            use = _by_letters(product, slot, tuple(call.leaves[slot].shape), layouts[0], vmapped)
+        elif isinstance(product, Table):
+            use = _by_index(product, slot, tuple(call.leaves[slot].shape), layouts[0], vmapped)
+        known += [use] if use else []
+        others += [] if use else [slot]
+    return [*known, *([_by_autograd(call, tuple(others), chosen)] if others else [])]
+
+
+def lifted(values: Callable[[Sequence[Tensor]], Any], saved: Sequence[Tensor], levels: Levels) -> Any:
+    """`values(saved)` for every index of the vmapped axes of the saved tensors, which come in front."""
+    for has in reversed(levels):
+        if any(has):
+            values = _mapped(values, has)
+    return values(saved)
+
+
+def _mapped(values: Callable[[Sequence[Tensor]], Any], has: Sequence[bool]) -> Callable[[Sequence[Tensor]], Any]:
+    dims = tuple(0 if own else None for own in has)
+    mapped = torch.func.vmap(lambda *each: values(each), in_dims=dims, randomness="different")
+    return lambda tensors: mapped(*tensors)
+
+
+def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Where, vmapped: int) -> Use | None:
+    """The factor of a product, unless the samples are not among its positions."""
+    if not isinstance(layout, Layout):
+        return None
+    front: Letters = tuple(f"vmap {i}" for i in range(vmapped))
+    out = (*front, *product.out)
+    if layout.fold != "single":
+        axis = layout.axis
+        if product.groups > 1:  # the second axis is two
+            channel = vmapped + product.out.index("g")
+            if axis == channel:
+                return None
+            axis += axis > channel
+        sample = out[axis]
+    else:
+        axis, sample = 0, None
+    letters = [letter for letter in product.param if letter is not None]
+    wanted = {letter for letter in product.coefficient if letter is not None}
+    if (sample is not None and sample in letters) or not set(letters) <= {*out, *wanted}:
+        return None
+    if not wanted <= {*out, *letters} or None in out:
+        return None
+    positions = [letter for letter in out if letter not in letters]
+    where = layout if sample is None else replace(layout, axis=positions.index(sample))
+    blocks = [letter for letter in letters if letter in out and letter in wanted]
+    rows = [letter for letter in letters if letter in out and letter not in wanted]
+    cols = [letter for letter in letters if letter not in out]
+    base = product.base or tuple(size for size, letter in zip(shape, product.param, strict=True) if letter is not None)
+    plain = [letter for letter in letters if letter not in blocks]
+    swapped = bool(plain) and plain[0] in cols
+    first, second = (cols, rows) if swapped else (rows, cols)
+    q, m, n = (tuple(map(letters.index, part)) for part in (blocks, first, second))
+    form = Form(shape, base, (q, m, n))
+
+    def factors(
+        saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
+    ) -> list[Factor]:
+        g = gradients[0]
+        assert g is not None
+        if product.groups > 1:
+            g = g.unflatten(vmapped + product.out.index("g"), (product.groups, -1))
+        left = _arranged(g, out, positions, [*blocks, *rows], where, batch, {})
+        if product.values is None:
+            total = left.sum(1, dtype=torch.promote_types(left.dtype, torch.float32)) * product.scale
+            return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
+        coefficient = lifted(product.values, saved, levels)
+        given = (*(name for name, has in zip(front, levels, strict=True) if any(has)), *product.coefficient)
+        sizes = dict(zip(out, g.shape, strict=True))
+        right = _arranged(coefficient, given, positions, [*blocks, *cols], where, batch, sizes)
+        q, t = form.blocks[0], left.shape[1]
+        left, right = left.reshape(batch, t, q, -1), right.reshape(batch, t, q, -1)
+        if product.scale != 1:
+            left = left * product.scale
+        if not rows or not cols:
+            total = (wide(left) * wide(right)).sum(1)
+            return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
+        return [Outer(right, left, form) if swapped else Outer(left, right, form)]
+
+    return Use((slot,), product.needed, factors)
+
+
+def _arranged(
+    value: Tensor,
+    given: Letters,
+    positions: Sequence[Letter | None],
+    last: Sequence[Letter | None],
+    where: Layout,
+    batch: int,
+    sizes: dict[Letter | None, int],
+) -> Tensor:
+    """From the axes `given` to [b, t, *last]; positions that are missing have the same value all along."""
+    kept = [i for i, letter in enumerate(given) if letter is not None]
+    value = value.reshape([value.shape[i] for i in kept]) if len(kept) < len(given) else value
+    names = [given[i] for i in kept]
+    order = [names.index(letter) for letter in (*positions, *last) if letter in names]
+    value = value.permute(order)
+    present = [letter in names for letter in (*positions, *last)]
+    if not all(present):
+        value = value[tuple(slice(None) if there else None for there in present)]
+        lengths = [sizes.get(letter, -1) for letter in positions]
+        value = value.expand(*lengths, *(sizes.get(letter, -1) for letter in last))
+    spots = value.shape[: len(positions)]
+    if where.fold == "single":
+        value = value.unsqueeze(0)
+        split = 1 + len(positions)
+    else:
+        value = where.by_sample(value, batch)
+        split = value.dim() - len(last)
+    t = spots.numel() // batch if batch else 0
+    return value.reshape(batch, t, *value.shape[split:])
+
+
+def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Where, vmapped: int) -> Use | None:
+    """The rows of a table that were looked up, unless the samples are not among the places of the index."""
+    places = vmapped + table.places
+    if not isinstance(layout, Layout) or (layout.fold != "single" and layout.axis >= places):
+        return None
+
+    def factors(
+        saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
+    ) -> list[Factor]:
+        g = gradients[0]
+        assert g is not None
+        index, *scale = lifted(table.values, saved, levels)
+        for level, has in enumerate(levels):
+            index = index if any(has) else index.unsqueeze(level)
+        g = g * scale[0] if scale else g
+        rows = layout.by_sample(index.expand(g.shape[:places]), batch).reshape(batch, -1)
+        return [Lookup(rows, layout.by_sample(g, batch).reshape(batch, rows.shape[1], -1), shape)]
+
+    return Use((slot,), table.needed, factors)
+
+
+def _by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Use:
+    """One derivative of the op for each sample, with the gradient of the other samples masked."""
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    call = call.emptied()
+
+    def factors(
+        saved: Sequence[Tensor],
+        levels: Levels,
+        gradients: Sequence[Tensor | None],
+        layouts: Sequence[Where],
+        batch: int,
+    ) -> list[Factor]:
+        values = dict(zip(needed, saved, strict=True))
+        own = [needed.index(slot) for slot in slots]
+
+        def op(tensors: Sequence[Tensor]) -> Outputs:
+            moved = values | dict(zip(needed, tensors, strict=True))
+            found = call.evaluate([moved.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
+            return tuple(found[i] for i in chosen)
+
+        with torch.enable_grad():
+            inputs = [value.detach() for value in saved]
+            leaves = [inputs[i].requires_grad_() for i in own]
+            out = lifted(op, inputs, levels)
+        rows: list[list[Tensor]] = [[] for _ in leaves]
+        for i in range(batch):
+            masked = [
+                (value, _of_sample(g, where, i, batch))
+                for value, g, where in zip(out, gradients, layouts, strict=True)
+                if g is not None and where != "unused" and value.requires_grad
+            ]
+            found: Sequence[Tensor | None] = [None] * len(leaves)
+            if masked:
+                ends, cotangents = zip(*masked, strict=True)
+                found = torch.autograd.grad(ends, leaves, cotangents, retain_graph=True, allow_unused=True)
+            for row, part, leaf in zip(rows, found, leaves, strict=True):
+                row.append(torch.zeros_like(leaf, requires_grad=False) if part is None else part.to_dense())
+        return [Dense(torch.stack(row)) for row in rows]
+
+    return Use(slots, needed, factors)
+
+
+def _of_sample(gradient: Tensor, where: Where, sample: int, batch: int) -> Tensor:
+    """The gradient of one sample, with zeros elsewhere."""
+    if isinstance(where, Placed):
+        rows = (where.samples == sample).view([-1 if i == where.axis else 1 for i in range(gradient.dim())])
+        return torch.where(rows, gradient, 0)
+    assert isinstance(where, Layout)
+    masked = torch.zeros_like(gradient)
+    where.by_sample(masked, batch)[sample] = where.by_sample(gradient, batch)[sample]
+    return masked
