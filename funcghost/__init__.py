@@ -15,6 +15,7 @@ from funcghost.errors import (
     UnsupportedOpError,
 )
 from funcghost.losses import module_losses, per_example
+from funcghost.lowrank import LowRank, compress
 from funcghost.pairs import Pairs, apply, combine, cosine, cross_dots, materialize
 from funcghost.planning import Options
 from funcghost.plans import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "ConservationError",
     "GhostError",
     "InputError",
+    "LowRank",
     "MemoryBudgetError",
     "Options",
     "Pairs",
@@ -45,6 +47,7 @@ __all__ = [
     "check",
     "checkpoint_context",
     "combine",
+    "compress",
     "cosine",
     "cross",
     "cross_dots",

@@ -1,9 +1,10 @@
 """The mode that is active while planned losses run: it knows parameters by identity, taps, and carries tangents."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import optree
@@ -11,22 +12,22 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcghost.collector import Collector, collecting
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
 from funcghost.layout import Layout, Placed, Rows
 from funcghost.ledger import Ledger
+from funcghost.lowrank import Direction, Leaf, LowRank, as_dense
 from funcghost.moves import MOVES, Maps, Move
 from funcghost.plans import OutputLayout, Plan, Site
 from funcghost.shadows import Shadow, followed, of_parameters
 from funcghost.state import RandomState, random_state, replaying
 from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward, swap
-from funcghost.tap import Collect, Scorer, tap
-from funcghost.uses import Levels, Where, find_uses
+from funcghost.tap import Scorer, tap
+from funcghost.uses import Where, find_uses
 
-Tangents = tuple[Tensor | None, ...]
-"""One tangent per direction, None for zero."""
-Direction = Sequence[Tensor | None]
-"""One tangent per parameter, None for zero."""
+Tangents = tuple[Leaf | None, ...]
+"""One tangent per direction, None for zero; that of a parameter may be low-rank."""
 
 
 class Choose(Protocol):
@@ -287,14 +288,21 @@ class Capture(TorchFunctionMode):
         chosen = [i for i, layout in enumerate(site.layouts) if layout != "constant"]
         layouts = tuple(self._placed(index, site, found[i], site.layouts[i]) for i in chosen)
         around, name = ambient(found[chosen[0]].device.type, drawn), f"site {index} ({site.op})"
-        tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+        positions = self._positions(name, [found[i] for i in chosen], layouts)
+        collector = self._collector(call, layouts, found[chosen[0]], chosen, positions)
+        low: Mapping[tuple[int, int], LowRank] = {} if collector is None else collector.low
+        tangents = [
+            tuple(
+                None if (slot, k) in low else tangent for k, tangent in enumerate(self.tangents[id(call.leaves[slot])])
+            )
+            for slot in call.tracked
+        ]
         columns = tuple(k for k in range(self.probe.shape[1]) if any(known[k] is not None for known in tangents))
+        if not columns and collector is None:
+            return {}
         push, count = self._push(index, call, site) if columns else None, len(call.tracked)
         saved = [call.leaves[slot].detach() for slot in push.needed] if push else []
         along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
-        kept, collect = self._collector(call, layouts, chosen, len(batched_shape(found[chosen[0]])), found, around)
-        if not columns and collect is None:
-            return {}
 
         def slopes(*tensors: Tensor) -> list[Outputs]:
             assert push is not None
@@ -305,57 +313,50 @@ class Capture(TorchFunctionMode):
                     pushed.append(push.evaluate(own, flat[start : start + count]))
             return [tuple(slope[i] for i in chosen) for slope in pushed]
 
-        positions = frozenset[int]() if self.ledger is None else self.ledger.positions.intersection(columns)
-        if positions and self.ledger is not None:
-            for i, layout in zip(chosen, layouts, strict=True):
-                self.ledger.check_positions(name, layout, batched_shape(found[i]), len(self.probe))
+        kept = [call.leaves[slot].detach() for slot in collector.needed] if collector else []
         scorer = Scorer(
             name=name,
             slopes=slopes,
             columns=columns,
             layouts=layouts,
             ready=lambda: self.ended,
-            collect=collect,
+            collect=partial(collector.collect, around) if collector else None,
             kept=len(kept),
-            positions=dict.fromkeys(positions, self.ledger.add_positions) if self.ledger is not None else {},
+            positions=positions,
         )
         tapped = tap(self.probe, scorer, [found[i] for i in chosen], [*kept, *saved, *along])
         return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
+
+    def _positions(
+        self, name: str, values: Sequence[Tensor], layouts: Sequence[Where]
+    ) -> dict[int, Callable[[int, Tensor], None]]:
+        """Where scores by position go, for the columns of which these are wanted."""
+        if self.ledger is None or not self.ledger.positions:
+            return {}
+        for value, layout in zip(values, layouts, strict=True):
+            self.ledger.check_positions(name, layout, batched_shape(value), len(self.probe))
+        return dict.fromkeys(self.ledger.positions, self.ledger.add_positions)
 
     def _collector(
         self,
         call: Call,
         layouts: Sequence[Where],
+        first: Tensor,
         chosen: Sequence[int],
-        dims: int,
-        found: Outputs,
-        around: Callable[[], AbstractContextManager[None]],
-    ) -> tuple[list[Tensor], Collect | None]:
-        """The tensors to keep for the factors of what went into a call, and what hands these to the ledger."""
-        ledger = self.ledger
-        if ledger is None or not self.shadows:
-            return [], None
-        targets = {slot: self.shadows[id(call.leaves[slot])] for slot in call.tracked}
-        indices = frozenset[int]().union(*(target.sources for target in targets.values()))
-        uses = find_uses(call, layouts, chosen, dims - found[chosen[0]].dim())
-        kept = [call.leaves[slot].detach() for use in uses for slot in use.needed]
-        batch = len(self.probe)
-        if not self.ended:
-            ledger.expect(indices)
-
-        def collect(tensors: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None]) -> None:
-            start = 0
-            for use in uses:
-                stop = start + len(use.needed)
-                own = tuple(has[start:stop] for has in levels)
-                with around():
-                    factors = use.factors(tensors[start:stop], own, gradients, layouts, batch)
-                for slot, factor in zip(use.slots, factors, strict=True):
-                    ledger.collect(targets[slot], factor)
-                start = stop
-            ledger.passed(indices)
-
-        return kept, collect
+        positions: Mapping[int, Any],
+    ) -> Collector | None:
+        """What takes the factors of the gradients of what went into a call, if they are asked for."""
+        low = {
+            (slot, k): tangent
+            for slot in call.tracked
+            for k, tangent in enumerate(self.tangents[id(call.leaves[slot])])
+            if isinstance(tangent, LowRank) and k not in positions
+        }
+        if not low and not self.shadows:
+            return None
+        uses = find_uses(call, layouts, chosen, len(batched_shape(first)) - first.dim())
+        targets = {slot: self.shadows[id(call.leaves[slot])] for slot in call.tracked} if self.shadows else {}
+        return collecting(uses, low, layouts, len(self.probe), self.ledger, targets, expected=not self.ended)
 
 
 def batched_shape(value: Tensor) -> tuple[int, ...]:
@@ -368,10 +369,10 @@ def batched_shape(value: Tensor) -> tuple[int, ...]:
     return (*vmapped, *value.shape)
 
 
-def filled(call: Call, along: Sequence[Tensor | None]) -> list[Tensor]:
+def filled(call: Call, along: Sequence[Leaf | None]) -> list[Tensor]:
     """The tangents of a call in one direction, with zeros where some of them are."""
     slots = zip(call.tracked, along, strict=True)
-    return [torch.zeros_like(call.leaves[slot]) if tangent is None else tangent for slot, tangent in slots]
+    return [torch.zeros_like(call.leaves[slot]) if tangent is None else as_dense(tangent) for slot, tangent in slots]
 
 
 def ambient(device: str, drawn: RandomState | None) -> Callable[[], AbstractContextManager[None]]:

@@ -7,6 +7,7 @@ import torch
 
 from funcghost.compare import NOT_FINITE, Column, Judge, Named, Truth, blank_rows, by_autograd, by_funcghost, direction
 from funcghost.errors import ConservationError, GhostError, InputError
+from funcghost.lowrank import as_dense
 from funcghost.mixing import evaluated, mixing, repeats
 from funcghost.planning import Options, check_options, make_plan
 from funcghost.plans import Plan
@@ -142,9 +143,11 @@ def _reducer_columns(problem: Problem, reducers: Tree) -> list[tuple[str, Column
     found, spec = split_reducers(reducers)
     columns: list[tuple[str, Column]] = []
     for path, reducer in zip(spec.paths(), found, strict=True):
-        directions = reducer.directions(problem.params) if isinstance(reducer, Directional) else []
+        parts = [part for part in reducer.parts() if isinstance(part, Directional)]
+        directions = [direction for part in parts for direction in part.directions(problem.params)]
         name = "reducer " + (".".join(map(str, path)) or type(reducer).__name__)
-        for k, along in enumerate(directions):
+        for k, leaves in enumerate(directions):
+            along = [leaf if leaf is None else as_dense(leaf) for leaf in leaves]
             columns.append((f"{name}[:, {k}]" if len(directions) > 1 else name, along))
     return columns
 

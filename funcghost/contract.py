@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcghost.cost import Means, choose, common_form, sketch
 from funcghost.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples, wide
+from funcghost.lowrank import LowRank
 
 
 def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tensor:
@@ -64,6 +65,36 @@ def along(use: Factor, direction: Tensor) -> Tensor:
         return (looked * wide(use.cols)).flatten(1).sum(1)
     matrices = use.form.fold(wide(direction))  # [q, m, n]
     return (torch.matmul(wide(use.rows).transpose(1, 2), matrices).transpose(1, 2) * wide(use.cols)).flatten(1).sum(1)
+
+
+def along_low_rank(use: Factor, direction: LowRank) -> Tensor:
+    """`<grad_i, V>` for a direction `V = L R^T` of rank r, [b]: `sum_t <L^T rows_t, R^T cols_t>`.
+
+    Cost: r (m + n) per position and block.
+    """
+    if not _fits(use, direction):
+        return along(use, direction.dense())
+    if isinstance(use, Lookup):
+        left = direction.rows[0][use.index]
+        right = torch.matmul(use.cols, direction.cols[0].to(use.cols.dtype))
+    else:
+        assert isinstance(use, Outer)
+        left, right = (
+            torch.matmul(value.squeeze(2), factor[0].to(value.dtype))
+            if len(factor) == 1
+            else torch.einsum("btqm,qmr->btqr", value, factor.to(value.dtype))
+            for value, factor in ((use.rows, direction.rows), (use.cols, direction.cols))
+        )
+    return (wide(left) * wide(right)).flatten(1).sum(1)
+
+
+def _fits(use: Factor, direction: LowRank) -> bool:
+    """Whether the blocks of the direction are those of the factor."""
+    if isinstance(use, Dense):
+        return False
+    order = [i for axes in use.form.roles for i in axes]
+    blocks = (len(direction.rows), direction.rows.shape[1], direction.cols.shape[1])
+    return order == sorted(order) and use.form.blocks == blocks
 
 
 def weighted_sum(use: Factor, weights: Tensor) -> Tensor:

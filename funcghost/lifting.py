@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from funcghost.errors import InputError
-from funcghost.reducers import Direction
+from funcghost.lowrank import Direction, LowRank, as_dense
 from funcghost.run import Losses, Outcome, Problem
 from funcghost.trees import Tree, tensors
 
@@ -41,9 +41,12 @@ def lifted(solve: Callable[[Problem, Directions], Outcome], problem: Problem, di
     Raises:
         InputError: something else than a direction is transformed, or a score is differentiated.
     """
-    leaves = [leaf for direction in directions for leaf in direction if leaf is not None]
-    others = [*problem.params.leaves, *tensors(problem.batch)]
     level = torch._C._functorch.maybe_current_level()
+    low = [leaf for direction in directions for leaf in direction if isinstance(leaf, LowRank)]
+    if low and (level is not None or any(leaf.rows.requires_grad or leaf.cols.requires_grad for leaf in low)):
+        directions = [[leaf and as_dense(leaf) for leaf in direction] for direction in directions]
+    leaves = [leaf for direction in directions for leaf in direction if isinstance(leaf, Tensor)]
+    others = [*problem.params.leaves, *tensors(problem.batch)]
     if any(map(_is_wrapped, others)) or any(map(_has_tangent, others)):
         raise InputError(ONLY_DIRECTIONS)
     if any(map(_has_tangent, leaves)):

@@ -8,10 +8,11 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.contract import along, inner_products, squared_norms, weighted_sum
+from funcghost.contract import along, along_low_rank, inner_products, squared_norms, weighted_sum
 from funcghost.cost import Means
 from funcghost.errors import InputError
-from funcghost.factors import Dense, Factor, Lookup, Outer, dense, nbytes, samples
+from funcghost.factors import Dense, Factor, Lookup, Outer, dense, nbytes, samples, wide
+from funcghost.lowrank import Leaf, LowRank
 from funcghost.planning import Options, check_options, means_of
 from funcghost.reducers import Additive, Directional, split_reducers
 from funcghost.trees import Params, Tree
@@ -71,6 +72,30 @@ class Pairs:
         cast = isinstance(target, torch.dtype)
         return self.map(lambda value: value if cast and not value.is_floating_point() else value.to(target))
 
+    def weighted(self, weights: Tensor) -> "Pairs":
+        """The gradients times a weight for each sample, [b]: those of the losses times the weights.
+
+        Raises:
+            InputError: the weights are not [b].
+        """
+        _check_weights("weighted", self, weights)
+
+        def scaled(use: Factor) -> Factor:
+            last = use.tensors[-1]
+            own = (last * weights.to(last.dtype).view(-1, *[1] * (last.dim() - 1))).to(last.dtype)
+            return use.map(lambda value: own if value is last else value)
+
+        uses = {name: tuple(map(scaled, uses)) for name, uses in self.uses.items()}
+        return Pairs(uses, self.parameters, self.spec)
+
+    def as_direction(self) -> Tree:
+        """The sum of the gradients, as a direction: with low-rank leaves, one rank for each position, where cheaper.
+
+        Law: `fg.dot(pairs) == fg.dot(fg.combine(pairs, ones))`.
+        """
+        leaves = [_summed(self.uses[name], dtype) for name, _, dtype in self.parameters]
+        return optree.tree_unflatten(self.spec, leaves)
+
     @staticmethod
     def cat(parts: Sequence["Pairs"]) -> "Pairs":
         """The samples of all parts; positions may differ in number, where a use has fewer there are zeros.
@@ -101,6 +126,22 @@ class Pairs:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {what}" for name, shape, what in rows]
         return "\n".join([f"Pairs of {len(self)} samples, {self.nbytes} bytes", *lines])
+
+
+def _summed(uses: Sequence[Factor], dtype: torch.dtype) -> Leaf:
+    """The sum over the samples of the gradients of one parameter."""
+    first = uses[0]
+    order = [i for axes in first.form.roles for i in axes]
+    if all(isinstance(use, Outer) and use.form == first.form for use in uses) and order == sorted(order):
+        _, m, n = first.form.blocks
+        rank = sum(samples(use) * use.positions for use in uses if isinstance(use, Outer))
+        if rank * (m + n) < m * n:
+            rows, cols = (
+                torch.cat([use.tensors[i].flatten(0, 1).permute(1, 2, 0) for use in uses], 2).to(dtype) for i in (0, 1)
+            )
+            return LowRank(rows, cols, first.shape, rows.new_zeros((), dtype=torch.promote_types(dtype, torch.float32)))
+    weights = wide(first.tensors[-1]).new_ones(samples(first))
+    return torch.stack([weighted_sum(use, weights) for use in uses]).sum(0).to(dtype)
 
 
 def _words(use: Factor) -> str:
@@ -159,22 +200,31 @@ def apply(reducers: Tree, pairs: Pairs, *, options: Options | None = None) -> Tr
 
 
 def _applied(reducer: Any, pairs: Pairs, means: Means) -> Any:
+    parts = reducer.parts()
+    if len(parts) > 1:
+        return reducer.joined([_applied(part, pairs, means) for part in parts])
     if isinstance(reducer, Additive):
-        parts = {name: reducer.of_parameter(name, uses, means) for name, uses in pairs.uses.items()}
-        return reducer.result(parts)
+        found = {name: reducer.of_parameter(name, uses, means) for name, uses in pairs.uses.items()}
+        return reducer.result(found)
     assert isinstance(reducer, Directional)
     if reducer.by_position:
         raise InputError("apply: scores by position are those of a step: pass the reducer to fg.grad_and_reduce.")
     columns, params = [], pairs.params
     for direction in reducer.directions(params):
         terms = [
-            along(use, value)
+            along_low_rank(use, value) if isinstance(value, LowRank) else along(use, value)
             for name, value in zip(params.names, direction, strict=True)
             if value is not None
             for use in pairs.uses[name]
         ]
         columns.append(torch.stack(terms).sum(0))
     return reducer.result(torch.stack(columns, -1), params)
+
+
+def _check_weights(what: str, pairs: Pairs, weights: Any) -> None:
+    if not isinstance(weights, Tensor) or weights.shape != (len(pairs),) or not weights.is_floating_point():
+        found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise InputError(f"{what}: weights must be floating numbers [{len(pairs)}], one per sample, found {found}.")
 
 
 def _device(pairs: Pairs) -> torch.device:
@@ -254,9 +304,7 @@ def combine(pairs: Pairs, weights: Tensor) -> Tree:
         {'w': tensor([2., 3.])}
     """
     pairs = _check(pairs, "combine")
-    if not isinstance(weights, Tensor) or weights.shape != (len(pairs),) or not weights.is_floating_point():
-        found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise InputError(f"combine: weights must be floating numbers [{len(pairs)}], one per sample, found {found}.")
+    _check_weights("combine", pairs, weights)
     leaves = []
     for name, _, dtype in pairs.parameters:
         total, *others = (weighted_sum(use, weights) for use in pairs.uses[name])

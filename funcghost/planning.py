@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from funcghost.capture import Direction
 from funcghost.cost import DEFAULT_BUDGET, ROUTES, Means, Rates, machine_rates
 from funcghost.errors import GhostError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.layout import Clock, codes
+from funcghost.lowrank import Direction
 from funcghost.plans import Plan, Site, batch_axes
 from funcghost.run import Problem, backward, run
 from funcghost.sites import Followed, UnresolvedMoveError, find_sites, follow_moves

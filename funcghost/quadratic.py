@@ -5,28 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from funcghost.contract import inner_products, squared_norms
+from funcghost.contract import inner_products
 from funcghost.cost import Means, Route, Sketch, choose
 from funcghost.errors import InputError
 from funcghost.factors import Factor, samples
-from funcghost.reducers import Additive, register
-
-
-@dataclass(frozen=True, eq=False)
-class SquaredNorm(Additive):
-    """See `squared_norm`."""
-
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
-        """[b]."""
-        return squared_norms(uses, means, name)
-
-    def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]]:
-        """As in `of_parameter`."""
-        return choose(uses, uses, (batch, batch), means, diagonal=True, same=True, name=name)
-
-    def zero(self, batch: int, like: Tensor) -> Tensor:
-        """[b]."""
-        return like.new_zeros((batch,))
+from funcghost.reducers import Additive, SquaredNorm, register
 
 
 def squared_norm() -> SquaredNorm:
@@ -156,6 +139,5 @@ def cross(num_val: int) -> Cross:
     return Cross(num_val)
 
 
-register(SquaredNorm, ())
 register(Gram, ())
 register(Cross, (), ("num_val",))

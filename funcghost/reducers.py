@@ -9,18 +9,26 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.cost import Means, Route, Sketch
+from funcghost.contract import squared_norms
+from funcghost.cost import Means, Route, Sketch, choose
 from funcghost.directions import Stack
 from funcghost.errors import InputError
-from funcghost.factors import Factor
-from funcghost.trees import Params, Tree, match_direction
-
-Direction = Sequence[Tensor | None]
-"""One tensor per parameter, None for zero."""
+from funcghost.factors import Factor, samples, wide
+from funcghost.lowrank import Direction, LowRank, certified_bound, match_leaves
+from funcghost.trees import Params, Tree, named_leaves
 
 
 class Reducer:
     """A stateless description of something that the per-sample gradients of a batch determine."""
+
+    def parts(self) -> tuple["Reducer", ...]:
+        """The reducers that it is made of: those with directions, and those to which parameters contribute."""
+        return (self,)
+
+    def joined(self, results: Sequence[Any]) -> Any:
+        """Its own result, from those of its parts."""
+        (result,) = results
+        return result
 
 
 class Directional(Reducer, ABC):
@@ -80,24 +88,48 @@ class Dot(Directional):
         """One per member of a stack."""
         if isinstance(self.direction, Stack):
             trees = self.direction.directions
-            return [match_direction(tree, params, f"direction {k} of the stack") for k, tree in enumerate(trees)]
-        return [match_direction(self.direction, params)]
+            return [match_leaves(tree, params, f"direction {k} of the stack") for k, tree in enumerate(trees)]
+        return [match_leaves(self.direction, params)]
 
     def result(self, scores: Tensor, params: Params) -> Tensor:
         """[b], or [b, k] for a stack."""
         return scores if isinstance(self.direction, Stack) else scores.squeeze(-1)
 
 
-def dot(direction: Tree) -> Dot:
+@dataclass(frozen=True, eq=False)
+class BoundedDot(Reducer):
+    """See `dot`."""
+
+    direction: Tree
+
+    def parts(self) -> tuple[Reducer, ...]:
+        """The scores, and the norms of the gradients of what has low rank."""
+        trees = self.direction.directions if isinstance(self.direction, Stack) else (self.direction,)
+        low = {
+            name for tree in trees for name, leaf in zip(*named_leaves(tree)[:2], strict=True) if type(leaf) is LowRank
+        }
+        return Dot(self.direction), PerParamAdditive(SquaredNorm(), frozenset(low))
+
+    def joined(self, results: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Scores and bounds."""
+        scores, norms = results
+        return scores, certified_bound(self.direction, norms)
+
+
+def dot(direction: Tree, with_bound: bool = False) -> Dot | BoundedDot:
     """The inner product of every per-sample gradient with a direction: `out[i] = <grad losses[i], direction>`.
 
-    Shapes: `direction` is a tree like params; the result is [b]. With `fg.stack([v1, .., vK])` it is [b, k].
+    Shapes: `direction` is a tree like params; the result is [b]. With `fg.stack([v1, .., vK])` it is [b, k]. Leaves may
+    be low-rank (`fg.compress`), and the direction may be `Pairs`: the sum of the gradients of their samples. With
+    `with_bound=True` the result is a pair of the scores and of how far each may be off because of what `fg.compress`
+    dropped, the sum over leaves of `|dropped| |grad_i|`, from norms taken in the same pass.
 
     Units: those of the losses as the user's function returned them, per unit of the direction; no factor of
     1/b. Accumulated in float32, or float64 for float64 parameters.
 
     Cost: per use of a weight with t positions, d inputs and p outputs one product of b t d p, as much as its
-    forward, on top of the 3 b t d p of a training step: 4/3 of its FLOPs.
+    forward, on top of the 3 b t d p of a training step: 4/3 of its FLOPs. A leaf of rank r costs b t r (d + p). The
+    bound costs as `fg.squared_norm` of the parameters with low-rank leaves.
 
     Raises:
         InputError: (when used) a leaf is missing or differs from its parameter in shape, dtype or device.
@@ -113,7 +145,9 @@ def dot(direction: Tree) -> Dot:
     Source: Wang, Mittal, Song, Jia, "Data Shapley in One Training Run" (arXiv 2406.11011), section 4, where it
     is done for linear layers; here `<grad_i, V> = sum over sample i's entries of (J V) * g` for any op.
     """
-    return Dot(direction)
+    factored = getattr(direction, "as_direction", None)
+    tree = factored() if factored is not None else direction
+    return BoundedDot(tree) if with_bound else Dot(tree)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,10 +283,28 @@ class PerParamDirectional(Directional):
 
 
 @dataclass(frozen=True, eq=False)
+class SquaredNorm(Additive):
+    """See `funcghost.quadratic.squared_norm`."""
+
+    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+        """[b]."""
+        return squared_norms(uses, means, name)
+
+    def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]]:
+        """As in `of_parameter`."""
+        return choose(uses, uses, (batch, batch), means, diagonal=True, same=True, name=name)
+
+    def zero(self, batch: int, like: Tensor) -> Tensor:
+        """[b]."""
+        return like.new_zeros((batch,))
+
+
+@dataclass(frozen=True, eq=False)
 class PerParamAdditive(Additive):
-    """`per_param` of a reducer to which parameters contribute."""
+    """`per_param` of a reducer to which parameters contribute; with `names`, to those alone, zero for the others."""
 
     reducer: Additive
+    names: frozenset[str] | None = None
 
     @property
     def degree(self) -> int:  # type: ignore[override]
@@ -261,6 +313,8 @@ class PerParamAdditive(Additive):
 
     def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
         """That of the reducer."""
+        if self.names is not None and name not in self.names:
+            return self.zero(samples(uses[0]), wide(uses[0].tensors[-1]))
         return self.reducer.of_parameter(name, uses, means)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
@@ -269,7 +323,8 @@ class PerParamAdditive(Additive):
 
     def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]] | None:
         """That of the reducer."""
-        return self.reducer.route(uses, batch, means, name)
+        wanted = self.names is None or name in self.names
+        return self.reducer.route(uses, batch, means, name) if wanted else None
 
     def result(self, parts: Mapping[str, Tensor]) -> dict[str, Any]:
         """One result for each parameter."""
@@ -329,7 +384,9 @@ def register(kind: type[Any], tensors: tuple[str, ...], constants: tuple[str, ..
 
 
 register(Dot, ("direction",))
+register(SquaredNorm, ())
 register(PerToken, ("reducer",))
 register(PerSegment, ("reducer", "segment_ids"), ("segments",))
 register(PerParamDirectional, ("reducer",))
-register(PerParamAdditive, ("reducer",))
+register(PerParamAdditive, ("reducer",), ("names",))
+register(BoundedDot, ("direction",))

@@ -8,7 +8,8 @@ import torch
 
 from funcghost.cost import Means
 from funcghost.ledger import Ledger
-from funcghost.reducers import Additive, Direction, Directional, Reducer
+from funcghost.lowrank import Direction, LowRank
+from funcghost.reducers import Additive, Directional, Reducer
 from funcghost.run import Outcome
 from funcghost.trees import Params
 
@@ -25,16 +26,17 @@ class Request:
     @property
     def factored(self) -> bool:
         """Whether per-sample gradients are needed in factored form."""
-        return bool(self.tasks) or self.keep
+        low = (isinstance(leaf, LowRank) for direction in self.directions for leaf in direction)
+        return bool(self.tasks) or self.keep or any(low)
 
     @property
     def empty(self) -> bool:
         """Whether nothing is asked for."""
-        return not (self.directions or self.factored)
+        return not (self.directions or self.tasks or self.keep)
 
     def ledger(self, params: Params, means: Means) -> Ledger | None:
         """What collects it, if scores are not all."""
-        if not self.factored and not self.positions:
+        if not (self.tasks or self.keep or self.positions):
             return None
         return Ledger(params.names, self.tasks, means, keep=self.keep, positions=self.positions)
 
@@ -42,15 +44,18 @@ class Request:
         """What each of the reducers makes of the outcome."""
         results, start, tasks = list[Any](), 0, iter(outcome.parts)
         for reducer in reducers:
-            if isinstance(reducer, Directional):
-                stop = start + len(reducer.directions(params))
-                scores = outcome.scores[:, start:stop]
-                if reducer.by_position:
-                    scores = _by_position(outcome, range(start, stop))
-                results.append(reducer.result(scores, params))
-                start = stop
-            elif isinstance(reducer, Additive):
-                results.append(reducer.result(next(tasks)))
+            own = list[Any]()
+            for part in reducer.parts():
+                if isinstance(part, Directional):
+                    stop = start + len(part.directions(params))
+                    scores = outcome.scores[:, start:stop]
+                    if part.by_position:
+                        scores = _by_position(outcome, range(start, stop))
+                    own.append(part.result(scores, params))
+                    start = stop
+                elif isinstance(part, Additive):
+                    own.append(part.result(next(tasks)))
+            results.append(reducer.joined(own))
         return results
 
 
@@ -64,12 +69,12 @@ def _by_position(outcome: Outcome, columns: range) -> torch.Tensor:
 def requested(reducers: Sequence[Reducer], params: Params) -> Request:
     """What the reducers ask for, each in its turn."""
     directions, positions, tasks = list[Direction](), set[int](), list[Additive]()
-    for reducer in reducers:
-        if isinstance(reducer, Directional):
-            own = reducer.directions(params)
-            if reducer.by_position:
+    for part in (part for reducer in reducers for part in reducer.parts()):
+        if isinstance(part, Directional):
+            own = part.directions(params)
+            if part.by_position:
                 positions.update(range(len(directions), len(directions) + len(own)))
             directions += own
-        elif isinstance(reducer, Additive):
-            tasks.append(reducer)
+        elif isinstance(part, Additive):
+            tasks.append(part)
     return Request(tuple(directions), frozenset(positions), tuple(tasks))

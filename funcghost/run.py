@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from funcghost.capture import Capture, Choose, Direction
+from funcghost.capture import Capture, Choose
 from funcghost.errors import InputError, MismatchError, UnsupportedOpError
 from funcghost.factors import Factor
 from funcghost.ledger import Ledger
+from funcghost.lowrank import Direction, as_dense
 from funcghost.plans import Plan
 from funcghost.trees import Params, Tree, tensors
 
@@ -140,7 +141,7 @@ def run(
         positions = ledger.close(tail, cotangent, losses.shape[0] if reduction == "mean" else 1)
     carried = capture.tangents_of(losses)
     if carried:
-        tails = [torch.zeros_like(losses) if tangent is None else tangent for tangent in carried]
+        tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried]
         scores = scores + torch.stack(tails, -1).to(scores.dtype)
     return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, positions)
 

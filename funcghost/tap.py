@@ -17,8 +17,8 @@ from funcghost.layout import Layout, Placed
 from funcghost.uses import Levels
 
 Slopes = Callable[..., list[tuple[Tensor, ...]]]
-Collect = Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None]], None]
-"""Takes the tensors kept, which of them are vmapped, and the gradients of the outputs."""
+Collect = Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None]], dict[int, Tensor]]
+"""Takes the tensors kept, which of them are vmapped, and the gradients of the outputs; gives scores by column."""
 
 
 def alias(value: Tensor) -> Tensor:
@@ -53,19 +53,16 @@ class Scorer:
             raise MismatchError(
                 f"{self.name}: an output that the losses did not use when the plan was made is used now."
             )
-        if self.collect is not None:
-            self.collect(tensors[: self.kept], self.levels, gradients)
-        if not self.columns:
-            return None
+        found = {} if self.collect is None else self.collect(tensors[: self.kept], self.levels, gradients)
         saved = tensors[self.kept :]
-        columns = [
-            self._column(k, slope, gradients, probe, alone(slope, saved))
-            for k, slope in zip(self.columns, self.slopes(*saved), strict=True)
-        ]
-        if len(columns) < probe.shape[1]:
-            found, zero = dict(zip(self.columns, columns, strict=True)), torch.zeros_like(columns[0])
-            columns = [found.get(k, zero) for k in range(probe.shape[1])]
-        return torch.stack(columns, -1)
+        for k, slope in zip(self.columns, self.slopes(*saved) if self.columns else (), strict=True):
+            score = self._column(k, slope, gradients, probe, alone(slope, saved))
+            found[k] = found[k].to(score.dtype) + score if k in found else score
+        if not found:
+            return None
+        if len(found) < probe.shape[1]:
+            found = dict.fromkeys(range(probe.shape[1]), probe.new_zeros(len(probe))) | found
+        return torch.stack([found[k].to(probe.dtype) for k in range(probe.shape[1])], -1)
 
     def _column(
         self, k: int, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor, ours: bool

@@ -27,12 +27,14 @@ Levels = tuple[tuple[bool, ...], ...]
 class Use:
     """What a tapped call makes of the arguments in `slots`, of which it keeps the tensors in `needed`.
 
-    `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots.
+    `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots; `by_product` without a
+    derivative for each sample.
     """
 
     slots: tuple[int, ...]
     needed: tuple[int, ...]
     factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
+    by_product: bool = True
 
 
 def find_uses(call: Call, layouts: Sequence[Where], chosen: Sequence[int], vmapped: int) -> list[Use]:
@@ -217,7 +219,7 @@ def _by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> U
                 row.append(torch.zeros_like(leaf, requires_grad=False) if part is None else part.to_dense())
         return [Dense(torch.stack(row)) for row in rows]
 
-    return Use(slots, needed, factors)
+    return Use(slots, needed, factors, by_product=False)
 
 
 def _of_sample(gradient: Tensor, where: Where, sample: int, batch: int) -> Tensor:

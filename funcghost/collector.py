@@ -1,0 +1,89 @@
+"""What a tap does with the factors of per-sample gradients: scores along low-rank directions, and the ledger."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from funcghost.contract import along_low_rank
+from funcghost.ledger import Ledger
+from funcghost.lowrank import LowRank
+from funcghost.shadows import Shadow
+from funcghost.uses import Levels, Use, Where
+
+
+@dataclass(frozen=True, eq=False)
+class Collector:
+    """Takes the factors of what went into one tapped call.
+
+    `low` are the directions to score along by factors, by slot and column. With `targets`, the shadows of what is in
+    each slot, factors go to the ledger.
+    """
+
+    uses: Sequence[Use]
+    low: Mapping[tuple[int, int], LowRank]
+    layouts: Sequence[Where]
+    batch: int
+    ledger: Ledger | None
+    targets: Mapping[int, Shadow]
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """The slots of the tensors to keep."""
+        return tuple(slot for use in self.uses for slot in use.needed)
+
+    def collect(
+        self,
+        around: Callable[[], AbstractContextManager[None]],
+        tensors: Sequence[Tensor],
+        levels: Levels,
+        gradients: Sequence[Tensor | None],
+    ) -> dict[int, Tensor]:
+        """Hands the factors on; gives the scores [b] by column."""
+        start, scores = 0, dict[int, Tensor]()
+        for use in self.uses:
+            stop = start + len(use.needed)
+            own = tuple(has[start:stop] for has in levels)
+            with around():
+                factors = use.factors(tensors[start:stop], own, gradients, self.layouts, self.batch)
+            for slot, factor in zip(use.slots, factors, strict=True):
+                for (where, k), direction in self.low.items():
+                    if where == slot:
+                        score = along_low_rank(factor, direction)
+                        scores[k] = scores[k] + score if k in scores else score
+                if self.ledger is not None and slot in self.targets:
+                    self.ledger.collect(self.targets[slot], factor)
+            start = stop
+        if self.ledger is not None:
+            self.ledger.passed(_sources(self.targets))
+        return scores
+
+
+def collecting(
+    uses: Sequence[Use],
+    low: Mapping[tuple[int, int], LowRank],
+    layouts: Sequence[Where],
+    batch: int,
+    ledger: Ledger | None,
+    targets: Mapping[int, Shadow],
+    *,
+    expected: bool,
+) -> Collector | None:
+    """A collector of the uses that are wanted; the ledger is to expect it, unless the call is run again.
+
+    A direction is scored by factors where they are had without a derivative for each sample.
+    """
+    apart = {slot for use in uses if use.by_product for slot in use.slots}
+    fast = {key: direction for key, direction in low.items() if key[0] in apart}
+    wanted = {slot for slot, _ in fast} | set(targets)
+    kept = [use for use in uses if not wanted.isdisjoint(use.slots)]
+    if not kept:
+        return None
+    if ledger is not None and targets and expected:
+        ledger.expect(_sources(targets))
+    return Collector(kept, fast, layouts, batch, ledger, targets)
+
+
+def _sources(targets: Mapping[int, Shadow]) -> frozenset[int]:
+    return frozenset[int]().union(*(target.sources for target in targets.values()))
