@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcghost.collector import Collector, collecting
+from funcghost.contract import in_dtype
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
 from funcghost.layout import Layout, Placed, Rows
@@ -52,6 +53,7 @@ class Capture(TorchFunctionMode):
         choose: how a site without a way gets one (only while the plan is rehearsed).
         standins: tensors to take the place of others, by id; given while a compiler traces, when sizes are symbols.
         ledger: what collects factors of per-sample gradients, if something is made of these.
+        dtype: what products are computed in for scores, if not in the dtype of their operands.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Capture(TorchFunctionMode):
         choose: Choose | None = None,
         standins: dict[int, Tensor] | None = None,
         ledger: Ledger | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
-        self.ledger = ledger
+        self.ledger, self.dtype = ledger, dtype
         self.shadows: dict[int, Shadow] = {}
         self.traced = standins is not None
         self.params, self.originals, self.directions = params, originals, directions
@@ -81,6 +84,7 @@ class Capture(TorchFunctionMode):
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
         self._follow(params)
+        self.low_rank = any(isinstance(leaf, LowRank) for direction in directions for leaf in direction)
         if ledger is not None and ledger.wants_factors:
             self.shadows.update(zip(map(id, params), of_parameters(params), strict=True))
 
@@ -170,8 +174,9 @@ class Capture(TorchFunctionMode):
 
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
-        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins, self.ledger)
+        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins, self.ledger, self.dtype)
         again.originals, again.directions, again.ended = self.originals, self.directions, True
+        again.low_rank = self.low_rank
         again.position, again.calls, again.maps = self.position, self.calls, self.maps
         for key, tangents in self.tangents.items():
             reference = self.references[key]
@@ -215,11 +220,15 @@ class Capture(TorchFunctionMode):
             raise PlanError(f"site {index}: {site.op} has no way to its derivative yet. Make the plan with fg.plan.")
         return self.choose(index, call)
 
+    def _along(self, call: Call) -> list[Tangents]:
+        """The tangents that come into a call, for each of its tracked slots."""
+        return [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+
     def _carry(self, index: int, call: Call, site: Site, drawn: RandomState | None) -> list[Outputs | None]:
         """`J V` of every output, for each direction that comes here, now."""
         push = self._push(index, call, site)
         saved = [call.leaves[slot].detach() for slot in push.needed]
-        tangents = [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+        tangents = self._along(call)
         slopes: list[Outputs | None] = []
         for along in zip(*tangents, strict=True):
             if all(tangent is None for tangent in along):
@@ -290,12 +299,10 @@ class Capture(TorchFunctionMode):
         around, name = ambient(found[chosen[0]].device.type, drawn), f"site {index} ({site.op})"
         positions = self._positions(name, [found[i] for i in chosen], layouts)
         collector = self._collector(call, layouts, found[chosen[0]], chosen, positions)
-        low: Mapping[tuple[int, int], LowRank] = {} if collector is None else collector.low
+        low: Mapping[tuple[int, int], Any] = {} if collector is None else collector.low
         tangents = [
-            tuple(
-                None if (slot, k) in low else tangent for k, tangent in enumerate(self.tangents[id(call.leaves[slot])])
-            )
-            for slot in call.tracked
+            tuple(None if (slot, k) in low else tangent for k, tangent in enumerate(known)) if low else known
+            for slot, known in zip(call.tracked, self._along(call), strict=True)
         ]
         columns = tuple(k for k in range(self.probe.shape[1]) if any(known[k] is not None for known in tangents))
         if not columns and collector is None:
@@ -303,6 +310,7 @@ class Capture(TorchFunctionMode):
         push, count = self._push(index, call, site) if columns else None, len(call.tracked)
         saved = [call.leaves[slot].detach() for slot in push.needed] if push else []
         along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
+        rounded = in_dtype(self.dtype if site.way == "rule" and site.flops else None)
 
         def slopes(*tensors: Tensor) -> list[Outputs]:
             assert push is not None
@@ -310,7 +318,7 @@ class Capture(TorchFunctionMode):
             pushed = []
             for start in range(0, len(flat), count):
                 with around():
-                    pushed.append(push.evaluate(own, flat[start : start + count]))
+                    pushed.append(push.evaluate([*map(rounded, own)], [*map(rounded, flat[start : start + count])]))
             return [tuple(slope[i] for i in chosen) for slope in pushed]
 
         kept = [call.leaves[slot].detach() for slot in collector.needed] if collector else []
@@ -346,17 +354,23 @@ class Capture(TorchFunctionMode):
         positions: Mapping[int, Any],
     ) -> Collector | None:
         """What takes the factors of the gradients of what went into a call, if they are asked for."""
-        low = {
-            (slot, k): tangent
-            for slot in call.tracked
-            for k, tangent in enumerate(self.tangents[id(call.leaves[slot])])
-            if isinstance(tangent, LowRank) and k not in positions
+        if not self.low_rank and not self.shadows:
+            return None
+        tangents = self._along(call)
+        columns = [k for k, leaves in enumerate(zip(*tangents, strict=True)) if any(type(v) is LowRank for v in leaves)]
+        low: dict[tuple[int, int], Leaf] = {
+            (slot, k): leaf
+            for slot, known in zip(call.tracked, tangents, strict=True)
+            for k in columns
+            if (leaf := known[k]) is not None and k not in positions
         }
         if not low and not self.shadows:
             return None
         uses = find_uses(call, layouts, chosen, len(batched_shape(first)) - first.dim())
         targets = {slot: self.shadows[id(call.leaves[slot])] for slot in call.tracked} if self.shadows else {}
-        return collecting(uses, low, layouts, len(self.probe), self.ledger, targets, expected=not self.ended)
+        return collecting(
+            uses, low, layouts, len(self.probe), self.ledger, targets, expected=not self.ended, dtype=self.dtype
+        )
 
 
 def batched_shape(value: Tensor) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from funcghost.contract import along_low_rank
+from funcghost.contract import along, in_dtype
 from funcghost.ledger import Ledger
-from funcghost.lowrank import LowRank
+from funcghost.lowrank import Leaf
 from funcghost.shadows import Shadow
 from funcghost.uses import Levels, Use, Where
 
@@ -18,15 +19,16 @@ class Collector:
     """Takes the factors of what went into one tapped call.
 
     `low` are the directions to score along by factors, by slot and column. With `targets`, the shadows of what is in
-    each slot, factors go to the ledger.
+    each slot, factors go to the ledger. Products for scores are computed in the `dtype`, if there is one.
     """
 
     uses: Sequence[Use]
-    low: Mapping[tuple[int, int], LowRank]
+    low: Mapping[tuple[int, int], Leaf]
     layouts: Sequence[Where]
     batch: int
     ledger: Ledger | None
     targets: Mapping[int, Shadow]
+    dtype: torch.dtype | None
 
     @property
     def needed(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class Collector:
             for slot, factor in zip(use.slots, factors, strict=True):
                 for (where, k), direction in self.low.items():
                     if where == slot:
-                        score = along_low_rank(factor, direction)
+                        score = along(factor.map(in_dtype(self.dtype)), direction)
                         scores[k] = scores[k] + score if k in scores else score
                 if self.ledger is not None and slot in self.targets:
                     self.ledger.collect(self.targets[slot], factor)
@@ -62,13 +64,14 @@ class Collector:
 
 def collecting(
     uses: Sequence[Use],
-    low: Mapping[tuple[int, int], LowRank],
+    low: Mapping[tuple[int, int], Leaf],
     layouts: Sequence[Where],
     batch: int,
     ledger: Ledger | None,
     targets: Mapping[int, Shadow],
     *,
     expected: bool,
+    dtype: torch.dtype | None,
 ) -> Collector | None:
     """A collector of the uses that are wanted; the ledger is to expect it, unless the call is run again.
 
@@ -82,7 +85,7 @@ def collecting(
         return None
     if ledger is not None and targets and expected:
         ledger.expect(_sources(targets))
-    return Collector(kept, fast, layouts, batch, ledger, targets)
+    return Collector(kept, fast, layouts, batch, ledger, targets, dtype)
 
 
 def _sources(targets: Mapping[int, Shadow]) -> frozenset[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcghost.cost import Means, choose, common_form, sketch
 from funcghost.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples, wide
-from funcghost.lowrank import LowRank
+from funcghost.lowrank import Leaf, LowRank
 
 
 def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tensor:
@@ -56,8 +56,10 @@ def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means, name:
     return (found + found.T) / 2 if same else found
 
 
-def along(use: Factor, direction: Tensor) -> Tensor:
-    """`<grad_i, V>` for a dense direction of the parameter's shape, [b]."""
+def along(use: Factor, direction: Leaf) -> Tensor:
+    """`<grad_i, V>` for a direction of the parameter's shape, [b]."""
+    if isinstance(direction, LowRank):
+        return _along_low_rank(use, direction)
     if isinstance(use, Dense):
         return wide(use.value).reshape(samples(use), direction.numel()) @ wide(direction).flatten()
     if isinstance(use, Lookup):
@@ -67,7 +69,7 @@ def along(use: Factor, direction: Tensor) -> Tensor:
     return (torch.matmul(wide(use.rows).transpose(1, 2), matrices).transpose(1, 2) * wide(use.cols)).flatten(1).sum(1)
 
 
-def along_low_rank(use: Factor, direction: LowRank) -> Tensor:
+def _along_low_rank(use: Factor, direction: LowRank) -> Tensor:
     """`<grad_i, V>` for a direction `V = L R^T` of rank r, [b]: `sum_t <L^T rows_t, R^T cols_t>`.
 
     Cost: r (m + n) per position and block.

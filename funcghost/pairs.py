@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.contract import along, along_low_rank, inner_products, squared_norms, weighted_sum
+from funcghost.contract import along, inner_products, squared_norms, weighted_sum
 from funcghost.cost import Means
 from funcghost.errors import InputError
 from funcghost.factors import Dense, Factor, Lookup, Outer, dense, nbytes, samples, wide
@@ -212,7 +212,7 @@ def _applied(reducer: Any, pairs: Pairs, means: Means) -> Any:
     columns, params = [], pairs.params
     for direction in reducer.directions(params):
         terms = [
-            along_low_rank(use, value) if isinstance(value, LowRank) else along(use, value)
+            along(use, value)
             for name, value in zip(params.names, direction, strict=True)
             if value is not None
             for use in pairs.uses[name]

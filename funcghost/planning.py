@@ -38,8 +38,9 @@ class Options:
         memory_budget: bytes for the tiles of inner products between gradients; 256 MiB by default.
         rates: the machine's FLOP/s of matrix products and bytes/s of memory, by which routes are chosen; measured in
             a few milliseconds when a plan is made, and part of it, if not given.
-        compute_dtype: the dtype in which factors of gradients are multiplied, such as `torch.bfloat16`; by default
-            their own, but float32 at least. Sums are float32 at least. Training gradients are not touched.
+        compute_dtype: the dtype to which the operands of products for scores are rounded, such as `torch.bfloat16`; by
+            default their own (for inner products of gradients float32 at least). Sums are of float32 at least, and
+            training gradients are not touched. Ops that are no products, such as norms, keep their precision.
 
     Raises:
         InputError: an option has a value that is not listed.

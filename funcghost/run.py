@@ -106,10 +106,11 @@ def run(
     choose: Choose | None = None,
     standins: dict[int, Tensor] | None = None,
     ledger: Ledger | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Outcome:
     """Scores along the plan; with a `reduction` also the gradient of the reduced losses, from the same backward.
 
-    Factors of the gradients of the losses go to the `ledger`.
+    Factors of the gradients of the losses go to the `ledger`; products for scores are computed in the `dtype`.
 
     Raises:
         MismatchError: the call does not fit the plan.
@@ -119,7 +120,7 @@ def run(
         return _run_empty(problem, len(directions), reduction)
     leaves = problem.leaves()
     probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
-    capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger)
+    capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger, dtype)
     with capture:
         losses, aux = problem.evaluate(leaves)
     if losses.shape[0] != batch:

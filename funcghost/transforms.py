@@ -239,7 +239,15 @@ class _Transform:
         self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
     ) -> Outcome:
         ledger = request.ledger(problem.params, means_of(self.options, problem.params.leaves[0].device, plan.rates))
-        outcome = run(problem, plan, request.directions, reduction=self.reduction, standins=standins, ledger=ledger)
+        outcome = run(
+            problem,
+            plan,
+            request.directions,
+            reduction=self.reduction,
+            standins=standins,
+            ledger=ledger,
+            dtype=self.options.compute_dtype,
+        )
         if ledger is None:
             return outcome
         dtype = outcome.scores.dtype
