@@ -6,6 +6,7 @@ from funcghost.check import check
 from funcghost.directions import stack
 from funcghost.errors import CheckError, ConservationError, GhostError, InputError, PlanError, UnsupportedOpError
 from funcghost.losses import module_losses, per_example
+from funcghost.lowrank import LowRank, compress
 from funcghost.planning import Options
 from funcghost.plans import Plan
 from funcghost.reducers import Reducer, dot
@@ -18,6 +19,7 @@ __all__ = [
     "ConservationError",
     "GhostError",
     "InputError",
+    "LowRank",
     "Options",
     "Plan",
     "PlanError",
@@ -28,6 +30,7 @@ __all__ = [
     "__version__",
     "check",
     "checkpoint_context",
+    "compress",
     "dot",
     "grad_and_reduce",
     "module_losses",

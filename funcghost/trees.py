@@ -25,14 +25,15 @@ class Params(NamedTuple):
         return optree.tree_unflatten(self.spec, leaves)
 
 
-def _named(tree: Tree) -> tuple[tuple[str, ...], list[Any], optree.PyTreeSpec]:
+def named_leaves(tree: Tree) -> tuple[tuple[str, ...], list[Any], optree.PyTreeSpec]:
+    """The names of a tree's leaves, the leaves, and the structure."""
     paths, leaves, spec = optree.tree_flatten_with_path(tree)
     return tuple(".".join(map(str, path)) or "<root>" for path in paths), leaves, spec
 
 
 def split_params(tree: Tree) -> Params:
     """Takes a tree of parameters apart; every leaf must be a real floating-point tensor."""
-    names, leaves, spec = _named(tree)
+    names, leaves, spec = named_leaves(tree)
     if not leaves:
         raise InputError(
             "params: the tree has no leaves. Pass at least one parameter, e.g. dict(model.named_parameters())."
@@ -61,7 +62,7 @@ def split_params(tree: Tree) -> Params:
 
 def match_direction(direction: Tree, params: Params, what: str = "direction") -> list[Tensor]:
     """The leaves of a direction, checked against the parameters they belong to."""
-    names, found_leaves, _ = _named(direction)
+    names, found_leaves, _ = named_leaves(direction)
     found = dict(zip(names, found_leaves, strict=True))
     if found.keys() != set(params.names):
         missing = [n for n in params.names if n not in found]
