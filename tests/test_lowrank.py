@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from fractions import Fraction
@@ -140,11 +141,11 @@ def test_error_of_any_inner_product_is_below_the_bound(leaf: Tensor, rank: int, 
     exponent = math.frexp(float(leaf.abs().max()))[1]
     scale = [2.0 ** (-exponent // 2), 2.0 ** (-exponent - (-exponent // 2))]
     change = (leaf.double() * scale[0] - small.dense().double() * scale[0]) * scale[1]
-    random = torch.randn(change.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(change.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     bound = float(small.residual) * scale[0] * scale[1]
     # dense() is rounded once more, in the dtype of the leaf.
     rounding = 16 * torch.finfo(leaf.dtype).eps * float((leaf.double() * scale[0] * scale[1]).norm())
-    for gradient in (random, change, change.sign()):
+    for gradient in (noise, change, change.sign()):
         assert abs(float((change * gradient).sum())) <= (bound + rounding) * float(gradient.norm()) * (1 + 1e-12)
 
 
@@ -236,6 +237,7 @@ def test_rank_caps_the_tolerance(tree: Direction, rtol: float, rank: int) -> Non
         assert cost(capped[name]) <= leaf.numel()
         assert not isinstance(capped[name], fg.LowRank) or capped[name].rank <= rank
         assert not isinstance(full[name], fg.LowRank) or full[name].rank == rank
+        assert isinstance(capped[name], fg.LowRank) or not isinstance(full[name], fg.LowRank)
     # Where the cap forbids to meet the tolerance, as little is dropped as the cap allows, up to rounding.
     rounding = 8 * max(torch.finfo(leaf.dtype).eps for leaf in tree.values()) * size(tree)
     assert math.hypot(*residuals(capped)) <= max(rtol * size(tree), math.hypot(*residuals(full)) + rounding)
@@ -246,6 +248,13 @@ def test_rtol_is_for_the_tree_and_not_for_each_leaf() -> None:
     small = fg.compress(tree, rtol=0.3)
     assert small["small"].rank == 1
     assert small["large"].rank > 1
+
+
+def test_dense_leaves_count_in_the_norm_of_the_tree() -> None:
+    w = made((40, 40), "geometric")
+    alone = fg.compress({"w": w}, rtol=0.01)
+    beside = fg.compress({"w": w, "b": torch.full((10,), 30.0, dtype=torch.float64)}, rtol=0.01)
+    assert beside["w"].rank == 1 < alone["w"].rank
 
 
 def test_large_leaves_are_sketched_until_the_tolerance_is_met() -> None:
@@ -305,11 +314,22 @@ def test_allocation_is_optimal_where_costs_are_uniform(values: list[list[int]], 
 
 
 @given(curves, st.integers(0, 100), st.randoms(use_true_random=False))
-def test_allocation_does_not_depend_on_the_order_of_items(menu: list[list[Option]], budget: int, random: Any) -> None:
+def test_allocation_does_not_depend_on_the_order_of_items(
+    menu: list[list[Option]], budget: int, source: random.Random
+) -> None:
     names = [str(k) for k in range(len(menu))]
-    order = random.sample(range(len(menu)), len(menu))
+    order = source.sample(range(len(menu)), len(menu))
     mixed = allocate([menu[k] for k in order], budget, [names[k] for k in order])
     assert [allocate(menu, budget, names)[k] for k in order] == mixed
+
+
+def test_allocation_goes_along_the_hull_and_ends_on_the_cheapest_option_that_will_do() -> None:
+    assert allocate([[Option(1, 10.0), Option(3, 6.0), Option(4, 0.0)]], 6.0, ["a"]) == [1]
+    late = [Option(1, 10.0), Option(2, 9.9), Option(3, 0.0)]
+    assert allocate([late, [Option(1, 5.0), Option(2, 3.0)]], 5.0, ["a", "b"]) == [2, 0]
+    # Of two equal steps one will do: the name says which.
+    twin = [Option(1, 1.0), Option(2, 0.0)]
+    assert allocate([twin, twin], 1.0, ["a", "b"]) == allocate([twin, twin], 1.0, ["b", "a"])[::-1] != [1, 1]
 
 
 # -- what results depend on --------------------------------------------------------------------------------------------
@@ -339,8 +359,9 @@ def test_results_depend_on_the_direction_alone(options: dict[str, Any]) -> None:
 
 
 @given(trees(scaled=False), tolerances, st.randoms(use_true_random=False))
-def test_order_of_keys_does_not_matter(tree: Direction, rtol: float, random: Any) -> None:
-    names = random.sample(sorted(tree), len(tree))
+@example({"p0": made((16, 16), "step"), "p1": made((16, 16), "step")}, 0.6, random.Random(1))
+def test_order_of_keys_does_not_matter(tree: Direction, rtol: float, source: random.Random) -> None:
+    names = source.sample(sorted(tree), len(tree))
     found = fg.compress(tree, rtol=rtol)
     mixed = fg.compress(OrderedDict((name, tree[name]) for name in names), rtol=rtol)
     assert all(same(found[name], mixed[name]) for name in tree)
@@ -364,8 +385,11 @@ def test_ambient_modes_of_the_user_change_nothing() -> None:
     assert torch.equal(multiplied, plain["w"].dense())
     assert same(cast["w"], plain["w"])
     assert not cast["w"].rows.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = fg.compress(large(), rank=4)
+    assert all(same(leaf, cast[name]) for name, leaf in fg.compress(large(), rank=4).items())
     for options in ({"rank": 3}, {"rtol": 0.4}):
-        here = large()
+        here = large() | tree
         with torch.device("meta"):
             moved = fg.compress(here, **options)
         assert all(same(leaf, moved[name]) for name, leaf in fg.compress(here, **options).items())
