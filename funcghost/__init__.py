@@ -1,6 +1,7 @@
 """Exact per-sample gradient inner products from one backward pass, as pure functions."""
 
 from funcghost._version import __version__
+from funcghost.algebra import apply, combine, cosine, cross_dots, materialize
 from funcghost.capture import checkpoint_context
 from funcghost.check import check
 from funcghost.directions import stack
@@ -16,12 +17,13 @@ from funcghost.errors import (
 )
 from funcghost.losses import module_losses, per_example
 from funcghost.lowrank import LowRank, compress
-from funcghost.pairs import Pairs, apply, combine, cosine, cross_dots, materialize
+from funcghost.pairs import Pairs
 from funcghost.planning import Options
 from funcghost.plans import Plan
+from funcghost.positions import per_segment, per_token
 from funcghost.projections import project
 from funcghost.quadratic import cross, gram, squared_norm
-from funcghost.reducers import Reducer, dot, per_param, per_segment, per_token
+from funcghost.reducers import Reducer, dot, per_param
 from funcghost.report import Report
 from funcghost.rules import register_rule
 from funcghost.transforms import Step, grad_and_reduce, pairs, plan, reduce

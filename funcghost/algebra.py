@@ -1,0 +1,175 @@
+"""What can be asked of pairs: reducers, inner products with other pairs, weighted sums, the gradients themselves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcghost.contract import along, inner_products, squared_norms, weighted_sum
+from funcghost.cost import Means
+from funcghost.errors import InputError
+from funcghost.factors import Factor, dense
+from funcghost.pairs import Pairs, check_weights
+from funcghost.planning import Options, check_options, means_of
+from funcghost.reducers import Additive, Directional, split_reducers
+from funcghost.trees import Tree
+
+
+def _check(pairs: Any, what: str) -> Pairs:
+    if not isinstance(pairs, Pairs):
+        raise InputError(
+            f"{what}: takes Pairs as fg.pairs(losses)(params, batch) gives them, found {type(pairs).__name__}."
+        )
+    return pairs
+
+
+def apply(reducers: Tree, pairs: Pairs, *, options: Options | None = None) -> Tree:
+    """The reducers over kept pairs: the same numbers as in the step that gave the pairs.
+
+    Law: `fg.apply(r, fg.pairs(losses)(params, batch)) == fg.reduce(losses)(params, batch, r)`.
+
+    Shapes, units, cost and errors: those of the reducers. `per_token` and `per_segment` need the step itself.
+
+    Raises:
+        InputError: the reducers are not reducers, or need the positions, which pairs do not keep apart.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.apply({"norm": fg.squared_norm()}, pairs)
+        {'norm': tensor([1., 1.])}
+    """
+    pairs, means = _check(pairs, "apply"), means_of(check_options(options), pairs.device)
+    found, spec = split_reducers(reducers)
+    return optree.tree_unflatten(spec, [_applied(reducer, pairs, means) for reducer in found])
+
+
+def _applied(reducer: Any, pairs: Pairs, means: Means) -> Any:
+    parts = reducer.parts()
+    if len(parts) > 1:
+        return reducer.joined([_applied(part, pairs, means) for part in parts])
+    if isinstance(reducer, Additive):
+        found = {name: reducer.of_parameter(name, uses, means) for name, uses in pairs.uses.items()}
+        return reducer.result(found)
+    assert isinstance(reducer, Directional)
+    if reducer.by_position:
+        raise InputError("apply: scores by position are those of a step: pass the reducer to fg.grad_and_reduce.")
+    columns, params = [], pairs.params
+    for direction in reducer.directions(params):
+        terms = [
+            along(use, value)
+            for name, value in zip(params.names, direction, strict=True)
+            if value is not None
+            for use in pairs.uses[name]
+        ]
+        columns.append(torch.stack(terms).sum(0))
+    return reducer.result(torch.stack(columns, -1), params)
+
+
+def _match(a: Pairs, b: Pairs) -> None:
+    if a.uses.keys() != b.uses.keys():
+        raise InputError("pairs: both must be of the same parameters.")
+    for name in a.uses:
+        if a.uses[name][0].shape != b.uses[name][0].shape:
+            raise InputError(f"pairs: parameter {name!r} has another shape in one than in the other.")
+
+
+def cross_dots(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+    """The inner products of any two per-sample gradients: `out[i, j] = <a_i, b_j>`.
+
+    Shapes: [a, b]. Units and cost: those of `fg.gram`.
+
+    Raises:
+        InputError: these are not pairs of the same parameters.
+        MemoryBudgetError: no tile of any route fits the budget.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.cross_dots(pairs, pairs[:1])
+        tensor([[1.],
+                [0.]])
+    """
+    a, b = _check(a, "cross_dots"), _check(b, "cross_dots")
+    _match(a, b)
+    means = means_of(check_options(options), a.device)
+    parts = [inner_products(a.uses[name], b.uses[name], means, name) for name in a.uses]
+    return torch.stack(parts).sum(0)
+
+
+def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+    """The cosines of the angles between per-sample gradients: `out[i, j] = <a_i, b_j> / (|a_i| |b_j|)`.
+
+    Shapes: [a, b]; 0 where a gradient is zero. Cost: that of `cross_dots` and of both norms.
+
+    Raises:
+        InputError: as in `cross_dots`.
+        MemoryBudgetError: as in `cross_dots`.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, 3 * torch.eye(2))
+        >>> fg.cosine(pairs, pairs)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    products = cross_dots(a, b, options=options)
+    means = means_of(check_options(options), a.device)
+    one, other = (sum(squared_norms(uses, means, name) for name, uses in p.uses.items()).sqrt() for p in (a, b))  # type: ignore[union-attr]
+    scale = one.unsqueeze(1) * other
+    return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
+
+
+def combine(pairs: Pairs, weights: Tensor) -> Tree:
+    """`sum_i weights[i] grad_i`: the gradient of a weighted loss by book-keeping, without a second backward.
+
+    Law: equal to autograd's gradient of `(weights * losses).sum()`.
+
+    Shapes: weights [b]; a tree like params.
+
+    Cost: one product per use, as the weight's gradient in a backward.
+
+    Raises:
+        InputError: the weights are not [b].
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.combine(pairs, torch.tensor([2.0, 3.0]))
+        {'w': tensor([2., 3.])}
+    """
+    pairs = _check(pairs, "combine")
+    check_weights("combine", pairs, weights)
+    return _added(pairs, lambda use: weighted_sum(use, weights))
+
+
+def materialize(pairs: Pairs) -> Tree:
+    """The per-sample gradients themselves: a tree like params with leaves [b, *shape], in the parameters' dtype.
+
+    Cost: b copies of the parameters.
+
+    Raises:
+        InputError: these are not pairs.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.materialize(pairs)
+        {'w': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+    pairs = _check(pairs, "materialize")
+    return _added(pairs, dense)
+
+
+def _added(pairs: Pairs, of_use: Callable[[Factor], Tensor]) -> Tree:
+    """A tree like params of the sums over the uses of each."""
+    leaves = []
+    for name, _, dtype in pairs.parameters:
+        total, *others = map(of_use, pairs.uses[name])
+        for other in others:
+            total = total + other
+        leaves.append(total.to(dtype))
+    return optree.tree_unflatten(pairs.spec, leaves)
