@@ -132,7 +132,8 @@ def compress(direction: Tree, rank: int | None = None, rtol: float | None = None
     random numbers, which are left as they are. `fg.stack` gives the stack of its compressed members.
 
     Args:
-        direction: a tree like params, or `fg.stack` of some.
+        direction: a tree like params, `fg.stack` of some, or `Pairs`: the sum of their gradients, whose leaves have a
+            rank for each position, or less.
         rank: the rank of every block, at least 1.
         rtol: what may be dropped, relative to the norm of the direction.
 
@@ -161,6 +162,8 @@ def compress(direction: Tree, rank: int | None = None, rtol: float | None = None
     _check_arguments(rank, rtol)
     if isinstance(direction, Stack):
         return Stack(tuple(compress(member, rank, rtol) for member in direction.directions))
+    if hasattr(direction, "as_direction"):
+        return _recompressed(direction.as_direction(), rank, rtol)
     names, leaves, spec = named_leaves(direction)
     for name, leaf in zip(names, leaves, strict=True):
         _check_leaf(name, leaf, rtol)
@@ -172,6 +175,18 @@ def compress(direction: Tree, rank: int | None = None, rtol: float | None = None
         for leaf, cut in zip(leaves, cuts, strict=True)
     ]
     return optree.tree_unflatten(spec, found)
+
+
+def _recompressed(exact: Tree, rank: int | None, rtol: float | None) -> Tree:
+    """A direction with exact low-rank leaves, compressed where that makes one cheaper, or its rank is too high."""
+    _, leaves, spec = named_leaves(exact)
+    found = named_leaves(compress(optree.tree_unflatten(spec, [as_dense(leaf) for leaf in leaves]), rank, rtol))[1]
+    kept = []
+    for leaf, smaller in zip(leaves, found, strict=True):
+        fits = isinstance(leaf, LowRank) and (rank is None or leaf.rank <= rank)
+        cheaper = isinstance(smaller, LowRank) and isinstance(leaf, LowRank) and smaller.cost < leaf.cost
+        kept.append(leaf if fits and not cheaper else smaller)
+    return optree.tree_unflatten(spec, kept)
 
 
 def certified_bound(direction: Tree, norms: Mapping[str, Tensor]) -> Tensor:
