@@ -1,6 +1,7 @@
 """The plan: for every site its op, layout and way to `J V`; made once, printed, passed back."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal
@@ -153,9 +154,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The table: one line per site that does something."""
-        rows = [_HEAD, *(_row(i, site) for i, site in enumerate(self.sites) if site.action != "skip")]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = _aligned([_HEAD, *(_row(i, site) for i, site in enumerate(self.sites) if site.action != "skip")])
         taps = sum(site.action == "tap" for site in self.sites)
         carries = sum(site.action == "carry" for site in self.sites)
         total = (
@@ -165,28 +164,19 @@ class Plan:
         return "\n".join([*lines, total, *self._contracted()])
 
     def _contracted(self) -> list[str]:
-        """The table of contractions, if reducers were given when the plan was made."""
+        """The table of contractions, if reducers were given when the plan was made; in one row those without choice."""
         if not self.contractions:
             return []
-        head = ("reducer", "parameter", "route", "FLOP", "bytes", "predicted", "rejected")
-        rows = [head] + [
-            (
-                c.reducer,
-                c.parameter,
-                c.route,
-                _count(c.flops),
-                _count(c.bytes),
-                f"{c.seconds:.2g} s",
-                ", ".join(c.rejected),
-            )
-            for c in self.contractions
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        rows = [("reducer", "parameter", "route", "FLOP", "bytes", "predicted", "rejected")]
+        for reducer in dict.fromkeys(c.reducer for c in self.contractions):
+            own = [c for c in self.contractions if c.reducer == reducer]
+            rows += [_contracted_row(reducer, c.parameter, c.route, [c]) for c in own if c.rejected]
+            others = [c for c in own if not c.rejected]
+            rows += [_contracted_row(reducer, f"{len(others)} others", others[0].route, others)] if others else []
         flops, seconds = sum(c.flops for c in self.contractions), sum(c.seconds for c in self.contractions)
         tiles = max(c.bytes for c in self.contractions)
         total = f"{_count(flops)}FLOP and {seconds:.2g} s predicted, in tiles of {_count(tiles)}bytes at most"
-        aligned = (zip(row, widths, strict=True) for row in rows)
-        return ["", *("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in aligned), total]
+        return ["", *_aligned(rows), total]
 
 
 _REMEDY = "Write it again with fg.plan(...).to_json()."
@@ -223,6 +213,17 @@ def _row(index: int, site: Site) -> tuple[str, ...]:
     layout = "carried" if site.action == "carry" else ", ".join(str(x) for x in site.layouts if x != "constant")
     op = site.op.removeprefix("torch.").replace("nn.functional.", "F.")
     return (str(index), op, names, shapes, layout, site.way or "?", _count(site.flops), _count(site.bytes))
+
+
+def _contracted_row(reducer: str, name: str, route: str, own: Sequence[Contraction]) -> tuple[str, ...]:
+    flops, size, seconds = sum(c.flops for c in own), max(c.bytes for c in own), sum(c.seconds for c in own)
+    return (reducer, name, route, _count(flops), _count(size), f"{seconds:.2g} s", ", ".join(own[0].rejected))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as lines, with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _count(value: float) -> str:
