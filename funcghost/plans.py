@@ -167,7 +167,7 @@ class Plan:
         """The table of contractions, if reducers were given when the plan was made; in one row those without choice."""
         if not self.contractions:
             return []
-        rows = [("reducer", "parameter", "route", "FLOP", "bytes", "predicted", "rejected")]
+        rows: list[tuple[str, ...]] = [("reducer", "parameter", "route", "FLOP", "bytes", "predicted", "rejected")]
         for reducer in dict.fromkeys(c.reducer for c in self.contractions):
             own = [c for c in self.contractions if c.reducer == reducer]
             rows += [_contracted_row(reducer, c.parameter, c.route, [c]) for c in own if c.rejected]
