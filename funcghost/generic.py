@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from funcghost.layout import Clock
 from funcghost.moves import MOVES
 from funcghost.tangent import Call, Outputs, is_float, is_linear, physical
 
@@ -41,8 +42,9 @@ class Scale:
 class Generic:
     """Takes the derivatives of ops at drawn values."""
 
-    def __init__(self) -> None:
-        """Draws once for all."""
+    def __init__(self, clock: Clock) -> None:
+        """Draws once for all. The clock says when the true derivatives are to be taken after all."""
+        self.clock = clock
         self.normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu")
         self.count = 0
 
@@ -71,7 +73,18 @@ class Generic:
             if not all(torch.equal(values[slot], leaf) for slot, leaf in varied.items()):
                 terms = [(1.0, drawn) for drawn in _evaluated(call, found, values)]
         self.count += 2 * len(call.leaves)
-        return tuple(_back(true, [(w, o[i]) for w, o in terms]) for i, true in enumerate(found)) if terms else found
+        if not terms:
+            return found
+        return tuple(self._back(true, [(w, o[i]) for w, o in terms]) for i, true in enumerate(found))
+
+    def _back(self, true: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+        """The true value with the weighted mean of derivatives; the true one is among them if there are few entries."""
+        if not true.requires_grad:
+            return true
+        weights = [TRUE if true.numel() <= FEW else 0.0, *(weight for weight, _ in terms)]
+        shares = [weight / sum(weights) for weight in weights]
+        value: Tensor = Back.apply(self.clock, shares, true, *(drawn for _, drawn in terms))
+        return value
 
     def _other(self, leaf: Tensor, scale: Scale, slot: int, number: int) -> Tensor:
         """Of the size of the entries, 1/50 if those are zero, and positive if they are; for bools, of either kind.
@@ -120,15 +133,6 @@ def _evaluated(call: Call, found: Outputs, values: dict[int, Tensor]) -> list[Ou
     return [drawn] if len(drawn) == len(found) and all(map(_alike, drawn, found)) else []
 
 
-def _back(true: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """The true value with the weighted mean of the derivatives; the true one is among them if there are few entries."""
-    if not true.requires_grad:
-        return true
-    weights = [TRUE if true.numel() <= FEW else 0.0, *(weight for weight, _ in terms)]
-    value: Tensor = Back.apply([weight / sum(weights) for weight in weights], true, *(drawn for _, drawn in terms))
-    return value
-
-
 def scale_of(value: Tensor) -> Scale:
     """What the finite entries of a tensor are like."""
     some = _some(_dense(value))
@@ -143,14 +147,14 @@ def scale_of(value: Tensor) -> Scale:
 
 def _some(value: Tensor) -> Tensor:
     """Every so many entries of a large tensor."""
-    step = max(1, round((value.numel() / PERIOD) ** (1 / max(1, value.dim()))))
+    step = max(1, round((value.numel() / (4 * FEW)) ** (1 / max(1, value.dim()))))
     return value[tuple(slice(None, None, step) for _ in value.shape)]
 
 
 def _repeated(noise: Tensor, value: Tensor) -> Tensor:
     """As many numbers as there are entries, one noise after the other."""
     copies = -(-value.numel() // PERIOD)
-    return noise.to(value.dtype).repeat(copies)[: value.numel()].view(value.shape)
+    return noise.to(value.dtype).expand(copies, -1).reshape(-1)[: value.numel()].view(value.shape)
 
 
 def _dense(leaf: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ def _alike(drawn: Tensor, true: Tensor) -> bool:
     """Whether a drawn output can stand for the true one: infinite entries come of fills, if that has some, too."""
     if (drawn.shape, drawn.dtype, drawn.requires_grad) != (true.shape, true.dtype, true.requires_grad):
         return False
-    if not drawn.requires_grad or bool(drawn.isfinite().all()):
+    if not drawn.requires_grad or bool(drawn.detach().sum().isfinite()) or bool(drawn.isfinite().all()):
         return True
     return bool(true.isinf().any()) and not bool(drawn.isnan().any())
 
@@ -181,24 +185,36 @@ class Away(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
         """The other value."""
+        ctx.set_materialize_grads(False)
         return other
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
         """The gradient as it is."""
         return gradients[0], None
 
 
 class Back(torch.autograd.Function):
-    """`Back.apply(weights, true, *drawn) -> true`, with the gradients of all of them, weighted."""
+    """`Back.apply(clock, weights, true, *drawn) -> true`, with the gradients of all of them, weighted."""
 
     @staticmethod
-    def forward(ctx: Any, weights: list[float], true: Tensor, *drawn: Tensor) -> Tensor:
+    def forward(ctx: Any, clock: Clock, weights: list[float], true: Tensor, *drawn: Tensor) -> Tensor:
         """The true value."""
-        ctx.weights = weights
+        ctx.set_materialize_grads(False)
+        ctx.clock, ctx.weights = clock, weights
         return true.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The weighted gradients."""
-        return None, *(gradients[0] * weight if weight else None for weight in ctx.weights)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The weighted gradients, or that of the true value alone, as where the losses themselves differentiate."""
+        [gradient] = gradients
+        if gradient is None or ctx.clock.true or not ctx.clock.started:
+            return None, None, gradient, *(None for _ in ctx.weights[1:])
+        return None, None, *(_times(gradient, weight) for weight in ctx.weights)
+
+
+def _times(gradient: Tensor, weight: float) -> Tensor | None:
+    """The product, without the work where there is none."""
+    if not weight:
+        return None
+    return gradient if weight == 1 else gradient * weight

@@ -123,12 +123,14 @@ def codes(batch: int, like: Tensor) -> list[Tensor]:
 class Clock:
     """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code.
 
-    Before it is started, backwards are those of the losses themselves.
+    Before it is started, backwards are those of the losses themselves. The `true` one takes no derivative anywhere but
+    at the values that came; nothing is measured by it.
     """
 
     batch: int = 0
     code: Tensor | None = None
     started: bool = True
+    true: bool = False
 
 
 class Meter:
@@ -142,7 +144,7 @@ class Meter:
 
     def see(self, gradient: Tensor | None) -> None:
         """Takes the gradient of the backward that is running."""
-        if not self.clock.started or gradient is None:
+        if not self.clock.started or self.clock.true or gradient is None:
             return
         if self.clock.code is None:
             self.base = gradient
@@ -164,7 +166,10 @@ class Meter:
     @cached_property
     def silent(self) -> bool:
         """Whether the gradient says nothing."""
-        return self.base is None or (self.clock.batch > 1 and not bool(self.base.nan_to_num().any()))
+        if self.base is None or self.clock.batch == 1:
+            return self.base is None
+        parts = (_corner(self.base.unsqueeze(0)), self.base) if self.base.layout is torch.strided else (self.base,)
+        return not any(bool(part.nan_to_num().any()) for part in parts)
 
     def in_rows(self, samples: Tensor) -> int | None:
         """The axis whose rows belong to these samples, if there is one."""
@@ -192,7 +197,7 @@ def _whole(rows: Tensor) -> Tensor:
 
 
 def _corner(rows: Tensor) -> Tensor:
-    """A few entries of every sample: most layouts that do not fit are seen not to there."""
+    """A few entries of every row: most layouts that do not fit are seen not to there."""
     for axis in range(1, rows.dim()):
         rows = rows.narrow(axis, 0, min(8, rows.shape[axis]))
     return rows
@@ -201,6 +206,8 @@ def _corner(rows: Tensor) -> Tensor:
 def _proportional(base: Tensor, coded: Tensor, code: Tensor) -> bool:
     """Whether `coded[i] = code[i] base[i]` for every sample; entries that are not finite say nothing."""
     expected = base * code.to(base.dtype).view(-1, *[1] * (base.dim() - 1))
+    if torch.equal(coded, expected):
+        return True
     off = coded - expected
     size, error = _largest(expected), _largest(off)
     if not bool(error.isfinite().all()):

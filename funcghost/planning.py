@@ -116,11 +116,11 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
 
 def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
     with untouched(problem.devices()) as written:
-        observed = _observe(problem, drawn)
-    plan = _decide(problem, *observed, carry_all=options.route == "forward")
+        trace, losses, gradients = _observe(problem, drawn)
+    plan = _decide(problem, trace, losses, carry_all=options.route == "forward")
     plan = replace(plan, written=tuple(written()))
     if plan.batch:
-        plan = _rehearse(problem, plan, options.verify != "never")
+        plan = _rehearse(problem, plan, losses, gradients, options.verify != "never")
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
     return plan
 
@@ -161,16 +161,16 @@ def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tens
 
 def verify_plan(problem: Problem, plan: Plan) -> Plan:
     """Checks the conservation law for a plan on this batch; the plan says if that could be done."""
-    return _rehearse(problem, plan, check=True)
-
-
-def _rehearse(problem: Problem, plan: Plan, check: bool) -> Plan:
     with untouched(problem.devices()):
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
-        weights = sample_weights(losses)
-        gradients = [gradient.to_dense() for gradient in backward(losses, leaves, weights)]
-    rehearsal = _Rehearsal(plan)
+        gradients = [gradient.to_dense() for gradient in backward(losses, leaves, sample_weights(losses))]
+    return _rehearse(problem, plan, losses.detach(), gradients, check=True)
+
+
+def _rehearse(problem: Problem, plan: Plan, losses: Tensor, gradients: list[Tensor], check: bool) -> Plan:
+    """Finds the ways to `J V` along a plan; `gradients` are autograd's, of the losses times `sample_weights`."""
+    rehearsal, weights = _Rehearsal(plan), sample_weights(losses)
     try:
         verified = rehearsal.run(problem, witness(losses, weights, gradients, plan.precision), check)
     except MismatchError as error:
@@ -182,8 +182,8 @@ def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
-def _observe(problem: Problem, drawn: bool) -> tuple[Trace, Tensor]:
-    """One forward with its losses, a backward to the first outputs, and one more for each code."""
+def _observe(problem: Problem, drawn: bool) -> tuple[Trace, Tensor, list[Tensor]]:
+    """One forward with its losses, a backward to the first outputs, and one more for each code; then the gradients."""
     clock, leaves = Clock(started=False), problem.leaves()
     trace = Trace(problem, leaves, clock, drawn)
     with trace:
@@ -200,7 +200,9 @@ def _observe(problem: Problem, drawn: bool) -> tuple[Trace, Tensor]:
         clock.code = code
         cotangent = weights if code is None else weights * code
         torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
-    return trace, losses.detach()
+    clock.true = True
+    gradients = backward(losses, leaves, weights) if clock.batch else []
+    return trace, losses.detach(), [gradient.to_dense() for gradient in gradients]
 
 
 def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool) -> Plan:

@@ -89,7 +89,7 @@ class Trace(TorchFunctionMode):
         self.roots: list[Any] = []
         self.moves: dict[int, Noted] = {}
         self.calls = 0
-        self.generic = Generic() if drawn else None
+        self.generic = Generic(clock) if drawn else None
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is and notes what went in and came out."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.generic import DRAWN, FEW, PERIOD, TRUE, Generic
+from funcghost.layout import Clock
 from funcghost.tangent import Call, Outputs, flatten_call
 from tests.naive import assert_scores, expected
 
@@ -35,7 +36,7 @@ def generic(op: Op, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """What an op gives, and what it gives with the derivative at drawn values."""
     call = call_of(op, *args, **kwargs)
     [found] = call.evaluate(call.leaves)
-    [drawn] = Generic().outputs(call, (found,))
+    [drawn] = Generic(Clock()).outputs(call, (found,))
     return found, drawn
 
 
@@ -134,7 +135,7 @@ def test_every_tensor_is_drawn_apart() -> None:
         taken.extend((a.detach(), b.detach()))
         return a * b
 
-    maker, x = Generic(), normal(9).requires_grad_()
+    maker, x = Generic(Clock()), normal(9).requires_grad_()
     for _ in range(2):
         call = call_of(op, x, x.detach())
         maker.outputs(call, call.evaluate(call.leaves))
@@ -192,7 +193,7 @@ def test_outputs_without_a_derivative_are_the_same_objects() -> None:
     value = normal(4, 3).requires_grad_()
     call = call_of(lambda x: (x.square(), x.detach().exp()), value)
     found = call.evaluate(call.leaves)
-    drawn = Generic().outputs(call, found)
+    drawn = Generic(Clock()).outputs(call, found)
     assert drawn[0] is not found[0]
     assert drawn[1] is found[1]
 
@@ -332,7 +333,7 @@ def test_nothing_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_samples_of_a_vmap_are_untouched() -> None:
-    same, maker = list[bool](), Generic()
+    same, maker = list[bool](), Generic(Clock())
 
     def one(x: Tensor) -> Tensor:
         call = call_of(torch.square, x)
