@@ -1,5 +1,6 @@
 """Exact per-sample gradient inner products from one backward pass, as pure functions."""
 
+from funcghost import functional
 from funcghost._version import __version__
 from funcghost.capture import checkpoint_context
 from funcghost.check import check
@@ -29,6 +30,7 @@ __all__ = [
     "check",
     "checkpoint_context",
     "dot",
+    "functional",
     "grad_and_reduce",
     "module_losses",
     "per_example",

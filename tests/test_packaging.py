@@ -34,6 +34,8 @@ ORDER = (
     "trace",
     "sites",
     "batching",
+    "head",
+    "functional",
     "losses",
     "verify",
     "planning",
