@@ -358,7 +358,7 @@ def test_low_precision_has_the_dtype_of_x_and_its_accuracy(dtype: torch.dtype) -
     x, weight, targets = torch.randn(64, 16), torch.randn(33, 16), torch.randint(33, (64,))
     exact = [v.to(dtype).double().requires_grad_() for v in (x, weight)]
     low = [v.to(dtype).requires_grad_() for v in (x, weight)]
-    found, wanted = linear_cross_entropy(*low, targets, chunk=5), unchunked(*exact, targets)
+    found, wanted = linear_cross_entropy(low[0], low[1], targets, chunk=5), unchunked(exact[0], exact[1], targets)
     assert found.dtype == dtype
     eps = torch.finfo(dtype).eps
     assert_close(found.detach().double(), wanted.detach(), 4 * eps)
