@@ -1,5 +1,6 @@
 """Exact per-sample gradient inner products from one backward pass, as pure functions."""
 
+from funcghost import functional
 from funcghost._version import __version__
 from funcghost.algebra import apply, combine, cosine, cross_dots, materialize
 from funcghost.capture import checkpoint_context
@@ -54,6 +55,7 @@ __all__ = [
     "cross",
     "cross_dots",
     "dot",
+    "functional",
     "grad_and_reduce",
     "gram",
     "materialize",

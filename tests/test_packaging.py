@@ -50,6 +50,8 @@ ORDER = (
     "trace",
     "sites",
     "batching",
+    "head",
+    "functional",
     "losses",
     "verify",
     "planning",
