@@ -49,7 +49,8 @@ def assert_reducer_laws(
     - It is the sum of `fg.per_param` of it over the parameters.
     - Within a tree of reducers each gives what it gives alone.
     - For any choice `index` of samples, `r(batch[index]) == r(batch)[index]`, where `[index]` is taken along every axis
-      of the result that is as long as the batch, whatever its size: samples may be permuted, left out and repeated, the batch split.
+      of the result that is as long as the batch, whatever its size: samples may be permuted,
+      left out and repeated, the batch split.
     - What a parameter contributes is homogeneous in the gradients of the declared `degree`, at degree 1 it is the sum
       over uses, `zero` is what gradients of zero contribute, and no budget or route changes it.
     - It holds no state: its fields are the same after all of that.
