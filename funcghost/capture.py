@@ -260,7 +260,7 @@ class Capture(TorchFunctionMode):
             move = Move(op, tuple(leaves), spec, moved.slots)
             self.as_planned.append(moved.follow(move, self.maps, self.probe.shape[0]))
 
-    def _shadow(self, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> list[Shadow | None] | None:
+    def _shadow(self, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> list[Shadow] | None:
         """Where the outputs of a call that carries tangents come from, if that is asked for."""
         if not self.shadows:
             return None
@@ -268,7 +268,7 @@ class Capture(TorchFunctionMode):
             return followed(call, found, [self.shadows[id(call.leaves[slot])] for slot in call.tracked], site.way)
 
     def _attach(
-        self, site: Site, found: Outputs, carried: list[Outputs | None] | None, shadows: list[Shadow | None] | None
+        self, site: Site, found: Outputs, carried: list[Outputs | None] | None, shadows: list[Shadow] | None
     ) -> None:
         """Notes the tangents of what came out; a value that was overwritten without one loses its own."""
         for i, (value, layout) in enumerate(zip(found, site.layouts, strict=True)):

@@ -17,6 +17,9 @@ from funcghost.cost import Means, choose, common_form, sketch
 from funcghost.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples, wide
 from funcghost.lowrank import Leaf, LowRank
 
+PIECE = 2**16
+"""How many squares are kept at once."""
+
 
 def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tensor:
     """`|grad_i|^2` of one parameter from all of its uses, [b]."""
@@ -144,7 +147,10 @@ def _ghost_diagonal(one: Factor, other: Factor, budget: int) -> Tensor:
     found = []
     for start, stop, parts in _tiles(one, other, budget, samples(one), 1):
         own, second = _narrow(one, start, stop), _narrow(other, start, stop)
-        found.append(torch.stack([_products(part, second).sum((1, 2)) for part in _positions(own, parts)]).sum(0))
+        total = _zeros(one, (stop - start,))
+        for part in _positions(own, parts):
+            total = total + _products(part, second).sum((1, 2))
+        found.append(total)
     return torch.cat(found) if found else _zeros(one, (0,))
 
 
@@ -224,11 +230,18 @@ def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     for first in range(0, b, together):
         some = [_narrow(use, first, first + together) for use in uses]
         parts = (
-            torch.linalg.vector_norm(_gradients(some, form, at, min(at + width, rows)), dim=1).square()
-            for at in range(0, rows, width)
+            _squares(_gradients(some, form, at, min(at + width, rows))) for at in range(0, rows, width)
         )
         found.append(sum(parts, start=_zeros(uses[0], (samples(some[0]),))))
     return torch.cat(found) if found else _zeros(uses[0], (0,))
+
+
+def _squares(gradients: Tensor) -> Tensor:
+    """The sum of squares of each row, without a root on the way, added up in pieces: no digits are lost on the way."""
+    total = gradients.new_zeros((len(gradients),))
+    for part in gradients.split(PIECE, 1):
+        total = total + torch.linalg.vecdot(part, part)
+    return total
 
 
 def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int) -> Tensor:

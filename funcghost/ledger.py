@@ -152,6 +152,8 @@ class Ledger:
 
 def pulled_back(target: Shadow, factor: Factor) -> list[tuple[int, Factor]]:
     """The factors of the parameters that a value was computed from, given one of the value itself."""
+    if not target.sources:
+        return []
     if target.axes is not None:
         (index,) = target.sources
         moved = permuted(factor, target.axes)

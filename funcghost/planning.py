@@ -64,9 +64,11 @@ class Options:
                 raise InputError(f"Options.{name} must be one of {allowed}, found {getattr(self, name)!r}.")
         if type(self.memory_budget) is not int or self.memory_budget < 1:
             raise InputError(f"Options.memory_budget must be a number of bytes, found {self.memory_budget!r}.")
-        if self.rates is not None and not (len(self.rates) == 2 and all(rate > 0 for rate in self.rates)):
+        pair = isinstance(self.rates, tuple) and len(self.rates) == 2 and all(rate > 0 for rate in self.rates)
+        if self.rates is not None and not pair:
             raise InputError(f"Options.rates must be (FLOP/s, bytes/s), two positive numbers, found {self.rates!r}.")
-        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+        floating = isinstance(self.compute_dtype, torch.dtype) and self.compute_dtype.is_floating_point
+        if self.compute_dtype is not None and not floating:
             raise InputError(f"Options.compute_dtype must be a floating dtype, found {self.compute_dtype!r}.")
 
 

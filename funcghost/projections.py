@@ -94,7 +94,7 @@ class Project(Additive):
         total = wide(use.tensors[-1]).new_zeros((b, self.dim))
         for at in range(0, m, width):
             stop = min(at + width, m)
-            part = blocks(own, form, at, stop).reshape(b, -1)
+            part = blocks(own, form, at, stop).reshape(b, (stop - at) * n)
             places = torch.arange(at * n, stop * n, device=part.device)
             total = total + part @ numbers(kind, seed, places, self.dim, part.dtype)
         return total

@@ -156,6 +156,11 @@ class PerParamDirectional(Directional):
 
     reducer: Directional
 
+    @property
+    def by_position(self) -> bool:  # type: ignore[override]
+        """As the reducer."""
+        return self.reducer.by_position
+
     def directions(self, params: Params) -> list[Direction]:
         """Each direction in each parameter alone."""
         whole = self.reducer.directions(params)

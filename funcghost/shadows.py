@@ -22,8 +22,8 @@ from funcghost.tangent import Call, Outputs, Way, physical
 class Shadow:
     """A value, the numbers of the parameters it was computed from, and the way back.
 
-    Without an `edge` it is the parameter itself; with `axes` it is `parameter.permute(axes)`. `leaves` are the tensors
-    of all parameters.
+    Without an `edge` it is the parameter itself, or with no `sources` a value that depends on none; with `axes` it is
+    `parameter.permute(axes)`. `leaves` are the tensors of all parameters.
     """
 
     value: Tensor
@@ -39,6 +39,8 @@ class Shadow:
 
     def derivatives(self, cotangents: Sequence[Tensor]) -> list[tuple[int, Factor]]:
         """A dense factor for each parameter, from the cotangent of the value for each sample."""
+        if not self.sources:
+            return []
         indices = sorted(self.sources)
         inputs = [self.leaves[index] for index in indices]
         rows: list[list[Tensor]] = [[] for _ in indices]
@@ -54,8 +56,8 @@ def of_parameters(leaves: Sequence[Tensor]) -> list[Shadow]:
     return [Shadow(leaf, frozenset([index]), leaves) for index, leaf in enumerate(leaves)]
 
 
-def followed(call: Call, found: Outputs, tracked: Sequence[Shadow], way: Way | None) -> list[Shadow | None]:
-    """The shadows of what came out of a call into which values with shadows went; None for what has no derivative.
+def followed(call: Call, found: Outputs, tracked: Sequence[Shadow], way: Way | None) -> list[Shadow]:
+    """The shadows of what came out of a call into which values with shadows went; what has no derivative has no source.
 
     Raises:
         UnsupportedOpError: the call is under vmap, where there is no graph for one sample's gradient.
@@ -83,10 +85,10 @@ def followed(call: Call, found: Outputs, tracked: Sequence[Shadow], way: Way | N
                     for slot, leaf in enumerate(call.leaves)
                 ]
             )
-    shadows: list[Shadow | None] = []
+    shadows: list[Shadow] = []
     for value in values:
         if not value.requires_grad:
-            shadows.append(None)
+            shadows.append(Shadow(value, frozenset(), leaves))
             continue
         axes = _axes(value, leaves, sources) if way == "rule" and owns and alone else None
         shadows.append(Shadow(value, sources, leaves, get_gradient_edge(value), axes))

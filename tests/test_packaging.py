@@ -2,6 +2,8 @@ import ast
 import doctest
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ ORDER = (
     "mixing",
     "compare",
     "check",
+    "testing.naive",
+    "testing.strategies",
+    "testing.reducer_laws",
+    "testing.rule_laws",
+    "testing",
     "attribution.in_run",
     "attribution",
     "",
@@ -145,6 +152,11 @@ def test_a_proper_import_is_no_fault() -> None:
 def test_docstring_examples_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"funcghost.{module}".rstrip(".")))
     assert found.failed == 0
+
+
+def test_hypothesis_is_not_needed_to_import_the_package() -> None:
+    code = "import sys, funcghost, funcghost.attribution; assert 'hypothesis' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_wheel_holds_the_package_and_its_type_marker() -> None:
