@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.stamp
+BENCH_STAMP := $(VENV)/.stamp-bench
 BIN := $(VENV)/bin
 
 # The pins hold in every pip run, isolated build environments included (a variable of their own since pip 25.3).
@@ -25,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
 run: $(STAMP) ## train a small language model and value its data in the run: runs/lm/report.html
 	$(BIN)/python examples/lm_in_run_shapley.py --out runs/lm --overwrite
 
@@ -40,5 +45,5 @@ lint: $(STAMP) ## ruff
 types: $(STAMP) ## mypy
 	$(BIN)/mypy
 
-bench: $(STAMP) ## run every tests/benchmarks/bench_*.py
+bench: $(BENCH_STAMP) ## run every tests/benchmarks/bench_*.py, beside the alternatives of the extra `bench`
 	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -26,19 +26,15 @@ from tests.benchmarks.bench_dot import (
     Route,
     Setting,
     agree,
-    describe,
     hf,
     interleave,
     make_plan,
     next_token_of_mapping,
     planned_routes,
-    positive,
-    quartiles,
     seconds,
-    table,
     training_gradient,
-    writable_file,
 )
+from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
 
 SIZE: dict[str, Any] = {
     "hidden_size": 256,
@@ -222,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     hf.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     setting = Setting(args.device, DTYPES["float32"], CLOCKS[args.clock])
-    about = describe(setting) | {"clock": args.clock}
+    about = describe(setting.device, setting.dtype) | {"clock": args.clock}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     budget, rows = args.seconds or (8.0 if args.quick else 45.0), []
     for name in args.cases:

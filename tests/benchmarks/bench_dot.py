@@ -6,67 +6,34 @@ README beside this file.
 
 import argparse
 import json
-import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import optree
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcghost as fg
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
+from tests.benchmarks.models import GPT, Losses, Params, half_square, next_token, perceptron
+
 hf: Any = transformers  # typed for literal arguments, not for sizes handed on from one place
 
-Params = dict[str, Tensor]
-Losses = Callable[[Params, Any], Tensor]
 Route = Callable[[], Any]
 
 LEAST_ROUNDS = 3
 FAR_SLOWER = 10.0
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.expand_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = self.inputs(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = together.movedim(-3, 0).transpose(2, 3)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.outputs(mixed.transpose(1, 2).flatten(2))
-        return x + self.contract(F.gelu(self.expand(self.expand_norm(x))))
-
-
-class GPT(nn.Module):
-    """A decoder with learned positions and a head tied to the embedding."""
-
-    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
 
 
 @dataclass(frozen=True)
@@ -108,22 +75,8 @@ class Setting:
             torch.get_device_module(self.device).synchronize(self.device)
 
 
-def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The mean cross-entropy of each row's next tokens."""
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-
 def next_token_of_mapping(output: Any, batch: dict[str, Tensor]) -> Tensor:
     return next_token(output.logits, batch["input_ids"])
-
-
-def half_square(output: Tensor, batch: Any) -> Tensor:
-    return output.square().flatten(1).sum(1) / 2
-
-
-def perceptron(widths: Sequence[int]) -> nn.Module:
-    layers = [(nn.Linear(d, p), nn.Tanh()) for d, p in pairwise(widths)]
-    return nn.Sequential(*(module for layer in layers for module in layer))
 
 
 def gpt(setting: Setting) -> Case:
@@ -214,11 +167,6 @@ class Overhead:
     sites: int
     rounds: int
     microseconds: tuple[float, float, float]
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 def seconds(route: Route, setting: Setting) -> float:
@@ -340,16 +288,6 @@ def measure_overhead(case: Case, setting: Setting, budget: float) -> Overhead:
     return Overhead(case.name, sites, len(times["plain step"]), quartiles([(a - b) / sites * 1e6 for a, b in pairs]))
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def show(comparison: Comparison) -> str:
     rows = [["route", "ms", "quartiles", "x plain", "quartiles", "x FLOPs"]]
     for route in comparison.routes:
@@ -373,35 +311,6 @@ def show_overheads(overheads: Sequence[Overhead]) -> str:
         low, middle, high = (f"{value:.0f}" for value in overhead.microseconds)
         rows.append([overhead.case, str(overhead.sites), str(overhead.rounds), middle, f"{low} - {high}"])
     return "\n" + table(rows)
-
-
-def describe(setting: Setting) -> dict[str, Any]:
-    cpu = setting.device.type == "cpu"
-    return {
-        "device": str(setting.device),
-        "device_name": platform.machine() if cpu else torch.get_device_module(setting.device).get_device_name(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "funcghost": fg.__version__,
-    }
-
-
-def writable_file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
-    return path
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be positive, found {text}")
-        return value
-
-    return parse
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -431,7 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     # vmap says that it loops where an op has no batching rule: attention kernels on the CPU.
     warnings.filterwarnings("ignore", message="There is a performance drop")
     setting = Setting(args.device, DTYPES[args.dtype], CLOCKS[args.clock])
-    report: dict[str, Any] = {"setting": describe(setting) | {"clock": args.clock}, "comparisons": [], "overheads": []}
+    report: dict[str, Any] = {
+        "setting": describe(setting.device, setting.dtype) | {"clock": args.clock},
+        "comparisons": [],
+        "overheads": [],
+    }
     print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
     for name in args.cases:
         torch.manual_seed(args.seed)

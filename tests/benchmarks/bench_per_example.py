@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.bench_dot import GPT, Losses, Params, next_token, positive, writable_file
+from tests.benchmarks.common import positive, writable_file
+from tests.benchmarks.models import GPT, Losses, Params, next_token
 
 Route = Callable[[], Any]
 
