@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import optree
 import torch
@@ -114,6 +114,14 @@ class BoundedDot(Reducer):
         """Scores and bounds."""
         scores, norms = results
         return scores, certified_bound(self.direction, norms)
+
+
+@overload
+def dot(direction: Tree, with_bound: Literal[False] = False) -> Dot: ...
+
+
+@overload
+def dot(direction: Tree, with_bound: bool) -> Dot | BoundedDot: ...
 
 
 def dot(direction: Tree, with_bound: bool = False) -> Dot | BoundedDot:

@@ -13,9 +13,9 @@ from torch import Tensor
 import funcghost as fg
 from funcghost.cost import Means
 from funcghost.factors import Factor, Lookup, Outer, dense
+from funcghost.lowrank import Direction
 from funcghost.products import _PRODUCTS, Product
-from funcghost.quadratic import SquaredNorm
-from funcghost.reducers import Direction, Directional, Reducer, register
+from funcghost.reducers import Directional, Reducer, SquaredNorm, register
 from funcghost.testing import (
     Model,
     assert_matches_naive,

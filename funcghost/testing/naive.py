@@ -8,10 +8,12 @@ import optree
 import torch
 from torch import Tensor
 
+from funcghost.algebra import apply, combine, materialize
 from funcghost.errors import InputError
 from funcghost.factors import Dense
+from funcghost.lowrank import as_dense
 from funcghost.oracle import per_sample_gradients
-from funcghost.pairs import Pairs, apply, combine, materialize
+from funcghost.pairs import Pairs
 from funcghost.planning import Options
 from funcghost.quadratic import cross, gram, squared_norm
 from funcghost.reducers import Additive, Directional, Reducer, dot, per_param, split_reducers
@@ -194,7 +196,7 @@ class _Truth:
             size = 0.0
             for column in reducer.directions(self.params) if len(self.rows) else ():
                 own = zip(column, self.columns.values(), strict=True)
-                terms = [c.abs() @ v.double().flatten().abs() for v, c in own if v is not None]
+                terms = [c.abs() @ as_dense(v).double().flatten().abs() for v, c in own if v is not None]
                 size = max(size, float(sum(terms, start=self.rows.new_zeros(1)).max()))
         else:
             degree = reducer.degree if isinstance(reducer, Additive) else 1

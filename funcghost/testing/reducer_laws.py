@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from funcghost.algebra import apply
 from funcghost.cost import Means
 from funcghost.errors import InputError
 from funcghost.factors import Factor, Outer
-from funcghost.pairs import Pairs, apply
+from funcghost.pairs import Pairs
 from funcghost.planning import Options
 from funcghost.quadratic import squared_norm
 from funcghost.reducers import (

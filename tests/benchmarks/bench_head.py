@@ -22,7 +22,8 @@ from torch import Tensor
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.bench_dot import Params, positive, writable_file
+from tests.benchmarks.common import positive, writable_file
+from tests.benchmarks.models import Params
 
 Route = Callable[[], Any]
 CONTENDERS = ("plain step", "plain step, chunked", "step with dot", "step with dot, chunked")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from lm_corpus import DOMAINS, SHORTEST, WindowSampler, build_corpus, validation_tokens
 from lm_model import GPT, HEADS, Batch, ModelSize, WindowLosses
-from tests.benchmarks.bench_dot import positive, table, writable_file
+from tests.benchmarks.common import positive, table, writable_file
 
 Params = dict[str, Tensor]
 
