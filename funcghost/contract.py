@@ -25,9 +25,13 @@ def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tenso
     """`|grad_i|^2` of one parameter from all of its uses, [b]."""
     b, sketches = samples(uses[0]), [sketch(use) for use in uses]
     route, _ = choose(sketches, sketches, (b, b), means, diagonal=True, same=True, name=name)
-    uses = [use.map(in_dtype(means.dtype)) for use in uses]
+    uses = uses if means.dtype is None else [use.map(in_dtype(means.dtype)) for use in uses]
     if route.name == "materialise":
         return _materialised_norms(uses, means.budget)
+    if len(uses) == 1 and isinstance(uses[0], Outer) and uses[0].positions == 1 and uses[0].form.blocks[0] == 1:
+        # One position of a sample: the product of two squared sizes.
+        rows, cols = (wide(value).flatten(1).square().sum(1) for value in uses[0].tensors)
+        return rows * cols
     total = _zeros(uses[0], (b,))
     for i, one in enumerate(uses):
         for j, other in enumerate(uses[i:], i):
@@ -47,8 +51,9 @@ def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means, name:
         same=same,
         name=name,
     )
-    a = [use.map(in_dtype(means.dtype)) for use in a]
-    b = a if same else [use.map(in_dtype(means.dtype)) for use in b]
+    if means.dtype is not None:
+        a = [use.map(in_dtype(means.dtype)) for use in a]
+        b = a if same else [use.map(in_dtype(means.dtype)) for use in b]
     if route.name == "materialise":
         found = _materialised_products(a, b, means.budget)
     else:
@@ -221,6 +226,9 @@ def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int)
 
 
 def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
+    if len(uses) == 1 and isinstance(uses[0], Dense):
+        value = wide(uses[0].value)
+        return torch.linalg.vector_norm(value.reshape(len(value), prod(value.shape[1:])), dim=1).square()
     b = samples(uses[0])
     form, rows, width = _slices(uses, 1, budget)
     together = max(1, min(b, width // max(rows, 1))) if width >= rows else 1
@@ -245,6 +253,10 @@ def _squares(gradients: Tensor) -> Tensor:
 
 
 def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int) -> Tensor:
+    if len(a) == len(b) == 1 and isinstance(a[0], Dense) and isinstance(b[0], Dense):
+        one, other = (wide(use.value).reshape(len(use.value), prod(use.shape)) for use in (a[0], b[0]))
+        products: Tensor = one @ other.T
+        return products
     count = samples(a[0]) + (0 if a is b else samples(b[0]))
     form, rows, width = _slices([*a, *b], count, budget)
     total = _zeros(a[0], (samples(a[0]), samples(b[0])))

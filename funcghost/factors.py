@@ -28,9 +28,17 @@ class Form:
         q, m, n = (prod(self.base[i] for i in axes) for axes in self.roles)
         return q, m, n
 
+    @property
+    def plain(self) -> bool:
+        """Whether the axes are in order."""
+        order = [i for axes in self.roles for i in axes]
+        return order == sorted(order)
+
     def fold(self, value: Tensor) -> Tensor:
         """From [..., *shape] to [..., q, m, n]."""
         lead = value.shape[: value.dim() - len(self.shape)]
+        if self.plain:
+            return value.reshape(*lead, *self.blocks)
         order = [len(lead) + i for axes in self.roles for i in axes]
         split = value.reshape(*lead, *self.base).permute(*range(len(lead)), *order)
         return split.reshape(*lead, *self.blocks)
@@ -38,6 +46,8 @@ class Form:
     def unfold(self, value: Tensor) -> Tensor:
         """From [..., q, m, n] to [..., *shape]."""
         lead = value.shape[:-3]
+        if self.plain:
+            return value.reshape(*lead, *self.shape)
         order = [i for axes in self.roles for i in axes]
         split = value.reshape(*lead, *(self.base[i] for i in order))
         back = [len(lead) + order.index(i) for i in range(len(order))]
@@ -133,6 +143,8 @@ class Dense:
 
 Factor = Outer | Lookup | Dense
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def samples(factor: Factor) -> int:
     """The number b of samples."""
@@ -146,6 +158,8 @@ def nbytes(factor: Factor) -> int:
 
 def wide(value: Tensor) -> Tensor:
     """In float32 at least."""
+    if value.dtype in _WIDE:
+        return value
     return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
 
 

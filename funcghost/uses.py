@@ -110,7 +110,8 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Whe
             g = g.unflatten(vmapped + product.out.index("g"), (product.groups, -1))
         left = _arranged(g, out, positions, [*blocks, *rows], where, batch, {})
         if product.values is None:
-            total = left.sum(1, dtype=torch.promote_types(left.dtype, torch.float32)) * product.scale
+            total = wide(left.squeeze(1)) if left.shape[1] == 1 else left.sum(1, dtype=wide(left[:0]).dtype)
+            total = total if product.scale == 1 else total * product.scale
             return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
         coefficient = lifted(product.values, saved, levels)
         given = (*(name for name, has in zip(front, levels, strict=True) if any(has)), *product.coefficient)
