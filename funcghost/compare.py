@@ -1,30 +1,28 @@
 """Funcghost and autograd on the same samples, in a column of scores for each parameter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from funcghost.mixing import distances
+from funcghost.cost import Means
+from funcghost.factors import Dense
 from funcghost.oracle import gradient_of
 from funcghost.planning import Options
 from funcghost.plans import Plan
 from funcghost.progress import progress
-from funcghost.reducers import dot
-from funcghost.report import Row
-from funcghost.run import Problem, run
+from funcghost.quadratic import squared_norm
+from funcghost.reducers import Additive, Directional, dot, per_param
+from funcghost.run import Losses, Problem, run
 from funcghost.state import untouched
 from funcghost.transforms import grad_and_reduce, reduce
 from funcghost.trees import Tree
-from funcghost.verify import shaken
+from funcghost.witness import Along
 
 TOGETHER = 8
 """How many columns are carried at once, where tangents are carried."""
-NOT_FINITE = "gradient is not finite"
-NOT_COMPARED = "not compared"
 
 Column = Sequence[Tensor | None]
 """A direction: one tensor per parameter, None for zero."""
@@ -32,37 +30,60 @@ Column = Sequence[Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """The directions to score in: one of each parameter alone, and those of the caller's reducers with their names."""
+    """What is asked for: scores in a direction of each parameter alone, and what the caller's reducers ask, by name.
+
+    `others` are the directions of those reducers that have some, `tasks` the reducers that need gradients as a whole.
+    """
 
     along: list[Tensor]
     others: list[tuple[str, Column]]
+    tasks: list[tuple[str, Additive]]
 
     @property
     def columns(self) -> list[Column]:
-        """All of them."""
+        """All directions."""
         alone = [[value if i == k else None for i in range(len(self.along))] for k, value in enumerate(self.along)]
         return [*alone, *(column for _, column in self.others)]
 
 
 @dataclass(frozen=True, eq=False)
+class Factored:
+    """What per-sample gradients say as a whole: squared norms and scores, [s, k] by parameter and for all of them.
+
+    `reduced` are the numbers of each task, flat.
+    """
+
+    norms: Tensor
+    along: Tensor
+    reduced: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Numbers:
-    """What is compared: the scores [s, k], the gradient of the sum of the losses, and the losses [b]."""
+    """What is compared: the scores [s, k], the gradient of the sum of the losses, and the losses [b].
+
+    `factored` is None where such gradients are not to be had.
+    """
 
     scores: Tensor
     gradients: list[Tensor] | None
     losses: Tensor
+    factored: Factored | None
 
 
 @dataclass(frozen=True, eq=False)
 class Truth(Numbers):
     """What autograd says, with a backward per sample.
 
-    `sizes` [s, k]: the sums of the sizes of the terms of each score. Per parameter `largest`, the sum over samples of
-    the largest entry, and whether it is `used`.
+    `sizes` [s, k]: the sums of the sizes of the terms of each score; `task_sizes` the same for each task, whose numbers
+    are NaN where samples that are not compared enter. Per parameter `largest`, the sum over samples of the largest
+    entry, and whether it is `used`.
     """
 
     gradients: list[Tensor]
+    factored: Factored
     sizes: Tensor
+    task_sizes: list[Tensor]
     largest: list[float]
     used: list[bool]
 
@@ -87,7 +108,8 @@ def direction(problem: Problem, chosen: list[int], seed: int) -> list[Tensor]:
 
 def by_autograd(problem: Problem, chosen: list[int], named: Named, what: str = "backward per sample") -> Truth:
     """The truth."""
-    columns, scores, sizes, largest = named.columns, [], [], []
+    columns, gradients = named.columns, list[list[Tensor]]()
+    scores, sizes, norms, largest = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     with untouched(problem.devices()):
         leaves = problem.leaves()
         losses = problem.evaluate(leaves)[0]
@@ -96,26 +118,37 @@ def by_autograd(problem: Problem, chosen: list[int], named: Named, what: str = "
             summed = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
         for sample in progress(chosen, f"funcghost check: {what}"):
             gradient = gradient_of(losses[sample], leaves)
-            largest.append(_column([_largest(leaf) for leaf in gradient]))
-            scores.append(_column([_score(gradient, column, of_sizes=False) for column in columns]))
-            sizes.append(_column([_score(gradient, column, of_sizes=True) for column in columns]))
+            largest.append(doubles([largest_entry(leaf) for leaf in gradient]))
+            scores.append(doubles([_score(gradient, column, of_sizes=False) for column in columns]))
+            sizes.append(doubles([_score(gradient, column, of_sizes=True) for column in columns]))
+            norms.append(doubles([_square(leaf) for leaf in gradient]))
+            if named.tasks:
+                gradients.append(gradient)
     total = [
         torch.zeros_like(leaf, requires_grad=False) if g is None else g.to_dense()
         for g, leaf in zip(summed, leaves, strict=True)
     ]
     used = [g is not None for g in summed]
+    count, names = len(leaves), problem.params.names
+    along = _with_total(torch.stack(scores), count)
+    reduced = [
+        tuple(_by_definition(task, names, chosen, gradients, len(losses), sizes=sizes) for sizes in (False, True))
+        for _, task in named.tasks
+    ]
     return Truth(
-        _with_total(torch.stack(scores), len(leaves)),
+        along,
         total,
         losses.detach(),
-        _with_total(torch.stack(sizes), len(leaves)),
+        Factored(_with_total(torch.stack(norms), count), along[:, : count + 1], [numbers for numbers, _ in reduced]),
+        _with_total(torch.stack(sizes), count),
+        [size for _, size in reduced],
         torch.stack(largest).sum(0).tolist(),
         used,
     )
 
 
 def by_funcghost(
-    problem: Problem, plan: Plan, chosen: list[int], named: Named, options: Options, reducers: Tree
+    problem: Problem, plan: Plan, chosen: list[int], named: Named, options: Options, reducers: Sequence[Directional]
 ) -> Numbers:
     """What the engine says along the plan, and the whole step as a caller gets it.
 
@@ -139,18 +172,74 @@ def by_funcghost(
     return replace(step, scores=_with_total(scores, count, whole))
 
 
-def _step(problem: Problem, plan: Plan, along: list[Tensor], options: Options, reducers: Tree) -> Numbers:
+def _step(
+    problem: Problem, plan: Plan, along: list[Tensor], options: Options, reducers: Sequence[Directional]
+) -> Numbers:
     """One step by the public function, with scores [b] in the whole direction."""
     rebuild, losses = problem.params.rebuild, problem.losses
-    params, asked = rebuild(problem.params.leaves), (dot(rebuild(along)), reducers)
+    params, asked = rebuild(problem.params.leaves), (dot(rebuild(along)), list(reducers))
     with untouched(problem.devices()):
         if options.route == "forward":
-            bare = (lambda params, batch: losses(params, batch)[0]) if problem.has_aux else losses
-            scores = reduce(bare, options=options, plan=plan)(params, problem.batch, asked)[0]
-            return Numbers(scores, None, problem.evaluate(problem.leaves())[0].detach())
+            scores = reduce(_bare(problem), options=options, plan=plan)(params, problem.batch, asked)[0]
+            return Numbers(scores, None, problem.evaluate(problem.leaves())[0].detach(), None)
         step = grad_and_reduce(losses, reduction="sum", has_aux=problem.has_aux, options=options, plan=plan)
         out = step(params, problem.batch, asked)
-    return Numbers(out.reduced[0], [leaf.to_dense() for leaf in optree.tree_leaves(out.grads)], out.losses)
+    return Numbers(out.reduced[0], [leaf.to_dense() for leaf in optree.tree_leaves(out.grads)], out.losses, None)
+
+
+def factored(problem: Problem, plan: Plan, chosen: list[int], named: Named, options: Options) -> Factored:
+    """What funcghost says of per-sample gradients as a whole, in a step as a caller gets it.
+
+    The law of factors is not checked on the way: here is what shows where they are wrong.
+
+    Raises:
+        GhostError: there are none to be had.
+    """
+    names, unverified = problem.params.names, replace(options, verify="never")
+    along = Along(dict(zip(names, named.along, strict=True)))
+    asked = (per_param(squared_norm()), per_param(along), [task for _, task in named.tasks])
+    with untouched(problem.devices()):
+        score = reduce(_bare(problem), options=unverified, plan=plan)
+        found, scores, reduced = score(problem.params.rebuild(problem.params.leaves), problem.batch, asked)
+
+    def of_samples(parts: Mapping[str, Tensor]) -> Tensor:
+        values = torch.stack([parts[name][chosen].double().cpu() for name in names], 1)
+        return _with_total(values, len(names))
+
+    return Factored(of_samples(found), of_samples(scores), [_flat(numbers) for numbers in reduced])
+
+
+def _by_definition(
+    task: Additive,
+    names: Sequence[str],
+    chosen: list[int],
+    gradients: Sequence[Sequence[Tensor]],
+    batch: int,
+    *,
+    sizes: bool,
+) -> Tensor:
+    """The numbers of a task from the gradients themselves, or from the sizes of their entries, flat.
+
+    The gradients of samples that are not compared are NaN, and so is all that they enter.
+    """
+    parts = {}
+    for k, name in enumerate(names):
+        own = torch.stack([gradient[k] for gradient in gradients])
+        whole = own.new_full((batch, *own.shape[1:]), torch.nan)
+        whole[chosen] = own.abs() if sizes else own
+        parts[name] = task.of_parameter(name, [Dense(whole)], Means())
+    return _flat(task.result(parts))
+
+
+def _flat(numbers: Tree) -> Tensor:
+    leaves = [leaf.detach().double().cpu().flatten() for leaf in optree.tree_leaves(numbers)]
+    return torch.cat(leaves) if leaves else doubles([])
+
+
+def _bare(problem: Problem) -> Losses:
+    """The losses without what else they return."""
+    losses = problem.losses
+    return (lambda params, batch: losses(params, batch)[0]) if problem.has_aux else losses
 
 
 def _with_total(values: Tensor, count: int, total: Tensor | None = None) -> Tensor:
@@ -159,116 +248,14 @@ def _with_total(values: Tensor, count: int, total: Tensor | None = None) -> Tens
     return torch.cat([values[:, :count], summed.unsqueeze(1), values[:, count:]], 1)
 
 
-# -- verdicts ----------------------------------------------------------------------------------
-
-
-class Judge:
-    """Holds numbers to the truth, with a tolerance relative to the size of terms, and another for rounding.
-
-    Where an error is too large, `nearby` (the truth at parameters off by rounding, twice) says whether that is
-    rounding: a sum whose terms cancel inside an op is nothing else.
-    """
-
-    def __init__(self, problem: Problem, chosen: list[int], named: Named, eps: float, tolerance: float) -> None:
-        self.problem, self.chosen, self.named = problem, chosen, named
-        self.eps, self.tolerance = eps, tolerance
-        self.small = eps ** (1 / 3)  # times the tolerance: the rounding of the largest terms of all parameters
-
-    def judge(self, rows: list[Row], truth: Truth, found: Numbers) -> None:
-        """Fills in the errors and verdicts of the rows."""
-        off, scales = (found.scores - truth.scores).abs(), self._score_scales(truth)
-        off_gradients, gradient_scales = self._gradient_errors(truth, found)
-        spread, gradient_spread = torch.zeros_like(off), [0.0] * len(off_gradients)
-        if bool((off > self.tolerance * scales).any()) or any(
-            error > self.tolerance * scale for error, scale in zip(off_gradients, gradient_scales, strict=True)
-        ):
-            spread, gradient_spread = self._rounding(truth)
-        known = truth.scores.isfinite()
-        agrees = ((off <= self.tolerance * scales) | (off <= spread) | ~known).all(0).tolist()
-        for k, row in enumerate(rows):
-            row["dots"] = _ratio(off[:, k][known[:, k]], scales[:, k][known[:, k]])
-            notes = [] if agrees[k] else ["dots"]
-            finite = bool(known[:, k].all())
-            if k < len(off_gradients):
-                finite = finite and bool(truth.gradients[k].isfinite().all())
-                row["grads"] = _ratio(_column([off_gradients[k]]), _column([gradient_scales[k]]))
-                within = off_gradients[k] <= max(self.tolerance * gradient_scales[k], gradient_spread[k])
-                notes += [] if within or not bool(truth.gradients[k].isfinite().all()) else ["grads"]
-            if not finite:
-                notes.append(NOT_FINITE)
-            row["ok"] = not notes
-            if not notes and max(row["dots"] or 0.0, row["grads"] or 0.0) > self.tolerance:
-                notes.append("rounding")
-            if not notes and k < len(truth.used) and not truth.largest[k]:
-                notes.append("zero gradient" if truth.used[k] else "unused")
-            row["note"] = ", ".join(notes)
-
-    def same_losses(self, truth: Truth, found: Numbers) -> bool:
-        """Whether the step gives the losses that the function gives."""
-        size = truth.losses.abs().double().nan_to_num(0, 0, 0)
-        return bool((distances(truth.losses, found.losses) <= self.tolerance * (size + size.max())).all())
-
-    def _score_scales(self, truth: Truth) -> Tensor:
-        """The size of the terms of each score; terms that cancel within an op are bounded by those of other samples."""
-        sizes = truth.sizes.nan_to_num(0, 0, 0)
-        scales: Tensor = sizes + sizes.amax(0) + self.small * float(sizes[:, : len(truth.used)].max())
-        return scales
-
-    def _gradient_errors(self, truth: Truth, found: Numbers) -> tuple[list[float], list[float]]:
-        """The largest error in the training gradient of each parameter, and what it is relative to."""
-        if found.gradients is None:
-            return [], []
-        sizes = [_largest(gradient) + size for gradient, size in zip(truth.gradients, truth.largest, strict=True)]
-        floor = self.small * max((size for size in sizes if size < float("inf")), default=0.0)
-        errors = [_largest(a - b) for a, b in zip(found.gradients, truth.gradients, strict=True)]
-        return errors, [size + floor for size in sizes]
-
-    def _rounding(self, truth: Truth) -> tuple[Tensor, list[float]]:
-        """What a change of the parameters by rounding does to scores and gradients, times 16."""
-        near = [
-            by_autograd(nearby(self.problem, self.eps, seed), self.chosen, self.named, "rounding") for seed in (1, 2)
-        ]
-        moved = torch.stack([(other.scores - truth.scores).abs() for other in near]).amax(0)
-        pairs = zip(truth.gradients, *(other.gradients for other in near), strict=True)
-        return 16 * moved, [16 * max(_largest(a - b), _largest(a - c)) for a, b, c in pairs]
-
-
-def nearby(problem: Problem, eps: float, seed: int) -> Problem:
-    """The same problem with every parameter off by a little rounding."""
-    size = eps * (64 if eps < 1e-5 else 1)
-    leaves = enumerate(problem.params.leaves)
-    return replace(problem, point=tuple(shaken(leaf, size, 1000 * seed + number) for number, leaf in leaves))
-
-
-def blank_rows(problem: Problem, plan: Plan | None, named: Named) -> list[Row]:
-    """The rows of the report, before anything is compared."""
-    nothing = {"uses": None, "layout": "", "way": "", "grads": None, "dots": None, "ok": False, "note": NOT_COMPARED}
-    leaves = zip(problem.params.names, problem.params.leaves, strict=True)
-    rows: list[Row] = [
-        {"kind": "parameter", "name": name, "shape": list(leaf.shape), **nothing, **_uses(name, plan)}
-        for name, leaf in leaves
-    ]
-    names = [("all", "all parameters"), *(("reducer", name) for name, _ in named.others)]
-    return rows + [{"kind": kind, "name": name, "shape": None, **nothing} for kind, name in names]
-
-
-def _uses(name: str, plan: Plan | None) -> dict[str, Any]:
-    """What the plan does with a parameter."""
-    if plan is None:
-        return {}
-    sites = [site for site in plan.sites if name in site.parameters and site.action != "skip"]
-    layouts = ["carried" if s.action == "carry" else str(x) for s in sites for x in s.layouts if x != "constant"]
-    ways = [site.way or "?" for site in sites]
-    return {"uses": len(sites), "layout": ", ".join(dict.fromkeys(layouts)), "way": ", ".join(dict.fromkeys(ways))}
-
-
 def _score(gradient: Sequence[Tensor], column: Column, *, of_sizes: bool) -> float:
     """`<gradient, column>`, or the sum of the sizes of its terms."""
     terms = (_wide(g) * _wide(v) for g, v in zip(gradient, column, strict=True) if v is not None)
     return sum(float((term.abs() if of_sizes else term).sum(dtype=torch.float64)) for term in terms)
 
 
-def _column(values: Sequence[float]) -> Tensor:
+def doubles(values: Sequence[float]) -> Tensor:
+    """In float64, on the host."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
@@ -277,18 +264,16 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def _square(value: Tensor) -> float:
+    """The squared norm; infinite where that is no number."""
+    norm = float(torch.linalg.vector_norm(_wide(value), dtype=torch.float64))
+    return norm * norm
+
+
 def _norm(value: Tensor) -> float:
     return max(float(torch.linalg.vector_norm(_wide(value), dtype=torch.float64)), 1e-30)
 
 
-def _largest(value: Tensor) -> float:
+def largest_entry(value: Tensor) -> float:
     """The size of the largest entry."""
     return float(value.abs().max()) if value.numel() else 0.0
-
-
-def _ratio(errors: Tensor, scales: Tensor) -> float | None:
-    """The largest relative error; None where that is not a number, or there are none."""
-    if not len(errors):
-        return None
-    found = float(torch.where(errors == 0, 0.0, errors / scales).max())
-    return found if found < float("inf") else None

@@ -16,10 +16,13 @@ class Report:
     Attributes:
         rows: a dict for each parameter, for all of them together, and for each column of the caller's reducers, with
             the keys `kind` ("parameter", "all", "reducer"), `name`, `shape`, `uses` (ops it goes into), `layout` and
-            `way` (how `J V` is had) as in the plan, `grads` and `dots` (the largest errors found, relative to the size
-            of the terms; None: not compared, or not a number), `ok` and `note`.
+            `way` (how `J V` is had) as in the plan, `grads`, `dots` and `norms` (the largest errors found, relative to
+            the size of the terms; None: not compared, or not a number), `ok` and `note`, which names the columns that
+            are off, or "factors" for products of factored gradients with the direction of `dots`. `norms` are squared;
+            for reducers such as `fg.gram()`, which have no direction, it is the error of their numbers.
         facts: `batch`, `samples` (those compared), `precision`, `tolerance`, `deterministic`, `mixing` ("yes", "no",
-            "unknown") with `mixing_note`, `unused` and `zero_gradient` (names of parameters), `not_finite` (samples).
+            "unknown") with `mixing_note`, `norms` ("yes": compared, "no") with `norms_note`, `unused` and
+            `zero_gradient` (names of parameters), `not_finite` (samples).
         failures: what is wrong and what to do, one sentence or more each.
 
     All of it is made of dicts, lists, strings and numbers that JSON knows.
@@ -61,14 +64,15 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-_HEAD = ("parameter", "shape", "uses", "layout", "J V by", "grads", "dots", "")
+_HEAD = ("parameter", "shape", "uses", "layout", "J V by", "grads", "dots", "norms", "")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     shape = "" if row["shape"] is None else "x".join(map(str, row["shape"])) or "scalar"
     uses = "" if row["uses"] is None else str(row["uses"])
     verdict = "; ".join(part for part in ("ok" if row["ok"] else "FAILED", row["note"]) if part)
-    return (row["name"], shape, uses, row["layout"], row["way"], _error(row["grads"]), _error(row["dots"]), verdict)
+    errors = (_error(row[column]) for column in ("grads", "dots", "norms"))
+    return (row["name"], shape, uses, row["layout"], row["way"], *errors, verdict)
 
 
 def _error(value: float | None) -> str:
@@ -82,6 +86,8 @@ def _sentences(facts: dict[str, Any]) -> list[str]:
         f"losses: {'the same' if facts['deterministic'] else 'NOT the same'} for the same random state; samples mix: "
         f"{facts['mixing']} ({facts['mixing_note']})",
     ]
+    if facts["norms"] == "no":
+        lines.append(f"norms were not compared: {facts['norms_note']}")
     for key, what in (
         ("unused", "never used by the losses"),
         ("zero_gradient", "used, with zero gradient in these samples"),

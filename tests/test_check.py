@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcghost as fg
-from funcghost import compare, progress
+from funcghost import compare, contract, products, progress
 from funcghost.__main__ import main
 from funcghost.check import lowest_precision
 from funcghost.layout import Layout
 from funcghost.planning import Options
+from funcghost.products import Product
 from funcghost.run import run
 from funcghost.transforms import grad_and_reduce
 from tests.awkward import CASES
@@ -107,11 +109,16 @@ def test_terms_that_cancel_are_rounding() -> None:
     def losses(p: Params, x: Tensor) -> Tensor:
         return (1e5 * (x @ p["w"]) + 1).square().sum(1) - (1e5 * (x @ p["w"])).square().sum(1)
 
-    report = fg.check(losses, {"w": torch.randn(6, 3)}, torch.randn(4, 6))
+    params, x = {"w": torch.randn(6, 3)}, torch.randn(4, 6)
+    report = fg.check(losses, params, x, options=Options(route="materialise"))
     assert report.ok, str(report)
     row = named(report)["w"]
     assert row["dots"] > report.facts["tolerance"]
     assert row["note"] == "rounding"
+    # Products of the positions of one use with those of the other lose what is left of the norm.
+    report = fg.check(losses, params, x, options=Options(route="ghost"))
+    assert named(report)["w"]["note"] == "norms"
+    assert "Options(route='materialise')" in report.failures[0]
     fg.register_rule(Tensor.matmul, linear="each", factor=lambda a: torch.tensor(1.5))
     assert not fg.check(losses, {"w": torch.randn(6, 3)}, torch.randn(4, 6)).ok
 
@@ -170,6 +177,136 @@ def test_directions_of_reducers_are_checked() -> None:
     found = [row["name"] for row in report.rows if row["kind"] == "reducer"]
     assert found == ["reducer one", "reducer two.0[:, 0]", "reducer two.0[:, 1]"]
     assert [row["name"] for row in fg.check(losses, params, batch, fg.dot(like(params))).rows][-1] == "reducer Dot"
+
+
+REDUCERS: dict[str, Callable[[], fg.Reducer]] = {
+    "norm": fg.squared_norm,
+    "gram": fg.gram,
+    "by parameter": lambda: fg.per_param(fg.gram()),
+    "cross": lambda: fg.cross(1),
+    "rademacher": lambda: fg.project(7, 3, "rademacher"),
+    "gaussian": lambda: fg.project(7, 3, "gaussian"),
+    "kronecker": lambda: fg.project(7, 3, "kronecker"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_reducers_of_whole_gradients_are_checked(dtype: torch.dtype) -> None:
+    reducers = {name: make() for name, make in REDUCERS.items()}
+    made = net(dtype)
+    report = fg.check(*made, [reducers, fg.dot(like(made[1]))])
+    assert report.ok, str(report)
+    found = {name: row for name, row in named(report).items() if row["kind"] == "reducer"}
+    assert found.keys() == {"reducer 1", *(f"reducer 0.{name}" for name in REDUCERS)}
+    for name, row in found.items():
+        assert (row["norms"] is None) == (name == "reducer 1") == (row["dots"] is not None)
+        assert row["grads"] is None
+
+
+def test_norms_of_every_parameter_are_compared() -> None:
+    _, losses, params = small_gpt(dropout=0.2)
+    report = fg.check(losses, params, rows())
+    assert report.ok
+    assert report.facts["norms"] == "yes"
+    assert all(row["norms"] is not None and row["norms"] < report.facts["tolerance"] for row in report.rows)
+    assert any(row["norms"] > 0 for row in report.rows)
+
+
+@pytest.mark.parametrize("samples", [None, 2, 3])
+def test_what_samples_compared_determine_of_a_reducer(samples: int | None) -> None:
+    """The others enter numbers that are left out."""
+    losses, params, _ = net()
+    reducers = {"gram": fg.gram(), "project": fg.project(5), "cross": fg.cross(10)}
+    report = fg.check(losses, params, normal(20, 6), reducers, samples=samples, seed=1)
+    assert report.ok, str(report)
+    report = fg.check(losses, params, normal(20, 6), {"last": fg.cross(1)}, samples=1)
+    assert named(report)["reducer last"]["note"] == "not compared"
+    assert report.failures == ["No number of reducer last is of samples compared alone. Compare all, with samples=."]
+
+
+WRONG_PRODUCTS: dict[str, tuple[Callable[[Product], Product | None], str]] = {
+    "larger": (lambda product: replace(product, scale=1.01), "norms, factors"),
+    "opposite": (lambda product: replace(product, scale=-1.0), "factors"),
+    "unknown": (lambda product: None, ""),  # then autograd gives the factor
+}
+
+
+@pytest.mark.parametrize("options", [None, Options(verify="never")], ids=["planned", "unverified"])
+@pytest.mark.parametrize("name", WRONG_PRODUCTS)
+def test_a_wrong_description_of_a_product_is_found(
+    name: str, options: Options | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, note = WRONG_PRODUCTS[name]
+    names, describe = products._PRODUCTS[F.linear]
+
+    def changed(*given: Any) -> Any:
+        product = describe(*given)
+        return change(product) if isinstance(product, Product) else product
+
+    monkeypatch.setitem(products._PRODUCTS, F.linear, (names, changed))
+    report = fg.check(*net(), {"gram": fg.gram()}, options=options)
+    assert report.ok == (not note)
+    assert {row["note"] for row in report.rows if row["kind"] != "reducer"} == {note}
+    assert named(report)["reducer gram"]["ok"] == (name != "larger")
+    assert all(row["dots"] <= report.facts["tolerance"] for row in report.rows[:5])
+    if note:
+        [said] = report.failures
+        assert said.startswith("Scores are right, but what is made of factored gradients is wrong for 0.bias, 0.weight")
+
+
+def test_a_wrong_reducer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of factors is not what it makes of the gradients themselves."""
+    ghost = contract._ghost_matrix
+    monkeypatch.setattr(contract, "_ghost_matrix", lambda *given: 1.001 * ghost(*given))
+    report = fg.check(*net(), [fg.gram(), fg.squared_norm()], options=Options(route="ghost"))
+    assert {row["name"] for row in report.rows if not row["ok"]} == {"reducer 0"}
+    assert "wrong for reducer 0. " in report.failures[0]
+
+
+def in_chunks() -> Made:
+    """A tangent is carried through `vmap`, which has no graph for one sample."""
+    loss: Any = fg.per_example(
+        lambda p, x: (x @ torch.cat([p["w"], x.mean() * p["w"]], 1)).square().sum(), chunk_size=2
+    )
+    return loss, {"w": normal(6, 3)}, normal(4, 6)
+
+
+NOT_TO_BE_HAD: dict[str, tuple[Callable[[], Made], Options | None, str]] = {
+    "vmap in chunks": (in_chunks, None, "UnsupportedOpError: .*Leave chunk_size out"),
+    "no memory": (net, Options(memory_budget=1), "MemoryBudgetError: "),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TO_BE_HAD)
+def test_norms_that_are_not_to_be_had_are_a_fact(name: str) -> None:
+    make, options, note = NOT_TO_BE_HAD[name]
+    report = fg.check(*make(), options=options)
+    assert report.ok, str(report)
+    assert report.facts["norms"] == "no"
+    assert re.match(note, report.facts["norms_note"])
+    assert f"norms were not compared: {report.facts['norms_note']}" in str(report)
+    assert all(row["norms"] is None and row["dots"] is not None for row in report.rows)
+    report = fg.check(*make(), {"gram": fg.gram()}, options=options)
+    assert not report.ok
+    assert named(report)["reducer gram"]["note"] == "not compared"
+    assert report.failures == [f"For reducer gram the step raises {report.facts['norms_note']}"]
+
+
+def test_the_tolerance_of_norms_is_that_of_the_dtype_to_contract_in() -> None:
+    report = fg.check(*net(torch.float32), fg.gram(), options=Options(compute_dtype=torch.bfloat16))
+    assert report.ok, str(report)
+    assert report.facts["precision"] == "bfloat16"
+    assert max(row["norms"] for row in report.rows) > torch.finfo(torch.float32).eps ** (2 / 3)
+
+
+def test_directions_of_low_rank_are_checked_with_the_norms_of_their_bounds() -> None:
+    losses, params, batch = net()
+    bounded = fg.dot(fg.compress(like(params), rank=1), with_bound=True)
+    report = fg.check(losses, params, batch, [bounded, fg.dot(like(params), with_bound=True)])
+    assert report.ok, str(report)
+    found = [(row["name"], row["dots"] is None) for row in report.rows if row["kind"] == "reducer"]
+    names = [("reducer 0", False), ("reducer 1", False), ("reducer 0, norms", True), ("reducer 1, norms", True)]
+    assert found == names
 
 
 # -- defects -------------------------------------------------------------------------------------
@@ -577,10 +714,10 @@ def test_wrong_arguments_raise_at_once(name: str) -> None:
 def test_the_report_is_a_table_and_plain_values() -> None:
     report = fg.check(*net())
     head, *lines = str(report).splitlines()
-    assert head.split() == ["parameter", "shape", "uses", "layout", "J", "V", "by", "grads", "dots"]
+    assert head.split() == ["parameter", "shape", "uses", "layout", "J", "V", "by", "grads", "dots", "norms"]
     column = head.index("dots")
     assert {line[column - 2 : column] for line in lines[:5]} == {"  "}
-    assert all(line[column:].split()[1] == "ok" for line in lines[:5])
+    assert all(line[column:].split()[2] == "ok" for line in lines[:5])
     assert lines[-1] == "ok: everything agrees"
     whole = json.loads(report.to_json())
     assert whole == {"ok": True, "facts": report.facts, "rows": report.rows, "failures": []}

@@ -4,6 +4,8 @@ import pytest
 
 import custom_loop
 import mislabelled_digits
+import private_digits
+import prune_digits
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -20,6 +22,21 @@ def test_mislabelled_digits_are_found_and_drawn(tmp_path: Path, capsys: pytest.C
     assert summary.precision > 0.8
     assert sheet.read_bytes().startswith(PNG)
     assert f"AUROC               {summary.auroc:.3f}" in capsys.readouterr().out
+
+
+def test_private_digits_are_learnt(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = private_digits.main([])
+    assert summary.accuracy > 0.85
+    assert summary.error < 1e-6
+    assert 0.1 < summary.clipped < 0.9
+    assert f"test accuracy          {summary.accuracy:.3f}" in capsys.readouterr().out
+
+
+def test_digits_of_large_gradients_are_worth_more(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = prune_digits.main([])
+    assert summary.accuracy["low"] + 0.05 < min(summary.accuracy["high"], summary.accuracy["random"])
+    assert summary.effective_rank["low"] < summary.effective_rank["random"]
+    assert "rank correlation of GraNd and EL2N 0.9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ ORDER = (
     "report",
     "mixing",
     "compare",
+    "judge",
     "check",
     "testing.naive",
     "testing.strategies",
