@@ -91,7 +91,7 @@ def test_bilinear(kept: fg.Pairs, a: int, b: int) -> None:
         other = shifted(uses)
         one = [use.map(lambda v: v[: len(v) - 1]) for use in uses]
         for route in ("ghost", "materialise"):
-            means = Means(route=route)  # type: ignore[arg-type]
+            means = Means(route=route)
             both = inner_products([*times(one, a), *times(other, b)], uses, means)
             apart = a * inner_products(one, uses, means) + b * inner_products(other, uses, means)
             assert torch.equal(both, apart)
@@ -245,7 +245,7 @@ def test_a_route_is_forced() -> None:
         return (x @ p["w"]).sum((1, 2))
 
     for route in ("ghost", "materialise"):
-        plan = fg.plan(losses, params, x, [fg.gram(), fg.squared_norm()], fg.Options(route=route))  # type: ignore[arg-type]
+        plan = fg.plan(losses, params, x, [fg.gram(), fg.squared_norm()], fg.Options(route=route))
         assert [row.route for row in plan.contractions] == [route, route]
 
 
