@@ -74,12 +74,14 @@ class PerSegment(Directional):
     def result(self, scores: Tensor, params: Params) -> Any:
         """[b, s]."""
         ids = self.segment_ids
+        if not len(scores) and not len(ids):  # nothing has come past, and nothing says how many positions there are
+            return self.reducer.result(scores.new_zeros((0, self.segments, scores.shape[-1])), params)
         if ids.shape != scores.shape[:2]:
             raise InputError(
                 f"per_segment: segment_ids must be [b, t], {list(scores.shape[:2])} for this batch, found "
                 f"{list(ids.shape)}."
             )
-        kept = torch.where(ids < 0, self.segments, ids).unsqueeze(-1).expand(scores.shape)
+        kept = torch.where((ids < 0) | (ids >= self.segments), self.segments, ids).unsqueeze(-1).expand(scores.shape)
         total = scores.new_zeros((len(scores), self.segments + 1, scores.shape[-1])).scatter_add(1, kept, scores)
         return self.reducer.result(total[:, :-1], params)
 
@@ -98,9 +100,10 @@ def per_segment(reducer: Dot, segment_ids: Tensor, segments: int | None = None) 
         reducer: `fg.dot(direction)`.
         segment_ids: the segment of each position.
         segments: how many there are; by default one more than the largest id, which waits for the device once, here.
+            Larger ids are left out where looking at them would mean to wait.
 
     Raises:
-        InputError: the ids are not integers [b, t], or the reducer is not `fg.dot(...)`.
+        InputError: the ids are not integers [b, t], or more than `segments`, or the reducer is not `fg.dot(...)`.
         SampleAxisError: (when used) as in `per_token`.
 
     Example:
@@ -120,6 +123,8 @@ def per_segment(reducer: Dot, segment_ids: Tensor, segments: int | None = None) 
         if segment_ids.is_meta:
             raise InputError("per_segment: ids on the meta device have no values: pass segments=, their number.")
         segments = int(segment_ids.max()) + 1 if segment_ids.numel() else 0
+    elif segment_ids.device.type == "cpu" and segment_ids.numel() and int(segment_ids.max()) >= segments:
+        raise InputError(f"per_segment: there is an id {int(segment_ids.max())}, and segments={segments} is too few.")
     return PerSegment(reducer, segment_ids, segments)
 
 

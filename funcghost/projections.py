@@ -7,8 +7,8 @@ and for every split of the batch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import ClassVar, Literal
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ def _bits(seed: int, places: Tensor, columns: Tensor) -> Tensor:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A number for a parameter."""
-    return (seed * 0x9E3779B97F4A7C15 + crc32(name.encode()) * 0x2545F4914F6CDD1D) % 2**63
+    """64 bits for a parameter, that have nothing to do with those of another name or another seed."""
+    return int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def numbers(kind: str, seed: int, places: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+import optree
+import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +16,7 @@ import funcghost as fg
 from funcghost.cost import Means
 from funcghost.factors import Dense
 from funcghost.oracle import per_sample_gradients
+from funcghost.testing import pairs as drawn_pairs
 from tests.naive import gradient
 from tests.programs import Program, programs
 
@@ -103,3 +107,146 @@ def test_pairs_are_the_gradients(program: Program, options: fg.Options, seed: in
 
 
 MEANS = Means()
+
+
+# -- Pairs as values ------------------------------------------------------------------------------------------
+
+
+def taken_apart(pairs: Any) -> tuple[list[Tensor], Any]:
+    return optree.tree_flatten(pairs)
+
+
+def same(found: fg.Pairs, wanted: fg.Pairs) -> bool:
+    """Whether both hold the same factors."""
+    (leaves, spec), (others, other) = taken_apart(found), taken_apart(wanted)
+    return spec == other and all(torch.equal(a, b) for a, b in zip(leaves, others, strict=True))
+
+
+def materialized(pairs: fg.Pairs) -> Tensor:
+    return flat(fg.materialize(pairs))
+
+
+@given(pairs=drawn_pairs())
+def test_a_pytree_for_optree_and_for_torch(pairs: fg.Pairs) -> None:
+    nest: Any = pairs
+    leaves, spec = optree.tree_flatten(nest)
+    assert sum(leaf.numel() * leaf.element_size() for leaf in leaves) == pairs.nbytes
+    again: Any = optree.tree_unflatten(spec, leaves)
+    assert isinstance(again, fg.Pairs)
+    assert same(again, pairs)
+    assert repr(again) == repr(pairs)
+    leaves, context = torch.utils._pytree.tree_flatten(pairs)
+    again = torch.utils._pytree.tree_unflatten(leaves, context)
+    assert same(again, pairs)
+    doubled: Any = optree.tree_map(lambda leaf: leaf * 2 if leaf.is_floating_point() else leaf, nest)
+    assert len(doubled) == len(pairs)
+    assert spec == optree.tree_structure(doubled)
+
+
+@given(pairs=drawn_pairs(), drawn=st.data())
+def test_choosing_samples(pairs: fg.Pairs, drawn: st.DataObject) -> None:
+    b, rows = len(pairs), materialized(pairs)
+    for start in range(b):
+        assert torch.equal(materialized(pairs[start]), rows[start : start + 1])
+        assert torch.equal(materialized(pairs[start - b]), rows[start : start + 1])
+    part = drawn.draw(st.slices(b).filter(lambda s: (s.step or 1) > 0), label="slice")
+    assert torch.equal(materialized(pairs[part]), rows[part])
+    mask = torch.tensor(drawn.draw(st.lists(st.booleans(), min_size=b, max_size=b)), dtype=torch.bool)
+    assert torch.equal(materialized(pairs[mask]), rows[mask])
+    index = torch.tensor(drawn.draw(st.lists(st.integers(0, max(b - 1, 0)), max_size=6 if b else 0)), dtype=torch.int64)
+    assert torch.equal(materialized(pairs[index]), rows[index])
+    for beyond in (b, -b - 1):
+        with pytest.raises(IndexError):
+            pairs[beyond]
+
+
+@given(pairs=drawn_pairs(integers=True), cut=st.integers(0, 4))
+def test_cat_undoes_a_split(pairs: fg.Pairs, cut: int) -> None:
+    parts = [pairs[:cut], pairs[cut:]]
+    assert same(fg.Pairs.cat(parts), pairs)
+    assert same(fg.Pairs.cat([pairs]), pairs)
+
+
+def tied(p: dict[str, Tensor], i: Tensor) -> Tensor:
+    return F.linear(F.embedding(i, p["table"]).tanh() * p["scale"], p["table"]).sin().sum((1, 2))
+
+
+def tied_params() -> dict[str, Tensor]:
+    return {"table": torch.randn(6, 3, dtype=torch.float64), "scale": torch.randn(3, dtype=torch.float64)}
+
+
+def test_cat_of_rows_of_other_lengths() -> None:
+    params, lengths = tied_params(), (2, 5, 1)
+    batches = [torch.randint(0, 6, (3, length)) for length in lengths]
+    apart = [fg.pairs(tied)(params, batch) for batch in batches]
+    together = fg.Pairs.cat(apart)
+    rows = torch.cat([flat(per_sample_gradients(tied, params, batch)) for batch in batches])
+    torch.testing.assert_close(materialized(together), rows)
+    for route in ("ghost", "materialise"):
+        options = fg.Options(route=route)
+        torch.testing.assert_close(fg.apply(fg.gram(), together, options=options), rows @ rows.T)
+        wanted = rows @ rows[3:6].T
+        torch.testing.assert_close(fg.cross_dots(together, apart[1], options=options), wanted)
+    projected = torch.cat([fg.apply(fg.project(4), part) for part in apart])
+    torch.testing.assert_close(fg.apply(fg.project(4), together), projected)
+
+
+@given(pairs=drawn_pairs(integers=True))
+def test_to_another_dtype_and_device(pairs: fg.Pairs) -> None:
+    narrow = pairs.to(torch.float32)
+    assert torch.equal(materialized(narrow), materialized(pairs))  # the parameters' dtype, whole numbers
+    assert all(leaf.dtype in (torch.float32, torch.int64) for leaf in taken_apart(narrow)[0])
+    away = pairs.to("meta")
+    assert all(leaf.is_meta for leaf in taken_apart(away)[0])
+    assert len(away) == len(pairs)
+    if len(pairs):
+        assert fg.apply(fg.squared_norm(), away).is_meta
+
+
+def test_repr_says_what_there_is() -> None:
+    pairs = fg.pairs(tied)(tied_params(), torch.randint(0, 6, (2, 4)))
+    assert repr(pairs).splitlines() == [
+        f"Pairs of 2 samples, {pairs.nbytes} bytes",
+        "  scale  3    dense",
+        "  table  6x3  outer, 4 positions; lookup, 4 positions",
+    ]
+
+
+def test_cosine_is_bounded_and_zero_for_zero() -> None:
+    params, tokens = tied_params(), torch.randint(0, 6, (4, 3))
+    pairs = fg.pairs(lambda p, i: tied(p, i) * torch.tensor([1.0, 2.0, 0.0, -1.0]).double())(params, tokens)
+    rows = materialized(pairs)
+    found = fg.cosine(pairs, pairs[:2])
+    torch.testing.assert_close(found, F.cosine_similarity(rows[:, None], rows[None, :2], dim=2))
+    assert torch.equal(found[2], torch.zeros(2, dtype=torch.float64))
+
+
+def test_what_pairs_cannot_be_asked() -> None:
+    params, tokens = tied_params(), torch.randint(0, 6, (4, 3))
+    pairs = fg.pairs(tied)(params, tokens)
+    others = fg.pairs(lambda p, x: (x @ p["w"]).sum(1))({"w": torch.randn(3, 2)}, torch.randn(4, 3))
+    smaller = fg.pairs(tied)({k: v[:2] for k, v in params.items()} | {"scale": params["scale"]}, tokens.clamp(max=1))
+    wrong: Any = torch.ones(4)
+    for parts in ([], [pairs, wrong], [pairs, others], [pairs, smaller]):
+        with pytest.raises(fg.InputError, match=r"Pairs\.cat"):
+            fg.Pairs.cat(parts)
+    for other, phrase in ((others, "same parameters"), (smaller, "another shape"), (wrong, "takes Pairs")):
+        with pytest.raises(fg.InputError, match=phrase):
+            fg.cross_dots(pairs, other)
+        with pytest.raises(fg.InputError, match=phrase):
+            fg.cosine(pairs, other)
+    for weights in (torch.ones(3), torch.ones(4, 1), torch.ones(4, dtype=torch.int64), 1.0):
+        with pytest.raises(fg.InputError, match=r"combine: weights must be floating numbers \[4\]"):
+            fg.combine(pairs, weights)  # type: ignore[arg-type]
+    for call in (fg.materialize, lambda p: fg.apply(fg.gram(), p), lambda p: fg.combine(p, torch.ones(4))):
+        with pytest.raises(fg.InputError, match="takes Pairs"):
+            call(wrong)
+    with pytest.raises(fg.InputError, match="every leaf must be a reducer"):
+        fg.apply({"a": 3}, pairs)
+    with pytest.raises(fg.InputError, match="missing leaves"):
+        fg.apply(fg.dot({"w": torch.ones(2)}), pairs)
+    with pytest.raises(fg.InputError, match="cross: num_val=5"):
+        fg.apply(fg.cross(5), pairs)
+    for number in (0, -1, 1.0, True):
+        with pytest.raises(fg.InputError, match="cross: num_val must be"):
+            fg.cross(number)  # type: ignore[arg-type]
