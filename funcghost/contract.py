@@ -228,7 +228,7 @@ def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int)
 def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     if len(uses) == 1 and isinstance(uses[0], Dense):
         value = wide(uses[0].value)
-        return torch.linalg.vector_norm(value.reshape(len(value), prod(value.shape[1:])), dim=1).square()
+        return _squares(value.reshape(len(value), prod(value.shape[1:])))
     b = samples(uses[0])
     form, rows, width = _slices(uses, 1, budget)
     together = max(1, min(b, width // max(rows, 1))) if width >= rows else 1
@@ -237,9 +237,7 @@ def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     found = []
     for first in range(0, b, together):
         some = [_narrow(use, first, first + together) for use in uses]
-        parts = (
-            _squares(_gradients(some, form, at, min(at + width, rows))) for at in range(0, rows, width)
-        )
+        parts = (_squares(_gradients(some, form, at, min(at + width, rows))) for at in range(0, rows, width))
         found.append(sum(parts, start=_zeros(uses[0], (samples(some[0]),))))
     return torch.cat(found) if found else _zeros(uses[0], (0,))
 
