@@ -1,6 +1,6 @@
 """What can be asked of pairs: reducers, inner products with other pairs, weighted sums, the gradients themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optree
@@ -15,6 +15,9 @@ from funcghost.pairs import Pairs, check_weights
 from funcghost.planning import Options, check_options, means_of
 from funcghost.reducers import Additive, Directional, split_reducers
 from funcghost.trees import Tree
+
+Weights = Tensor | Mapping[str, Tensor]
+"""One weight per sample [b], or such weights for each parameter."""
 
 
 def _check(pairs: Any, what: str) -> Pairs:
@@ -122,17 +125,18 @@ def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
     return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
 
 
-def combine(pairs: Pairs, weights: Tensor) -> Tree:
+def combine(pairs: Pairs, weights: Weights) -> Tree:
     """`sum_i weights[i] grad_i`: the gradient of a weighted loss by book-keeping, without a second backward.
 
-    Law: equal to autograd's gradient of `(weights * losses).sum()`.
+    Law: equal to autograd's gradient of `(weights * losses).sum()`. With a dict of weights, the leaf of a parameter is
+    that of `combine` with its own.
 
-    Shapes: weights [b]; a tree like params.
+    Shapes: weights [b], or a dict from all names of parameters to weights [b]; a tree like params.
 
     Cost: one product per use, as the weight's gradient in a backward.
 
     Raises:
-        InputError: the weights are not [b].
+        InputError: weights are no floating numbers [b], or not those of the parameters.
 
     Example:
         >>> import funcghost as fg, torch
@@ -141,8 +145,15 @@ def combine(pairs: Pairs, weights: Tensor) -> Tree:
         {'w': tensor([2., 3.])}
     """
     pairs = _check(pairs, "combine")
-    check_weights("combine", pairs, weights)
-    return _added(pairs, lambda use: weighted_sum(use, weights))
+    by_name = weights if isinstance(weights, Mapping) else dict.fromkeys(pairs.uses, weights)
+    if by_name.keys() != set(pairs.uses):
+        missing, extra = (sorted(set(a) - set(b))[:5] for a, b in ((pairs.uses, by_name), (by_name, pairs.uses)))
+        raise InputError(
+            f"combine: weights by parameter must be given for each, missing {missing}, unexpected {extra}."
+        )
+    for own in by_name.values():
+        check_weights("combine", pairs, own)
+    return _added(pairs, lambda name, use: weighted_sum(use, by_name[name]))
 
 
 def materialize(pairs: Pairs) -> Tree:
@@ -161,14 +172,14 @@ def materialize(pairs: Pairs) -> Tree:
                 [0., 1.]])}
     """
     pairs = _check(pairs, "materialize")
-    return _added(pairs, dense)
+    return _added(pairs, lambda name, use: dense(use))
 
 
-def _added(pairs: Pairs, of_use: Callable[[Factor], Tensor]) -> Tree:
+def _added(pairs: Pairs, of_use: Callable[[str, Factor], Tensor]) -> Tree:
     """A tree like params of the sums over the uses of each."""
     leaves = []
     for name, _, dtype in pairs.parameters:
-        total, *others = map(of_use, pairs.uses[name])
+        total, *others = (of_use(name, use) for use in pairs.uses[name])
         for other in others:
             total = total + other
         leaves.append(total.to(dtype))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcghost.algebra import apply
+from funcghost.algebra import apply, combine
 from funcghost.errors import InputError
 from funcghost.planning import Options
 from funcghost.plans import Plan
@@ -21,7 +21,6 @@ from funcghost.reducers import per_param
 from funcghost.run import Losses
 from funcghost.transforms import pairs
 from funcghost.trees import Tree, split_params
-from funcghost.weighting import combined, sum_of
 
 Groups = Callable[[str], str]
 """Maps the name of a parameter to that of its group."""
@@ -105,9 +104,9 @@ def clipped_gradient(
         squares: dict[str, Tensor] = apply(per_param(squared_norm()), found, options=options)
         norms, weights = dict[str, Tensor](), dict[str, Tensor]()
         for group, limit in limits.items():
-            norm = sum_of([squares[name] for name, other in group_of.items() if other == group]).sqrt()
+            norm = torch.stack([squares[name] for name, other in group_of.items() if other == group]).sum(0).sqrt()
             norms[group], weights[group] = norm, torch.where(norm > limit, limit / norm, 1)
-        return Clipped(combined(found, {name: weights[group] for name, group in group_of.items()}), norms, weights)
+        return Clipped(combine(found, {name: weights[group] for name, group in group_of.items()}), norms, weights)
 
     return step
 

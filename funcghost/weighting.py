@@ -4,24 +4,19 @@ One forward and one backward give the per-sample gradients in factored form; red
 made of; the weighted sum is book-keeping. There is no second backward. `funcghost.clipping` is built on it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra import apply
-from funcghost.contract import weighted_sum
+from funcghost.algebra import Weights, apply, combine
 from funcghost.errors import InputError
-from funcghost.pairs import Pairs
 from funcghost.planning import Options
 from funcghost.plans import Plan
 from funcghost.run import Losses
 from funcghost.transforms import pairs
 from funcghost.trees import Tree
-
-Weights = Tensor | Mapping[str, Tensor]
 
 
 class Weighted(NamedTuple):
@@ -79,7 +74,7 @@ def weighted_gradient(
         found = kept(params, batch)
         reduced = apply(reducers, found, options=options)
         weights = weigh(reduced)
-        return Weighted(combined(found, weights), weights, reduced)
+        return Weighted(combine(found, weights), weights, reduced)
 
     return step
 
@@ -136,47 +131,3 @@ def _scores(scores: Any, what: str) -> Tensor:
         found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(f"{what}: scores must be floating numbers [b], found {found}.")
     return scores
-
-
-def combined(kept: Pairs, weights: Weights) -> Tree:
-    """`fg.combine`, also with weights of their own for each parameter: a dict from all names to weights [b].
-
-    Law: leaf p of the result is that of `fg.combine(kept, weights[p])`.
-
-    Shapes, units and cost: those of `fg.combine`.
-
-    Raises:
-        InputError: weights are no floating numbers [b], or not those of the parameters.
-
-    Example:
-        >>> import funcghost as fg, torch
-        >>> from funcghost import weighting
-        >>> kept = fg.pairs(lambda params, x: x @ params["w"] + params["b"])(
-        ...     {"w": torch.zeros(2), "b": torch.zeros(())}, torch.eye(2)
-        ... )
-        >>> weighting.combined(kept, {"w": torch.tensor([2.0, 3.0]), "b": torch.tensor([1.0, 1.0])})
-        {'w': tensor([2., 3.]), 'b': tensor(2.)}
-    """
-    names = [name for name, _, _ in kept.parameters]
-    by_name = weights if isinstance(weights, Mapping) else dict.fromkeys(names, weights)
-    if by_name.keys() != set(names):
-        raise InputError(
-            f"weights: by parameter they must be given for each, missing {sorted(set(names) - set(by_name))[:5]}, "
-            f"unexpected {sorted(set(by_name) - set(names))[:5]}."
-        )
-    leaves = []
-    for name, _, dtype in kept.parameters:
-        own: Any = by_name[name]
-        if not isinstance(own, Tensor) or own.shape != (len(kept),) or not own.is_floating_point():
-            found = f"{own.dtype} {list(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
-            raise InputError(f"weights: must be floating numbers [{len(kept)}], one per sample, found {found}.")
-        leaves.append(sum_of([weighted_sum(use, own) for use in kept.uses[name]]).to(dtype))
-    return optree.tree_unflatten(kept.spec, leaves)
-
-
-def sum_of(terms: Sequence[Tensor]) -> Tensor:
-    """Of one tensor or more, in the widest of their dtypes."""
-    total, *others = terms
-    for other in others:
-        total = total + other
-    return total
