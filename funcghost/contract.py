@@ -218,9 +218,12 @@ def _slices(uses: Sequence[Factor], count: int, budget: int) -> tuple[Form | Non
 def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int) -> Tensor:
     """The gradients of all uses together, in the rows from `start` to `stop`, [b, entries]."""
     total: Tensor | None = None
+    ours = False
     for use in uses:
         found = dense(use) if form is None else blocks(use, form, start, stop)
-        total = found if total is None else total + found
+        # The memory of a product is ours to write to, that of a dense factor is not.
+        total = found if total is None else total.add_(found) if ours else total + found
+        ours = ours or total is not found or not isinstance(use, Dense)
     assert total is not None
     return total.reshape(len(total), prod(total.shape[1:]))
 
@@ -253,8 +256,7 @@ def _squares(gradients: Tensor) -> Tensor:
 def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int) -> Tensor:
     if len(a) == len(b) == 1 and isinstance(a[0], Dense) and isinstance(b[0], Dense):
         one, other = (wide(use.value).reshape(len(use.value), prod(use.shape)) for use in (a[0], b[0]))
-        products: Tensor = one @ other.T
-        return products
+        return torch.matmul(one, other.T)
     count = samples(a[0]) + (0 if a is b else samples(b[0]))
     form, rows, width = _slices([*a, *b], count, budget)
     total = _zeros(a[0], (samples(a[0]), samples(b[0])))

@@ -106,6 +106,10 @@ def _ghost(a: Sequence[Sketch], b: Sequence[Sketch], sizes: tuple[int, int], dia
     q, m, n = form.blocks
     rows, columns = sizes
     flops = moved = least = full = 0
+    if diagonal and len(a) == 1 and a[0].kind == "outer" and a[0].positions == q == 1:
+        # One position of a sample: its squared sizes, without any product of matrices.
+        read = rows * (m + n) * a[0].itemsize
+        return Route("ghost", 0, 2 * read, read, read)
     for i, one in enumerate(a):
         for j, other in enumerate(b):
             if diagonal and j < i:

@@ -179,7 +179,7 @@ def blocks(factor: Factor, form: Form, start: int = 0, stop: int | None = None) 
     inside = (factor.index >= start) & (factor.index < stop)
     place = torch.where(inside, factor.index - start, stop - start)
     place = place + (stop - start + 1) * torch.arange(b, device=place.device).unsqueeze(1)
-    table = cols.new_zeros((b * (stop - start + 1), n)).index_add(0, place.flatten(), cols.reshape(b * t, n))
+    table = cols.new_zeros((b * (stop - start + 1), n)).index_add_(0, place.flatten(), cols.reshape(b * t, n))
     return table.view(b, 1, stop - start + 1, n)[:, :, :-1]
 
 

@@ -439,9 +439,7 @@ MATRIX: dict[str, Coupling] = {
     "attention by a bias": lambda h, m: F.scaled_dot_product_attention(h, h, h, attn_mask=dense(m)),
     "softmax behind a mask": lambda h, m: (h @ h.T).masked_fill(m <= 0, -torch.inf).softmax(1) @ h,
     "softmax behind -1e9": lambda h, m: (h @ h.T + (m.clamp(max=1) - 1) * 1e9).softmax(1) @ h,
-    "contrast behind a mask": lambda h, m: (
-        h + (h @ h.T).masked_fill(m <= 0, -torch.inf).logsumexp(1, keepdim=True)
-    ),
+    "contrast behind a mask": lambda h, m: h + (h @ h.T).masked_fill(m <= 0, -torch.inf).logsumexp(1, keepdim=True),
     "maximum behind a mask": lambda h, m: torch.where(m[:, :, None] > 0, h[None], -torch.inf).amax(1),
     "product of chosen": lambda h, m: torch.where(m[:, :, None] > 0, h[None], 1.0).prod(1),
     "one-hot": lambda h, m: F.one_hot(m.argmax(1), BATCH).to(h.dtype) @ h,
