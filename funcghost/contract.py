@@ -71,7 +71,7 @@ def along(use: Factor, direction: Leaf) -> Tensor:
     if isinstance(use, Dense):
         return wide(use.value).reshape(samples(use), direction.numel()) @ wide(direction).flatten()
     if isinstance(use, Lookup):
-        looked = wide(direction).flatten(1)[use.index]
+        looked = wide(direction).reshape(use.form.blocks[1:])[use.index]
         return (looked * wide(use.cols)).flatten(1).sum(1)
     matrices = use.form.fold(wide(direction))  # [q, m, n]
     return (torch.matmul(wide(use.rows).transpose(1, 2), matrices).transpose(1, 2) * wide(use.cols)).flatten(1).sum(1)

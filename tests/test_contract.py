@@ -131,7 +131,7 @@ def test_no_digits_are_lost_over_4096_positions(name: str, route: Any) -> None:
     uses = long_factors()[name]
     exact = [use.map(lambda v: v.double() if v.is_floating_point() else v) for use in uses]
     rows, size = flat(exact), positional(exact)
-    for budget in (2**28, 2**20):
+    for budget in (2**28, 2**20) if name == "outer" else (2**24,):
         means = Means(route=route, budget=budget)
         found = inner_products(uses, uses, means), squared_norms(uses, means)
         assert found[0].dtype == torch.float32

@@ -177,6 +177,7 @@ OPS: dict[str, tuple[Losses, dict[str, tuple[int, ...]], tuple[int, ...]]] = {
     "apart": (lambda p, x: F.linear(F.linear(x, p["v"]), p["u"]), {"u": (4, 1), "v": (1, 2)}, (3, 5, 2)),
     "rows": (lambda p, x: p["w"][(x > 0).long()], {"w": (2, 4)}, (3, 5)),
     "rows from the end": (lambda p, x: p["w"][-(x > 0).long()], {"w": (2, 4)}, (3, 5)),
+    "entries": (lambda p, x: p["w"][(x > 0).long()] * x, {"w": (2,)}, (3, 5)),
     "selected rows": (
         lambda p, x: p["w"].index_select(0, (x > 0).long().flatten()).view(3, 5, 4),
         {"w": (2, 4)},

@@ -156,7 +156,7 @@ class _Truth:
         off = (found.double() - wanted.double()).abs()
         if not bool((off <= self.tolerance * (size + whole)).all()):
             worst = (off / (size + whole)).nan_to_num(torch.inf).argmax()
-            place = tuple(int(i) for i in torch.unravel_index(worst, off.shape))
+            place = tuple(int(i) for i in torch.unravel_index(worst, off.shape)) if off.dim() else ()
             raise AssertionError(
                 f"{what}: entry {place} is {float(found[place])!r}, expected {float(wanted[place])!r}; off by "
                 f"{float(off[place]):.3g}, allowed {float(self.tolerance * (size[place] + whole)):.3g} for terms of "
