@@ -11,7 +11,7 @@ The norms alone (`diagonal`) need the products of positions of the same sample, 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Literal
 
@@ -156,18 +156,30 @@ def choose(
     Raises:
         MemoryBudgetError: none has a tile that fits.
     """
-    found = routes(a, b, sizes, diagonal, same)
-    wanted = [route for route in found if means.route in (None, route.name)] or found
-    fitting = [route for route in wanted if route.least <= means.budget]
-    if not fitting:
+    own, other = tuple(a), tuple(b)
+    try:
+        best, found, wanted = _chosen(own, other, sizes, means, diagonal, same)
+    except TypeError:  # sizes are symbols while a compiler traces, which cannot be looked up
+        best, found, wanted = _chosen.__wrapped__(own, other, sizes, means, diagonal, same)
+    if best is None:
         need = min(route.least for route in wanted)
         raise MemoryBudgetError(
             f"parameter {name!r}: inner products of its gradients need tiles of {need} bytes at least "
             f"({', '.join(f'{route.name} {route.least}' for route in wanted)}), found "
             f"Options.memory_budget={means.budget}. Raise it to {need} or more."
         )
-    best = min(fitting, key=lambda route: route.seconds(means.rates))
     return best, [route for route in found if route is not best]
+
+
+@lru_cache(4096)
+def _chosen(
+    a: tuple[Sketch, ...], b: tuple[Sketch, ...], sizes: tuple[int, int], means: Means, diagonal: bool, same: bool
+) -> tuple[Route | None, list[Route], list[Route]]:
+    """The cheapest route that fits, all there are, and those wanted."""
+    found = routes(a, b, sizes, diagonal, same)
+    wanted = [route for route in found if means.route in (None, route.name)] or found
+    fitting = [route for route in wanted if route.least <= means.budget]
+    return min(fitting, key=lambda route: route.seconds(means.rates), default=None), found, wanted
 
 
 @cache

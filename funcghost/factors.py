@@ -5,6 +5,7 @@ One axis alphabet: `b` samples, `t` positions, and the parameter as blocks `q` o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from math import prod
 
 import torch
@@ -22,13 +23,13 @@ class Form:
     base: tuple[int, ...]
     roles: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, int, int]:
         """The sizes q, m, n."""
         q, m, n = (prod(self.base[i] for i in axes) for axes in self.roles)
         return q, m, n
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether the axes are in order."""
         order = [i for axes in self.roles for i in axes]
@@ -54,6 +55,7 @@ class Form:
         return split.permute(*range(len(lead)), *back).reshape(*lead, *self.shape)
 
 
+@cache
 def matrix_form(shape: tuple[int, ...]) -> Form:
     """The first axis as rows, the others as columns."""
     return Form(shape, shape, ((), (0,), tuple(range(1, len(shape)))))

@@ -8,6 +8,7 @@ the gradient of the others masked: `Masked` is what all forms have to agree with
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -67,39 +68,70 @@ def _mapped(values: Callable[[Sequence[Tensor]], Any], has: Sequence[bool]) -> C
     return lambda tensors: mapped(*tensors)
 
 
-def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Where, vmapped: int) -> Use | None:
-    """The factor of a product, unless the samples are not among its positions."""
-    if not isinstance(layout, Layout):
-        return None
+@dataclass(frozen=True)
+class Arrangement:
+    """The letters of a product by their roles, with the samples among the positions at `where`."""
+
+    front: Letters
+    out: Letters
+    positions: Letters
+    blocks: Letters
+    rows: Letters
+    cols: Letters
+    where: Layout
+    form: Form
+    swapped: bool
+
+
+@cache
+def arrangement(
+    param: Letters,
+    coefficient: Letters,
+    out: Letters,
+    groups: int,
+    base: tuple[int, ...] | None,
+    shape: tuple[int, ...],
+    layout: Layout,
+    vmapped: int,
+) -> Arrangement | None:
+    """The roles of the letters of a product, unless the samples are not among its positions."""
     front: Letters = tuple(f"vmap {i}" for i in range(vmapped))
-    out = (*front, *product.out)
+    out = (*front, *out)
+    axis, sample = layout.axis, None
     if layout.fold != "single":
-        axis = layout.axis
-        if product.groups > 1:  # the second axis is two
-            channel = vmapped + product.out.index("g")
+        if groups > 1:  # the axis of the channels is two
+            channel = out.index("g")
             if axis == channel:
                 return None
             axis += axis > channel
         sample = out[axis]
-    else:
-        axis, sample = 0, None
-    letters = [letter for letter in product.param if letter is not None]
-    wanted = {letter for letter in product.coefficient if letter is not None}
+    letters = [letter for letter in param if letter is not None]
+    wanted = {letter for letter in coefficient if letter is not None}
     if (sample is not None and sample in letters) or not set(letters) <= {*out, *wanted}:
         return None
     if not wanted <= {*out, *letters} or None in out:
         return None
-    positions = [letter for letter in out if letter not in letters]
-    where = layout if sample is None else replace(layout, axis=positions.index(sample))
-    blocks = [letter for letter in letters if letter in out and letter in wanted]
-    rows = [letter for letter in letters if letter in out and letter not in wanted]
-    cols = [letter for letter in letters if letter not in out]
-    base = product.base or tuple(size for size, letter in zip(shape, product.param, strict=True) if letter is not None)
+    positions = tuple(letter for letter in out if letter not in letters)
+    blocks = tuple(letter for letter in letters if letter in out and letter in wanted)
+    rows = tuple(letter for letter in letters if letter in out and letter not in wanted)
+    cols = tuple(letter for letter in letters if letter not in out)
+    base = base or tuple(size for size, letter in zip(shape, param, strict=True) if letter is not None)
     plain = [letter for letter in letters if letter not in blocks]
     swapped = bool(plain) and plain[0] in cols
-    first, second = (cols, rows) if swapped else (rows, cols)
-    q, m, n = (tuple(map(letters.index, part)) for part in (blocks, first, second))
-    form = Form(shape, base, (q, m, n))
+    q, m, n = (tuple(map(letters.index, part)) for part in (blocks, *((cols, rows) if swapped else (rows, cols))))
+    where = layout if sample is None else replace(layout, axis=positions.index(sample))
+    return Arrangement(front, out, positions, blocks, rows, cols, where, Form(shape, base, (q, m, n)), swapped)
+
+
+def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Where, vmapped: int) -> Use | None:
+    """The factor of a product, unless the samples are not among its positions."""
+    if not isinstance(layout, Layout):
+        return None
+    known = product.param, product.coefficient, product.out, product.groups, product.base
+    arranged = arrangement(*known, shape, layout, vmapped)
+    if arranged is None:
+        return None
+    a, form = arranged, arranged.form
 
     def factors(
         saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
@@ -107,24 +139,24 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Whe
         g = gradients[0]
         assert g is not None
         if product.groups > 1:
-            g = g.unflatten(vmapped + product.out.index("g"), (product.groups, -1))
-        left = _arranged(g, out, positions, [*blocks, *rows], where, batch, {})
+            g = g.unflatten(a.out.index("g"), (product.groups, -1))
+        left = _arranged(g, a.out, a.positions, (*a.blocks, *a.rows), a.where, batch, {})
         if product.values is None:
             total = wide(left.squeeze(1)) if left.shape[1] == 1 else left.sum(1, dtype=wide(left[:0]).dtype)
             total = total if product.scale == 1 else total * product.scale
             return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
         coefficient = lifted(product.values, saved, levels)
-        given = (*(name for name, has in zip(front, levels, strict=True) if any(has)), *product.coefficient)
-        sizes = dict(zip(out, g.shape, strict=True))
-        right = _arranged(coefficient, given, positions, [*blocks, *cols], where, batch, sizes)
+        given = (*(name for name, has in zip(a.front, levels, strict=True) if any(has)), *product.coefficient)
+        sizes = dict(zip(a.out, g.shape, strict=True))
+        right = _arranged(coefficient, given, a.positions, (*a.blocks, *a.cols), a.where, batch, sizes)
         q, t = form.blocks[0], left.shape[1]
         left, right = left.reshape(batch, t, q, -1), right.reshape(batch, t, q, -1)
         if product.scale != 1:
             left = left * product.scale
-        if not rows or not cols:
+        if not a.rows or not a.cols:
             total = (wide(left) * wide(right)).sum(1)
             return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
-        return [Outer(right, left, form) if swapped else Outer(left, right, form)]
+        return [Outer(right, left, form) if a.swapped else Outer(left, right, form)]
 
     return Use((slot,), product.needed, factors)
 
