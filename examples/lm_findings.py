@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_corpus import Corpus
+from lm_directions import Cost, costs_of
 from lm_scores import Tally, auroc
 from lm_training import Check, Log, OracleStep
 
@@ -35,7 +36,8 @@ class Findings:
     within 5 %. `overhead` is the median time of a step with first- and with second-order values, each in units of the
     plain step beside it.
     `oracle_error` is the largest difference from the exact values, relative to the largest of these in their batch;
-    `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones.
+    `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones. `costs` are those of the
+    ways to keep the validation gradient; empty where the run was too short for a comparison.
     """
 
     change_error: float
@@ -49,6 +51,7 @@ class Findings:
     oracle_error: float
     oracle_auroc: tuple[float, float]
     overhead: dict[str, float]
+    costs: dict[str, Cost]
 
 
 def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Findings:
@@ -74,6 +77,7 @@ def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Find
         oracle_error=max(float((o.values - o.exact).abs().max() / o.exact.abs().max()) for o in log.oracle),
         oracle_auroc=_oracle_auroc(log.oracle, corrupted),
         overhead=overhead(log.seconds),
+        costs=costs_of(log.comparisons),
     )
 
 
@@ -98,6 +102,12 @@ def overhead(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
 def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
     """What the run asserts."""
     ways = ", ".join(f"{way} {value:.3f}" for way, value in found.auroc_by_corruption.items())
+    used = max((cost.used for cost in found.costs.values()), default=0.0)
+    certified = Claim(
+        "scores along directions of low rank are within the certified bounds of those along the directions themselves",
+        f"at most {used:.1%} of a bound was used",
+        used <= 1,
+    )
     return (
         Claim(
             f"sums of second-order values are within {args.max_change_error:.1%} of the changes of the validation loss",
@@ -115,6 +125,7 @@ def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
             f"within {found.oracle_error:.1e} of the largest",
             found.oracle_error <= ORACLE_TOLERANCE,
         ),
+        *([certified] if found.costs else []),
     )
 
 

@@ -6,7 +6,11 @@ first and to second order, and the run asserts that
 
 - the second-order values of a step sum to the change of the validation loss which that step really made,
 - corrupted documents stand out by their values,
-- the values are those of per-sample gradients taken one by one.
+- the values are those of per-sample gradients taken one by one,
+- a direction of low rank changes no score by more than its certified bound.
+
+The validation gradient may be kept for some steps (`--refresh`), averaged (`--ema`) and cut to low rank (`--rank`);
+what that costs in the scores is measured beside the run, and reported.
 
     python examples/lm_in_run_shapley.py --out runs/lm
 
@@ -30,6 +34,7 @@ from tqdm import tqdm
 
 import funcghost as fg
 from lm_corpus import DOMAINS, SHORTEST, Corpus, WindowSampler, build_corpus, validation_tokens
+from lm_directions import Keeping
 from lm_findings import Claim, Findings, claims_of, find, overhead, remark_of
 from lm_model import GPT, HEADS, Batch, ModelSize, WindowLosses, initial_params
 from lm_report import write_report
@@ -50,6 +55,8 @@ ORIGIN = (
     "dropout",
     "lr",
     "refresh",
+    "ema",
+    "rank",
     "validation_windows",
 )
 
@@ -77,6 +84,11 @@ class Summary:
         if found.overhead:
             first, second = found.overhead["first"], found.overhead["second"]
             lines.append(f"a step costs {first:.2f}x with first-order values, {second:.2f}x with second-order values")
+        lines += [
+            f"kept {name}: rank correlation with fresh scores {cost.correlation:.3f} (lowest {cost.lowest:.3f}), "
+            f"{cost.error:.2%} off" + (f", certified within {cost.bound:.0%}" if cost.bound else "")
+            for name, cost in found.costs.items()
+        ]
         lines.append(f"{self.steps} steps, {self.seconds:.0f} s since the start; in {self.out}: {REPORT}, {SCORES}")
         return "\n".join(lines)
 
@@ -126,6 +138,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
     parser.add_argument("--dropout", type=number(0.0, 1.0), default=0.0)
     parser.add_argument("--lr", type=number(1e-9, math.inf), default=3e-5)
     parser.add_argument("--refresh", type=whole(1), default=10, help="steps for which a validation gradient is kept")
+    parser.add_argument("--ema", type=number(0.0, 1.0), default=0.0, help="what its average keeps at each of these")
+    parser.add_argument("--rank", type=whole(0), default=0, help="to which it is cut for the scores; 0 for not at all")
+    parser.add_argument("--compare", type=whole(1), default=21, help="steps between comparisons with fresh scores")
     parser.add_argument("--flush", type=whole(1), default=10, help="steps between two parts of scores and checkpoints")
     parser.add_argument("--threads", type=whole(1), default=1, help="more gain little here, and lose on shared cores")
     parser.add_argument("--max-change-error", type=number(0.0, math.inf), default=0.05, help="what the run asserts")
@@ -189,8 +204,9 @@ class Run:
         losses = WindowLosses(model)
         self.sampler = WindowSampler(corpus.training, args.context, args.batch_size, (args.seed, 0))
         validation = Batch(validation_tokens(corpus.validation, args.context, args.validation_windows))
+        keeping = Keeping(args.refresh, args.ema, args.rank)
         plan = fg.plan(losses, self.params, self.batch(0))
-        self.trainer = Trainer(losses, Optimizer(args.lr), [validation], args.refresh, plan)
+        self.trainer = Trainer(losses, Optimizer(args.lr), [validation], keeping, args.compare, plan)
 
     def batch(self, step: int) -> Batch:
         """The windows of a step, with dropout if the run has it."""

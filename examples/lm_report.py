@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lm_corpus import Corpus, Document
+from lm_directions import Cost
 from lm_findings import Claim, Findings, overhead
 from lm_scores import GROUPS, Floats, Tally, write_atomically
 from lm_training import Log
@@ -54,8 +55,13 @@ $domains
 <h2>Clean and corrupted documents</h2>
 $documents
 <h2>Sum of values against the actual change of the validation loss</h2>
-<p>At the steps for which the validation gradient was taken anew.</p>
+<p>At the steps for which the validation gradient was taken anew; values are those along this fresh gradient.</p>
 $changes
+<h2>What a kept direction costs</h2>
+<p>First-order scores of a batch along a validation gradient that was taken some steps before, averaged, or cut to low
+rank, against scores along the fresh gradient: their rank correlation (Spearman) and relative error in norm. The
+certified bound is what low rank alone may have changed. Means or medians over batches.</p>
+$costs
 <h2>Overhead</h2>
 <p>Times in this run, taken one after the other on the same batch; the ratios are medians over these probes.</p>
 $overhead
@@ -91,6 +97,7 @@ def write_report(
         domains=_image(_draw_domains(tally), "value by domain over time"),
         documents=_image(_draw_documents(tally, corpus, findings), "values of clean and of corrupted documents"),
         changes=_image(_draw_changes(log), "sum of values against the actual change"),
+        costs=_show_costs(findings.costs, log),
         overhead=_image(_draw_overhead(log), "time of a step"),
         losses=_image(_draw_losses(log), "losses"),
         most=_list_documents(tally, corpus.training, worst=False),
@@ -128,6 +135,20 @@ def _list_documents(tally: Tally, documents: Sequence[Document], *, worst: bool)
             f'<span class="note">{tally.second[index]:.2e} in {tally.drawn[index]} windows</span><pre>{text}</pre></li>'
         )
     return f"<ol>{''.join(items)}</ol>"
+
+
+def _show_costs(costs: Mapping[str, Cost], log: Log) -> str:
+    if not costs:
+        return "<p>The run was too short for a comparison.</p>"
+    heads = ("gradient taken", "rank correlation", "lowest", "relative error", "certified bound")
+    rows = [
+        (name, f"{c.correlation:.3f}", f"{c.lowest:.3f}", f"{c.error:.2%}", f"{c.bound:.2%}" if c.bound else "")
+        for name, c in costs.items()
+    ]
+    lines = ["".join(f"<th>{head}</th>" for head in heads)]
+    lines += ["".join(f"<td>{_escape(cell)}</td>" for cell in row) for row in rows]
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>{table}</table>{_image(_draw_costs(log), 'scores along kept directions')}"
 
 
 def _image(figure: Figure, description: str) -> str:
@@ -221,6 +242,20 @@ def _draw_overhead(log: Log) -> Figure:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel("milliseconds for the training gradient, alone and with values (bars: medians)")
+    return figure
+
+
+def _draw_costs(log: Log) -> Figure:
+    figure, (ranks, errors) = _figure(columns=2)
+    for name in dict.fromkeys(row.name for row in log.comparisons):
+        rows = [row for row in log.comparisons if row.name == name]
+        steps = [row.step for row in rows]
+        ranks.plot(steps, [row.correlation for row in rows], ".-", linewidth=0.8, label=name)
+        errors.plot(steps, [row.error for row in rows], ".-", linewidth=0.8)
+    ranks.set(xlabel="step", ylabel="rank correlation with fresh scores")
+    errors.set(xlabel="step", ylabel="relative error")
+    errors.set_yscale("symlog", linthresh=1e-4)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.attribution import in_run
+from lm_directions import BESIDE, Comparison, Keeping, compare
 from lm_model import Batch, Tree, WindowLosses, mean_loss
 from lm_scores import write_atomically
 
@@ -20,13 +21,16 @@ ORACLE_EVERY_CHECKS = 10
 
 @dataclass(frozen=True)
 class State:
-    """All that a step needs of the steps before; the batches follow from the seed and the step."""
+    """All that a step needs of the steps before; the batches follow from the seed and the step.
+
+    `kept` are validation gradients as the run keeps them, and as `BESIDE` does.
+    """
 
     step: int
     params: Tree
     velocity: Tree
     second_moment: Tree
-    direction: Tree
+    kept: tuple[Tree, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Optimizer:
         """`P`, known before the gradient is."""
         return {name: 1.0 / (moment.sqrt() + self.eps) for name, moment in state.second_moment.items()}
 
-    def advance(self, state: State, here: Tree, scale: Tree, grads: Tree, direction: Tree) -> State:
+    def advance(self, state: State, here: Tree, scale: Tree, grads: Tree, kept: tuple[Tree, ...]) -> State:
         """The state after the step with these gradients at `here`."""
         lr = self.rate(state.step)
         move = {name: -lr * scale[name] * grad for name, grad in grads.items()}
@@ -72,12 +76,12 @@ class Optimizer:
             params={name: here[name] + move[name] for name in move},
             velocity={name: self.momentum * state.velocity[name] + move[name] for name in move},
             second_moment=moment,
-            direction=direction,
+            kept=kept,
         )
 
 
 class Check(NamedTuple):
-    """A step whose values are held against the truth: the losses before it and the change it really made."""
+    """A step held against the truth: losses before it, the change it made, sums of values along a fresh gradient."""
 
     step: int
     training_loss: float
@@ -97,17 +101,20 @@ class OracleStep(NamedTuple):
 
 @dataclass
 class Log:
-    """What is measured beside the steps; a few numbers for each check and probe."""
+    """What is measured beside the steps; a few numbers for each check, probe and comparison."""
 
     checks: list[Check] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     oracle: list[OracleStep] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
 
 
 class Trainer:
     """Takes scored steps: second-order values of every batch, along a validation gradient that is kept for a while.
 
-    Every `refresh` steps the validation gradient is taken anew, and that step is checked against the truth.
+    Where the validation gradient is due, the step is checked against the truth. Every `compare_every` steps, what
+    keeping it costs is measured: choose a number without common factors with the numbers of steps that it is kept for,
+    and the comparisons will meet it at every age.
     """
 
     def __init__(
@@ -115,15 +122,19 @@ class Trainer:
         losses: WindowLosses,
         optimizer: Optimizer,
         validation: Sequence[Batch],
-        refresh: int,
+        keeping: Keeping,
+        compare_every: int,
         plan: fg.Plan,
     ) -> None:
         self.losses = losses
         self.optimizer = optimizer
         self.validation = list(validation)
-        self.refresh = refresh
-        self.first_order = in_run.first_order(losses, plan=plan)
-        self.second_order = in_run.second_order(losses, plan=plan)
+        self.keeping = keeping
+        self.compare_every = compare_every
+        self.first_order = in_run.first_order(losses, compress=keeping.narrow, plan=plan)
+        self.second_order = in_run.second_order(losses, compress=keeping.narrow, plan=plan)
+        self.exact = in_run.second_order(losses, plan=plan)
+        self.score = fg.reduce(losses, plan=plan)
 
     def begin(self, params: Tree, calibration: Sequence[Batch]) -> State:
         """The state before the first step; the second moment is that of the calibration batches' gradients."""
@@ -132,29 +143,38 @@ class Trainer:
         for batch in calibration:
             grads = plain_gradient(self.losses, params, batch)
             moment = {name: moment[name] + grad.square() / len(calibration) for name, grad in grads.items()}
-        return State(step=0, params=params, velocity=zeros, second_moment=moment, direction=zeros)
+        return State(step=0, params=params, velocity=zeros, second_moment=moment, kept=(zeros,) * (1 + len(BESIDE)))
 
     def step(self, state: State, batch: Batch, documents: Tensor, log: Log) -> tuple[State, in_run.Values]:
         """One step: the state after it, and its values. What is measured goes to the log."""
         here, scale, lr = self.optimizer.look_ahead(state), self.optimizer.scale(state), self.optimizer.rate(state.step)
-        fresh = state.step % self.refresh == 0
-        direction = in_run.validation_gradient(self.losses, here, self.validation) if fresh else state.direction
-        keywords = {"lr": lr, "direction": direction, "preconditioner": scale}
+        ways = self.keeping, *BESIDE
+        comparing = state.step % self.compare_every == self.compare_every - 1
+        kept, fresh = state.kept, None
+        if comparing or any(way.due(state.step) for way in ways):
+            fresh = in_run.validation_gradient(self.losses, here, self.validation)
+            kept = tuple(way.renew(state.step, old, fresh) for way, old in zip(ways, kept, strict=True))
+        keywords = {"lr": lr, "direction": kept[0], "preconditioner": scale}
         calls: dict[str, Callable[[], Any]] = {
             "plain": lambda: plain_gradient(self.losses, here, batch),
             "first": lambda: self.first_order(here, batch, **keywords),
             "second": lambda: self.second_order(here, batch, validation=self.validation, **keywords),
         }
         values = self._call(calls, state.step, log)
-        after = self.optimizer.advance(state, here, scale, values.grads, direction)
-        if fresh:
+        after = self.optimizer.advance(state, here, scale, values.grads, kept)
+        if fresh is not None and self.keeping.due(state.step):
+            truth = {"lr": lr, "direction": fresh, "preconditioner": scale, "validation": self.validation}
+            exact = self.exact(here, batch, **truth) if self.keeping.decay or self.keeping.rank else values
             before = mean_loss(self.losses, here, self.validation)
             change = mean_loss(self.losses, after.params, self.validation) - before
-            sums = values.first.sum().item(), values.values.sum().item()
+            sums = exact.first.sum().item(), exact.values.sum().item()
             log.checks.append(Check(state.step, values.losses.mean().item(), before, change, *sums))
-        if state.step % (ORACLE_EVERY_CHECKS * self.refresh) == 0:
-            exact = exact_values(self.losses, here, batch, self.validation, lr, scale)
-            log.oracle.append(OracleStep(documents, values.values, exact))
+            if state.step % (ORACLE_EVERY_CHECKS * self.keeping.refresh) == 0:
+                slow = exact_values(self.losses, here, batch, self.validation, lr, scale)
+                log.oracle.append(OracleStep(documents, exact.values, slow))
+        if fresh is not None and comparing:
+            pairs = list(zip(ways, kept, strict=True))
+            log.comparisons += compare(self.score, here, batch, scale, fresh, pairs, state.step)
         return after, values
 
     def _call(self, calls: dict[str, Callable[[], Any]], step: int, log: Log) -> in_run.Values:
@@ -205,8 +225,8 @@ def exact_values(
 
 def save_checkpoint(path: Path, state: State, log: Log, origin: dict[str, Any]) -> None:
     """Writes what a run needs to continue, and what it comes from; a reader sees the old file or the new one."""
-    kept = {"checks": [tuple(row) for row in log.checks], "oracle": [tuple(row) for row in log.oracle]}
-    content = {"origin": origin, "state": vars(state), "log": {"seconds": log.seconds, **kept}}
+    rows = {name: [tuple(row) for row in getattr(log, name)] for name in ("checks", "oracle", "comparisons")}
+    content = {"origin": origin, "state": vars(state), "log": {"seconds": log.seconds, **rows}}
     write_atomically(path, lambda unfinished: torch.save(content, unfinished))
 
 
@@ -216,4 +236,5 @@ def load_checkpoint(path: Path) -> tuple[State, Log, dict[str, Any]]:
     log = content["log"]
     checks = [Check(*row) for row in log["checks"]]
     oracle = [OracleStep(*row) for row in log["oracle"]]
-    return State(**content["state"]), Log(checks, log["seconds"], oracle), content["origin"]
+    comparisons = [Comparison(*row) for row in log["comparisons"]]
+    return State(**content["state"]), Log(checks, log["seconds"], oracle, comparisons), content["origin"]

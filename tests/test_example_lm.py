@@ -21,26 +21,14 @@ from lm_findings import claims_of, remark_of
 from lm_report import write_report
 from lm_scores import SCHEMA, UNFINISHED, ScoreWriter, auroc, tally
 from lm_training import Log, State, load_checkpoint, save_checkpoint
+from tests.lm_tiny import BATCH, STEPS, TINY, run, scores
 
 ROOT = Path(__file__).parent.parent
-BATCH, STEPS = 4, 6
-TINY = [
-    *("--documents", "4", "--batch-size", str(BATCH), "--context", "16", "--width", "8", "--layers", "1"),
-    *("--validation-windows", "4", "--refresh", "2", "--flush", "3", "--min-auroc", "0"),
-]
-
-
-def run(out: Path, *more: str) -> example.Summary:
-    return example.main([*TINY, "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> example.Summary:
     return run(tmp_path_factory.mktemp("runs") / "lm", "--steps", str(STEPS))
-
-
-def scores(out: Path) -> pa.Table:
-    return pq.read_table(out / example.SCORES).sort_by([("step", "ascending"), ("sample_id", "ascending")])
 
 
 def assert_complete(table: pa.Table, steps: int) -> None:
@@ -119,7 +107,7 @@ def test_report_is_one_file_with_plots_and_documents(finished: example.Summary) 
     text = (finished.out / example.REPORT).read_text(encoding="utf-8")
     page = Report(text)
     assert page.open == []
-    assert len(page.sources) == 5
+    assert len(page.sources) == 6
     assert all(source.startswith("data:image/png;base64,iVBORw0KGgo") for source in page.sources)
     assert not page.seen & {"script", "link", "iframe"}
     for claim in finished.claims:
@@ -225,6 +213,9 @@ def test_overwrite_replaces_a_run(tmp_path: Path) -> None:
         (["--batch-size", "1"], "--batch-size: must be a whole number of at least 2"),
         (["--validation-domain", "poetry"], "--validation-domain: invalid choice: 'poetry'"),
         (["--lr", "nan"], "--lr: must be a number in"),
+        (["--ema", "1"], "--ema: must be a number in [0, 1), found '1'"),
+        (["--rank", "-1"], "--rank: must be a whole number of at least 0, found '-1'"),
+        (["--compare", "0"], "--compare: must be a whole number of at least 1, found '0'"),
         (["--dropout", "1"], "--dropout: must be a number in [0, 1), found '1'"),
         (["--context", "512"], "--context 512: must be less than 512"),
         (["--width", "10"], "--width 10: must be a multiple of 4"),
@@ -258,6 +249,7 @@ def test_refuses(
     [
         (["--seed", "3"], "has --seed 0, not 3"),
         (["--batch-size", "8"], "has --batch-size 4, not 8"),
+        (["--ema", "0.5"], "has --ema 0.0, not 0.5"),
         (["--steps", "2"], "has come to step 6 already"),
     ],
 )

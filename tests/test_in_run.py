@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -119,6 +120,24 @@ def test_validation_gradient_is_that_of_the_mean_over_all_batches() -> None:
     assert_trees_close(found, {k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None})
     kept = in_run.first_order(losses)(params, rows(), lr=0.1, direction=found)
     assert kept.values.shape == (4,)
+
+
+def test_compression_is_of_the_scaled_direction_and_leaves_the_curvature() -> None:
+    _, losses, params = small_gpt(layers=1, width=8)
+    batch, validation, lr = rows(), [rows(3)], 0.2
+    scale, direction = {k: v.abs() + 0.1 for k, v in like(params).items()}, like(params)
+    compress = partial(fg.compress, rank=1)
+    keywords: dict[str, Any] = {"lr": lr, "direction": direction, "preconditioner": scale}
+    small = compress({k: scale[k] * v for k, v in direction.items()})
+    wanted = -lr / 4 * fg.reduce(losses)(params, batch, fg.dot(small))
+    out = in_run.first_order(losses, compress=compress)(params, batch, **keywords)
+    dense = in_run.second_order(losses)(params, batch, validation=validation, **keywords)
+    low = in_run.second_order(losses, compress=compress)(params, batch, validation=validation, **keywords)
+    size = float(dense.first.abs().max())
+    assert float((out.values - wanted).abs().max()) <= 1e-5 * size
+    assert float((low.first - wanted).abs().max()) <= 1e-5 * size
+    assert float((dense.first - wanted).abs().max()) > 1e-3 * size
+    assert float(((low.values - low.first) - (dense.values - dense.first)).abs().max()) <= 1e-5 * size
 
 
 def test_hessian_vector_product_without_forward_derivative() -> None:

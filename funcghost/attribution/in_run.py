@@ -93,7 +93,12 @@ def hessian_vector_product(losses: Losses, params: Tree, batches: Sequence[Tree]
 
 
 def first_order(
-    losses: Losses, *, reduction: Reduction = "mean", options: Options | None = None, plan: Plan | None = None
+    losses: Losses,
+    *,
+    reduction: Reduction = "mean",
+    compress: Callable[[Tree], Tree] | None = None,
+    options: Options | None = None,
+    plan: Plan | None = None,
 ) -> Callable[..., Values]:
     """First-order in-run values, in the same forward and backward as the training gradient.
 
@@ -103,6 +108,8 @@ def first_order(
     Args:
         losses: as in `fg.grad_and_reduce`.
         reduction: of the training loss; sets `eta` (see the module).
+        compress: makes `P * V` cheaper before it is contracted, at a cost in precision, as
+            `functools.partial(fg.compress, rank=16)` does; called at every step, because P changes.
         options: as in `fg.grad_and_reduce`.
         plan: as in `fg.grad_and_reduce`.
 
@@ -136,8 +143,8 @@ def first_order(
             raise InputError("first_order: pass either validation=[batches] or direction=their gradient.")
         split = split_params(params)
         value = direction if validation is None else validation_gradient(losses, params, validation)
-        along = _scaled(split, match_direction(value, split), preconditioner)
-        out = score(params, batch, dot(split.rebuild(along)))
+        along = split.rebuild(_scaled(split, match_direction(value, split), preconditioner))
+        out = score(params, batch, dot(compress(along) if compress else along))
         first = -_eta(lr, reduction, out) * out.reduced
         return Values(first, first, out.grads, out.losses)
 
@@ -145,7 +152,12 @@ def first_order(
 
 
 def second_order(
-    losses: Losses, *, reduction: Reduction = "mean", options: Options | None = None, plan: Plan | None = None
+    losses: Losses,
+    *,
+    reduction: Reduction = "mean",
+    compress: Callable[[Tree], Tree] | None = None,
+    options: Options | None = None,
+    plan: Plan | None = None,
 ) -> Callable[..., Values]:
     """Second-order in-run values: the sum of a batch follows the true change of the validation loss more closely.
 
@@ -153,6 +165,7 @@ def second_order(
     `values[i] = <grad losses[i], P * (-eta V + eta^2/2 H_val (P * sum_j grad_j))>` and `first` its first-order part.
 
     Arguments and units as in `first_order`; `validation` is needed for the Hessian, also where `direction` is given.
+    `compress` is about the first-order part: the Hessian's direction is another at every step, and is taken as it is.
 
     Cost: a training step with `fg.dot`, a Hessian-vector product on the validation batches, and a scoring pass: the
     product needs the batch's gradient before the samples can be contracted with it.
@@ -167,7 +180,7 @@ def second_order(
         >>> step({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), lr=0.1, validation=[torch.ones(1, 2)]).values
         tensor([-1.0800, -2.1600])
     """
-    train = first_order(losses, reduction=reduction, options=options, plan=plan)
+    train = first_order(losses, reduction=reduction, compress=compress, options=options, plan=plan)
     curve = reduce(losses, options=options, plan=plan)
 
     def step(
