@@ -233,7 +233,7 @@ ARGUMENTS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "an unknown route": (
         lambda w: score(w, options=fg.Options(route="sideways")),  # type: ignore[arg-type]
-        "Options.route must be one of ('backward', 'forward'), found 'sideways'",
+        "Options.route must be one of ('backward', 'forward', 'ghost', 'materialise'), found 'sideways'",
     ),
     "options that are none": (
         lambda w: score(w, options={"verify": "never"}),
@@ -792,12 +792,16 @@ def test_output_that_was_not_used_when_planned_is_planned_anew() -> None:
 def test_every_error_class_is_reached_and_is_a_ghost_error() -> None:
     # Each is raised above; here that they are told apart, and caught as what users expect.
     assert issubclass(fg.InputError, ValueError)
-    for kind in (fg.UnsupportedOpError, fg.ConservationError, fg.PlanError, fg.CheckError):
+    for kind in (
+        *(fg.UnsupportedOpError, fg.ConservationError, fg.PlanError, fg.CheckError),
+        *(fg.MemoryBudgetError, fg.SampleAxisError),  # in test_contract and test_positions
+    ):
         assert issubclass(kind, RuntimeError)
         assert issubclass(kind, fg.GhostError)
         assert not issubclass(kind, fg.InputError)
     named = {name for name in fg.__all__ if name.endswith("Error")}
     kinds = {"UnsupportedOpError", "ConservationError", "PlanError", "CheckError"}
+    kinds |= {"MemoryBudgetError", "SampleAxisError"}
     assert named == {"GhostError", "InputError"} | kinds
 
 
