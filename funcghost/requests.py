@@ -1,6 +1,6 @@
 """What a tree of reducers asks of a run: directions to score in, scores by position, and tasks for the ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,11 @@ class Request:
         """Whether nothing is asked for."""
         return not (self.directions or self.tasks or self.keep)
 
-    def ledger(self, params: Params, means: Means) -> Ledger | None:
-        """What collects it, if scores are not all."""
+    def ledger(self, params: Params, means: Callable[[], Means]) -> Ledger | None:
+        """What collects it, if scores are not all; `means`, which may have to be measured, are not asked for before."""
         if not (self.tasks or self.keep or self.positions):
             return None
-        return Ledger(params.names, self.tasks, means, keep=self.keep, positions=self.positions)
+        return Ledger(params.names, self.tasks, means(), keep=self.keep, positions=self.positions)
 
     def results(self, reducers: Sequence[Reducer], params: Params, outcome: Outcome) -> list[Any]:
         """What each of the reducers makes of the outcome."""
