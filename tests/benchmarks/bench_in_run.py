@@ -124,7 +124,7 @@ def interleave(routes: dict[str, Contender], setting: Setting, deadline: float) 
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in routes}
     names = list(routes)
     while len(times[PLAIN]) < LEAST_ROUNDS or time.monotonic() < deadline:
-        if len(times[PLAIN]) == 1:
+        if len(times[PLAIN]) == 2:
             names = [n for n in names if min(times[n])[0] < FAR_SLOWER * min(times[routes[n].base])[0]]
         names.append(names.pop(0))
         for name in names:
