@@ -130,7 +130,7 @@ class Capture(TorchFunctionMode):
         returned = op(*args, **kwargs)
         self._digest(op, leaves, returned)
         found = outputs(returned, [leaves[slot] for slot in written])
-        if all(any(value is leaf for leaf in leaves) for value in found) and not written:
+        if not written and all(any(value is leaf for leaf in leaves) for value in found):
             return returned
         if site is None:
             raise self._mismatch(op, tracked)
@@ -300,26 +300,33 @@ class Capture(TorchFunctionMode):
         positions = self._positions(name, [found[i] for i in chosen], layouts)
         collector = self._collector(call, layouts, found[chosen[0]], chosen, positions)
         low: Mapping[tuple[int, int], Any] = {} if collector is None else collector.low
-        tangents = [
-            tuple(None if (slot, k) in low else tangent for k, tangent in enumerate(known)) if low else known
-            for slot, known in zip(call.tracked, self._along(call), strict=True)
-        ]
-        columns = tuple(k for k in range(self.probe.shape[1]) if any(known[k] is not None for known in tangents))
+        tangents = self._along(call)
+        if low:
+            tangents = [
+                tuple(None if (slot, k) in low else tangent for k, tangent in enumerate(known))
+                for slot, known in zip(call.tracked, tangents, strict=True)
+            ]
+        columns = tuple(
+            k for k, along in enumerate(zip(*tangents, strict=True)) if any(tangent is not None for tangent in along)
+        )
         if not columns and collector is None:
             return {}
         push, count = self._push(index, call, site) if columns else None, len(call.tracked)
         saved = [call.leaves[slot].detach() for slot in push.needed] if push else []
         along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
-        rounded = in_dtype(self.dtype if site.way == "rule" and site.flops else None)
+        rounded = in_dtype(self.dtype) if self.dtype is not None and site.way == "rule" and site.flops else None
+        every = len(chosen) == len(site.layouts)
 
         def slopes(*tensors: Tensor) -> list[Outputs]:
             assert push is not None
+            if rounded is not None:
+                tensors = tuple(map(rounded, tensors))
             own, flat = tensors[: len(push.needed)], tensors[len(push.needed) :]
             pushed = []
             for start in range(0, len(flat), count):
                 with around():
-                    pushed.append(push.evaluate([*map(rounded, own)], [*map(rounded, flat[start : start + count])]))
-            return [tuple(slope[i] for i in chosen) for slope in pushed]
+                    pushed.append(push.evaluate(own, flat[start : start + count]))
+            return pushed if every else [tuple(slope[i] for i in chosen) for slope in pushed]
 
         kept = [call.leaves[slot].detach() for slot in collector.needed] if collector else []
         scorer = Scorer(

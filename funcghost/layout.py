@@ -30,7 +30,7 @@ class Layout:
         if self.fold == "single":
             return value.unsqueeze(0)
         if self.fold == "whole":
-            return value.movedim(self.axis, 0)
+            return value.movedim(self.axis, 0) if self.axis else value
         inner = value.shape[self.axis] // batch
         high = self.fold == "high"
         split: Tensor = value.unflatten(self.axis, (batch, inner) if high else (inner, batch))

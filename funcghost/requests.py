@@ -1,6 +1,6 @@
 """What a tree of reducers asks of a run: directions to score in, scores by position, and tasks for the ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,16 @@ from funcghost.trees import Params
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked for: `positions` are the columns wanted by position, `keep` says that factors are."""
+    """What is asked for: `positions` are the columns wanted by position, `keep` says that factors are.
+
+    `columns` says how many of the directions each reducer with directions has.
+    """
 
     directions: tuple[Direction, ...] = ()
     positions: frozenset[int] = frozenset()
     tasks: tuple[Additive, ...] = ()
     keep: bool = False
+    columns: tuple[int, ...] = ()
 
     @property
     def factored(self) -> bool:
@@ -34,20 +38,21 @@ class Request:
         """Whether nothing is asked for."""
         return not (self.directions or self.tasks or self.keep)
 
-    def ledger(self, params: Params, means: Means) -> Ledger | None:
-        """What collects it, if scores are not all."""
+    def ledger(self, params: Params, means: Callable[[], Means]) -> Ledger | None:
+        """What collects it, if scores are not all; `means`, which may have to be measured, are not asked for before."""
         if not (self.tasks or self.keep or self.positions):
             return None
-        return Ledger(params.names, self.tasks, means, keep=self.keep, positions=self.positions)
+        return Ledger(params.names, self.tasks, means(), keep=self.keep, positions=self.positions)
 
     def results(self, reducers: Sequence[Reducer], params: Params, outcome: Outcome) -> list[Any]:
         """What each of the reducers makes of the outcome."""
         results, start, tasks = list[Any](), 0, iter(outcome.parts)
+        columns = iter(self.columns)
         for reducer in reducers:
             own = list[Any]()
             for part in reducer.parts():
                 if isinstance(part, Directional):
-                    stop = start + len(part.directions(params))
+                    stop = start + next(columns)
                     scores = outcome.scores[:, start:stop]
                     if part.by_position:
                         scores = _by_position(outcome, range(start, stop))
@@ -68,13 +73,14 @@ def _by_position(outcome: Outcome, columns: range) -> torch.Tensor:
 
 def requested(reducers: Sequence[Reducer], params: Params) -> Request:
     """What the reducers ask for, each in its turn."""
-    directions, positions, tasks = list[Direction](), set[int](), list[Additive]()
+    directions, positions, tasks, columns = list[Direction](), set[int](), list[Additive](), list[int]()
     for part in (part for reducer in reducers for part in reducer.parts()):
         if isinstance(part, Directional):
             own = part.directions(params)
+            columns.append(len(own))
             if part.by_position:
                 positions.update(range(len(directions), len(directions) + len(own)))
             directions += own
         elif isinstance(part, Additive):
             tasks.append(part)
-    return Request(tuple(directions), frozenset(positions), tuple(tasks))
+    return Request(tuple(directions), frozenset(positions), tuple(tasks), columns=tuple(columns))

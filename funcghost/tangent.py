@@ -7,6 +7,7 @@ op), the op's own forward derivative, and the transpose of the op's own backward
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import optree
@@ -151,8 +152,15 @@ def _terms(call: Call, rule: Rule) -> list[Term] | None:
     if rule.linear == "jointly":
         floats = (slot for slot, leaf in enumerate(call.leaves) if is_float(leaf))
         return [(call.tracked, tuple(slot for slot in floats if slot not in call.tracked))]
-    slots = _bind(call, rule, range(len(call.leaves)))
-    remaining, terms = set(call.tracked), []
+    return _named_terms(rule, call.spec, call.tracked)
+
+
+@lru_cache(maxsize=4096)
+def _named_terms(rule: Rule, spec: optree.PyTreeSpec, tracked: tuple[int, ...]) -> list[Term] | None:
+    """The terms where they follow from the names of the arguments alone: the same in every step."""
+    nest: Any = optree.tree_unflatten(spec, range(spec.num_leaves))
+    slots = rule.bind(*nest)
+    remaining, terms = set(tracked), []
     for names in rule.linear:
         members = [slots[name] for name in names if isinstance(slots.get(name), int)]
         filled = tuple(slot for slot in members if slot in remaining)

@@ -21,6 +21,9 @@ Collect = Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None]], dict[int
 """Takes the tensors kept, which of them are vmapped, and the gradients of the outputs; gives scores by column."""
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def alias(value: Tensor) -> Tensor:
     """The same memory under a new identity that autograd does not take for a view, so in-place ops stay legal."""
     aliased: Tensor = torch.ops.aten._unsafe_view(value, value.shape)
@@ -60,6 +63,8 @@ class Scorer:
             found[k] = found[k].to(score.dtype) + score if k in found else score
         if not found:
             return None
+        if len(found) == probe.shape[1] == 1:
+            return found[0].to(probe.dtype).unsqueeze(-1)
         if len(found) < probe.shape[1]:
             found = dict.fromkeys(range(probe.shape[1]), probe.new_zeros(len(probe))) | found
         return torch.stack([found[k].to(probe.dtype) for k in range(probe.shape[1])], -1)
@@ -92,7 +97,7 @@ def inner(
 
     If the memory of the slope is `ours`, the product is written there. With `by_position`, [b, t].
     """
-    wide = torch.promote_types(slope.dtype, torch.float32)
+    wide = slope.dtype if slope.dtype in WIDE else torch.promote_types(slope.dtype, torch.float32)
     if ours and not by_position and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
         return layout.sum(slope.mul_(gradient), probe)
     product = slope.to(wide) * gradient.conj()
@@ -108,8 +113,9 @@ def alone(slopes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     if len(slopes) != 1 or type(slopes[0]) is not Tensor or slopes[0].is_complex() or not slopes[0].is_contiguous():
         return False
     memory = slopes[0].untyped_storage()
-    return memory.nbytes() == slopes[0].numel() * slopes[0].element_size() and not any(
-        other.untyped_storage()._cdata == memory._cdata for other in others if other.layout is torch.strided
+    own = memory._cdata
+    return memory.nbytes() == slopes[0].nbytes and not any(
+        other.untyped_storage()._cdata == own for other in others if other.layout is torch.strided
     )
 
 

@@ -156,7 +156,7 @@ def plan(
     request = requested(split_reducers(reducers)[0], problem.params)
     with uncompiled():
         made = make_plan(problem, options)
-        return verify_factors(problem, made, options, request.tasks) if request.tasks and made.batch else made
+        return verify_factors(problem, made, options, request.tasks) if request.factored and made.batch else made
 
 
 @contextmanager
@@ -238,7 +238,9 @@ class _Transform:
     def _run(
         self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
     ) -> Outcome:
-        ledger = request.ledger(problem.params, means_of(self.options, problem.params.leaves[0].device, plan.rates))
+        ledger = request.ledger(
+            problem.params, lambda: means_of(self.options, problem.params.leaves[0].device, plan.rates)
+        )
         outcome = run(
             problem,
             plan,
