@@ -22,17 +22,13 @@ from tests.benchmarks.bench_dot import (
     Overhead,
     Setting,
     count_flops,
-    describe,
     gpt,
     measure_overhead,
     mlp,
-    positive,
-    quartiles,
-    table,
     tiny_gpt,
     tiny_mlp,
-    writable_file,
 )
+from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
 from tests.benchmarks.in_run_contenders import (
     CONCATENATED,
     GROUPS,
@@ -258,7 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if args.child:
         child(args.child[0], args.child[1], setting)
         return {}
-    report: dict[str, Any] = {"setting": describe(setting), "cases": {}, "curves": [], "overheads": [], "promises": []}
+    report: dict[str, Any] = {
+        "setting": describe(setting.device, setting.dtype),
+        "cases": {},
+        "curves": [],
+        "overheads": [],
+        "promises": [],
+    }
     print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
     promises: list[Verdict] = []
     for key in args.cases:

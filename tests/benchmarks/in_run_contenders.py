@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcghost as fg
-from tests.benchmarks.bench_dot import Case, Params, Route, by_vmap, count_flops, make_plan, training_gradient
+from tests.benchmarks.bench_dot import Case, Route, by_vmap, count_flops, make_plan, training_gradient
+from tests.benchmarks.models import Params
 
 PLAIN, CONCATENATED, COMPILED = "plain", "plain, validation concatenated", "compiled: plain"
 LOOKED_UP = "positions.weight"

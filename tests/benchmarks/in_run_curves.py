@@ -10,19 +10,10 @@ import matplotlib as mpl
 import torch
 
 import funcghost as fg
-from tests.benchmarks.bench_dot import (
-    GPT,
-    Case,
-    Route,
-    Setting,
-    interleave,
-    make_plan,
-    next_token,
-    quartiles,
-    table,
-    training_gradient,
-)
+from tests.benchmarks.bench_dot import Case, Route, Setting, interleave, make_plan, training_gradient
+from tests.benchmarks.common import quartiles, table
 from tests.benchmarks.in_run_contenders import InRun, validation_gradient
+from tests.benchmarks.models import GPT, next_token
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
