@@ -17,7 +17,7 @@ from funcghost.cost import Means, choose, common_form, sketch
 from funcghost.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples, wide
 from funcghost.lowrank import Leaf, LowRank
 
-PIECE = 2**16
+PIECE = 2**14
 """How many squares are kept at once."""
 
 
