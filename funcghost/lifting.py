@@ -61,7 +61,7 @@ def lifted(solve: Callable[[Problem, Directions], Outcome], problem: Problem, di
     def scores(flat: Sequence[Tensor]) -> Tensor:
         given, members = iter(flat), len(flat) // len(leaves)
         wanted = [
-            [None if leaf is None else next(given).detach() for leaf in direction]
+            [next(given).detach() if isinstance(leaf, Tensor) else leaf for leaf in direction]
             for _ in range(members)
             for direction in directions
         ]

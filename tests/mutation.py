@@ -262,8 +262,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "directions and members swapped": Mutation(
         "lifting.py",
-        "found.unflatten(1, (info.batch_size, len(leaves) // size)), 1",
-        "found.unflatten(1, (len(leaves) // size, info.batch_size)).mT, 1",
+        "found.unflatten(1, (info.batch_size, k)), 1",
+        "found.unflatten(1, (k, info.batch_size)).mT, 1",
         (WRAPPERS, "-k", "directions"),
     ),
     "heads in place of examples": Mutation(

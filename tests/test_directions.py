@@ -158,3 +158,13 @@ def test_pairs_of_few_tokens_stay_in_factors() -> None:
     torch.testing.assert_close(
         fg.apply(fg.dot(pairs), pairs), fg.cross_dots(pairs, pairs).sum(1), rtol=1e-9, atol=1e-12
     )
+
+
+def test_dense_leaves_that_require_grad_beside_low_rank_ones() -> None:
+    _, losses, params = small_gpt(width=32)
+    compressed = fg.compress({k: torch.randn_like(p).requires_grad_() for k, p in params.items()}, rank=2)
+    dense = {k: v.dense() if isinstance(v, fg.LowRank) else v.detach() for k, v in compressed.items()}
+    assert {type(leaf) for leaf in compressed.values()} == {fg.LowRank, Tensor}
+    score, tokens = fg.reduce(losses), rows()
+    found = score(params, tokens, fg.dot(compressed)).detach()
+    torch.testing.assert_close(found, score(params, tokens, fg.dot(dense)), rtol=1e-4, atol=1e-4)
