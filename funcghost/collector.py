@@ -50,9 +50,10 @@ class Collector:
             with around():
                 factors = use.factors(tensors[start:stop], own, gradients, self.layouts, self.batch)
             for slot, factor in zip(use.slots, factors, strict=True):
+                rounded = factor if self.dtype is None else factor.map(in_dtype(self.dtype))
                 for (where, k), direction in self.low.items():
                     if where == slot:
-                        score = along(factor.map(in_dtype(self.dtype)), direction)
+                        score = along(rounded, direction)
                         scores[k] = scores[k] + score if k in scores else score
                 if self.ledger is not None and slot in self.targets:
                     self.ledger.collect(self.targets[slot], factor)

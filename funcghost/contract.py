@@ -102,9 +102,8 @@ def _fits(use: Factor, direction: LowRank) -> bool:
     """Whether the blocks of the direction are those of the factor."""
     if isinstance(use, Dense):
         return False
-    order = [i for axes in use.form.roles for i in axes]
     blocks = (len(direction.rows), direction.rows.shape[1], direction.cols.shape[1])
-    return order == sorted(order) and use.form.blocks == blocks
+    return use.form.plain and use.form.blocks == blocks
 
 
 def weighted_sum(use: Factor, weights: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ class Pairs:
         check_weights("weighted", self, weights)
 
         def scaled(use: Factor) -> Factor:
-            last = use.tensors[-1]
-            own = (last * weights.to(last.dtype).view(-1, *[1] * (last.dim() - 1))).to(last.dtype)
-            return use.map(lambda value: own if value is last else value)
+            *others, last = use.tensors
+            given = iter((*others, last * weights.to(last.dtype).view(-1, *[1] * (last.dim() - 1))))
+            return use.map(lambda _: next(given))
 
         uses = {name: tuple(map(scaled, uses)) for name, uses in self.uses.items()}
         return Pairs(uses, self.parameters, self.spec)
@@ -133,8 +133,7 @@ class Pairs:
 def _summed(uses: Sequence[Factor], dtype: torch.dtype) -> Leaf:
     """The sum over the samples of the gradients of one parameter."""
     first = uses[0]
-    order = [i for axes in first.form.roles for i in axes]
-    if all(isinstance(use, Outer) and use.form == first.form for use in uses) and order == sorted(order):
+    if first.form.plain and all(isinstance(use, Outer) and use.form == first.form for use in uses):
         _, m, n = first.form.blocks
         rank = sum(samples(use) * use.positions for use in uses if isinstance(use, Outer))
         if rank * (m + n) < m * n:

@@ -68,10 +68,10 @@ class Plan:
 
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
     `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
-    ops compute in, `moves` the ops that move samples by data. `factored` says that the factors of per-sample gradients
-    were verified, `contractions` how reducers contract them, chosen by the machine's `rates`. `captured` are the user's
-    tensors that the losses close over, `written` the memory they write to: None where there is some, and this process
-    has not seen it yet.
+    ops compute in, `moves` the ops that move samples by data. `factored` are the checksums of the sizes for which the
+    factors of per-sample gradients were verified, `contractions` how reducers contract them, chosen by the machine's
+    `rates`. `captured` are the user's tensors that the losses close over, `written` the memory they write to: None
+    where there is some, and this process has not seen it yet.
 
     Example:
         >>> import funcghost as fg, torch
@@ -89,7 +89,7 @@ class Plan:
     verified: bool = False
     moves: tuple[Moved, ...] = ()
     rates: Rates | None = None
-    factored: bool = False
+    factored: frozenset[int] = frozenset()
     contractions: tuple[Contraction, ...] = ()
     captured: tuple[Tensor, ...] | None = field(default=(), repr=False, compare=False)
     written: tuple[torch.UntypedStorage, ...] | None = field(default=(), repr=False, compare=False)
@@ -150,7 +150,7 @@ class Plan:
             raise PlanError(f"the text is not a plan: {error}. {_REMEDY}") from None
         plan = replace(plan, captured=None if captures else (), written=None if writes else ())
         made_here = (whole["funcghost"], whole["torch"]) == (__version__, torch.__version__)
-        return plan if made_here else replace(plan, sizes=frozenset(), verified=False)
+        return plan if made_here else replace(plan, sizes=frozenset(), verified=False, factored=frozenset())
 
     def __str__(self) -> str:
         """The table: one line per site that does something."""

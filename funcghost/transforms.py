@@ -112,7 +112,8 @@ def pairs(losses: Losses, *, options: Options | None = None, plan: Plan | None =
     """The per-sample gradients of a batch in factored form: `fg.pairs(losses)(params, batch)` gives `Pairs`.
 
     One forward and one backward, without any weight gradient; memory for the inputs and output gradients of all uses of
-    parameters. Arguments and errors as in `grad_and_reduce`.
+    parameters. Factors share memory with activations and with the batch: do not write to these while pairs are kept.
+    Arguments and errors as in `grad_and_reduce`.
 
     Law: `fg.materialize` of it is the tree of the gradients of `losses[i]`, [b, *shape].
 
@@ -301,15 +302,15 @@ class _Transform:
             if not new:
                 known = plan if plan.written is not None else replace(plan, written=written())
                 checked = self._verified(problem, known, outcome)
-            if request.factored and not checked.factored and self.options.verify != "never" and len(outcome.losses):
+            if request.factored and len(outcome.losses) and self._due(outcome.sizes not in checked.factored):
                 checked = verify_factors(problem, checked, self.options)
             self._remember(checked, instead_of=plan)
         return outcome
 
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
         """The plan, verified for this call if that is due: with `verify="first"` once for new sizes."""
-        verify, new = self.options.verify, outcome.sizes not in plan.sizes
-        if verify == "never" or not outcome.losses.shape[0] or not (verify == "always" or new or not plan.verified):
+        new = outcome.sizes not in plan.sizes
+        if not outcome.losses.shape[0] or not self._due(new or not plan.verified):
             return plan
         try:
             checked = verify_plan(problem, plan)
@@ -318,6 +319,10 @@ class _Transform:
                 raise
             raise MismatchError(f"it does not hold for these sizes: {error}") from error
         return replace(checked, sizes=plan.sizes | {outcome.sizes}) if checked.verified else plan
+
+    def _due(self, new: bool) -> bool:
+        """Whether something is to be verified that is new, or is not."""
+        return self.options.verify == "always" or (new and self.options.verify == "first")
 
     def _remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
         self.plans = [plan, *(known for known in self.plans if known is not instead_of)][:MOST_PLANS]

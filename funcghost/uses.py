@@ -3,7 +3,7 @@
 Where the op is known as a product, the factor is read off its letters: those that the parameter shares with the output
 are rows, those that it shares with the other argument are columns, those it shares with both are blocks, and the rest
 of the output are positions, the samples among them. Any other op is differentiated by autograd, once per sample, with
-the gradient of the others masked: `Masked` is what all forms have to agree with.
+the gradient of the others masked: that is what all forms have to agree with.
 """
 
 from collections.abc import Callable, Sequence

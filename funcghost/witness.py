@@ -65,9 +65,9 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
     if options.verify != "never" and seen.finite:
         of_groups = [torch.stack([parts[names[i]] for i in group]).sum(0) for group in groups]
         _compare(outcome.scores, of_groups, groups, names, seen.tolerance, seen.share)
-        plan = replace(plan, factored=True)
+        plan = replace(plan, factored=plan.factored | {outcome.sizes})
     sketches = {names[index]: uses for index, uses in (ledger.sketches or {}).items()}
-    return replace(plan, contractions=_contractions(sketches, tasks, plan.batch, means))
+    return replace(plan, contractions=_contractions(sketches, tasks, plan.batch, means)) if tasks else plan
 
 
 def _compare(

@@ -1,6 +1,7 @@
 """Hypothesis profiles, seeds, threads, and which tests run where."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +33,12 @@ TORCH_GENERATOR = TorchGenerator()  # hypothesis keeps only a weak reference
 register_random(TORCH_GENERATOR)
 
 
+KERNELS = tempfile.TemporaryDirectory(prefix="funcghost-kernels-", ignore_cleanup_errors=True)
+"""Where compiled code goes: what a killed run left half written in the common cache would fail to load."""
+
+
 def pytest_configure() -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = KERNELS.name
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the cores already
 

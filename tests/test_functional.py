@@ -328,8 +328,10 @@ def test_vmap_of_grad_and_of_batched_weights() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["sample first", "per example"])
-@pytest.mark.parametrize("backend", ["aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("aot_eager", "sample first"), ("aot_eager", "per example"), ("inductor", "sample first")],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_step_equals_eager(backend: str, kind: str) -> None:
     torch._dynamo.reset()

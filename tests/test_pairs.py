@@ -1,5 +1,7 @@
 """Factored per-sample gradients and their reducers, held to naive per-sample gradients on random programs."""
 
+import json
+import sys
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -19,8 +21,7 @@ from funcghost.oracle import per_sample_gradients
 from funcghost.testing import pairs as drawn_pairs
 from tests.naive import gradient
 from tests.programs import Program, programs
-
-BUDGETS = (1, 4096, 2**28)
+from tests.small import rows, small_gpt
 
 
 def flat(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -250,3 +251,30 @@ def test_what_pairs_cannot_be_asked() -> None:
     for number in (0, -1, 1.0, True):
         with pytest.raises(fg.InputError, match="cross: num_val must be"):
             fg.cross(number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verify", ["first", "always", "never"])
+def test_factors_are_verified_once_for_each_size(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = sys.modules["funcghost.transforms"]
+    verified, check = list[int](), module.verify_factors
+
+    def counted(*given: Any) -> Any:
+        verified.append(1)
+        return check(*given)
+
+    monkeypatch.setattr(module, "verify_factors", counted)
+    _, losses, params = small_gpt()
+    score, (tokens,) = fg.reduce(losses, options=fg.Options(verify=verify)), rows(3)
+    counts = []
+    for part in (tokens, tokens, tokens[:2], tokens[:2], tokens):
+        score(params, (part,), fg.squared_norm())
+        counts.append(len(verified))
+    assert counts == {"first": [1, 1, 2, 2, 2], "always": [1, 2, 3, 4, 5], "never": [0] * 5}[verify]
+
+
+def test_factors_of_a_plan_of_another_version_are_not_trusted() -> None:
+    _, losses, params = small_gpt()
+    plan = fg.plan(losses, params, rows(3), fg.squared_norm())
+    assert fg.Plan.from_json(plan.to_json()).factored == plan.factored != frozenset()
+    text = json.dumps(json.loads(plan.to_json()) | {"torch": "0.0.1"})
+    assert not fg.Plan.from_json(text).factored
