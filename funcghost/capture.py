@@ -242,13 +242,16 @@ class Capture(TorchFunctionMode):
         self, index: int, site: Site, value: Tensor, layout: OutputLayout
     ) -> Layout | Placed | Literal["unused"]:
         """Where the samples of an output are in this run."""
-        shape, rows = batched_shape(value), None
-        if isinstance(layout, Rows):
+        shape = batched_shape(value)
+        if isinstance(layout, Layout):
+            if layout.fits(shape, self.probe.shape[0]):
+                return layout
+        elif layout == "unused":
+            return layout
+        elif isinstance(layout, Rows):
             rows = self.maps.get((layout.call, layout.output))
             if rows is not None and layout.axis < len(shape) and shape[layout.axis] == len(rows):
                 return Placed(layout.axis, rows.long())
-        elif layout == "unused" or (isinstance(layout, Layout) and layout.fits(shape, self.probe.shape[0])):
-            return layout
         raise MismatchError(f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}.")
 
     def _follow_move(self, op: Any, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:
@@ -294,8 +297,8 @@ class Capture(TorchFunctionMode):
 
     def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
         """The outputs behind a tap, by the id of what they replace."""
-        chosen = [i for i, layout in enumerate(site.layouts) if layout != "constant"]
-        layouts = tuple(self._placed(index, site, found[i], site.layouts[i]) for i in chosen)
+        chosen = site.smooth
+        layouts = tuple([self._placed(index, site, found[i], site.layouts[i]) for i in chosen])
         around, name = ambient(found[chosen[0]].device.type, drawn), f"site {index} ({site.op})"
         positions = self._positions(name, [found[i] for i in chosen], layouts)
         collector = self._collector(call, layouts, found[chosen[0]], chosen, positions)
@@ -357,7 +360,7 @@ class Capture(TorchFunctionMode):
         call: Call,
         layouts: Sequence[Where],
         first: Tensor,
-        chosen: Sequence[int],
+        chosen: tuple[int, ...],
         positions: Mapping[int, Any],
     ) -> Collector | None:
         """What takes the factors of the gradients of what went into a call, if they are asked for."""
@@ -382,6 +385,8 @@ class Capture(TorchFunctionMode):
 
 def batched_shape(value: Tensor) -> tuple[int, ...]:
     """The shape with all vmapped axes in front, the outer before the inner: that of the gradients a tap sees."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return value.shape
     vmapped, inner = list[int](), value
     while torch._C._functorch.is_functorch_wrapped_tensor(inner):
         axis, inner = torch._C._functorch.maybe_get_bdim(inner), torch._C._functorch.get_unwrapped(inner)

@@ -28,6 +28,7 @@ class Collector:
     batch: int
     ledger: Ledger | None
     targets: Mapping[int, Shadow]
+    sources: frozenset[int]
     dtype: torch.dtype | None
 
     @property
@@ -46,7 +47,7 @@ class Collector:
         start, scores = 0, dict[int, Tensor]()
         for use in self.uses:
             stop = start + len(use.needed)
-            own = tuple(has[start:stop] for has in levels)
+            own = tuple(has[start:stop] for has in levels) if levels else ()
             with around():
                 factors = use.factors(tensors[start:stop], own, gradients, self.layouts, self.batch)
             for slot, factor in zip(use.slots, factors, strict=True):
@@ -59,7 +60,7 @@ class Collector:
                     self.ledger.collect(self.targets[slot], factor)
             start = stop
         if self.ledger is not None:
-            self.ledger.passed(_sources(self.targets))
+            self.ledger.passed(self.sources)
         return scores
 
 
@@ -78,16 +79,13 @@ def collecting(
 
     A direction is scored by factors where they are had without a derivative for each sample.
     """
-    apart = {slot for use in uses if use.by_product for slot in use.slots}
+    apart = {slot for use in uses if use.by_product for slot in use.slots} if low else set[int]()
     fast = {key: direction for key, direction in low.items() if key[0] in apart}
-    wanted = {slot for slot, _ in fast} | set(targets)
+    wanted = {slot for slot, _ in fast}.union(targets)
     kept = [use for use in uses if not wanted.isdisjoint(use.slots)]
     if not kept:
         return None
+    sources = frozenset[int]().union(*(target.sources for target in targets.values()))
     if ledger is not None and targets and expected:
-        ledger.expect(_sources(targets))
-    return Collector(kept, fast, layouts, batch, ledger, targets, dtype)
-
-
-def _sources(targets: Mapping[int, Shadow]) -> frozenset[int]:
-    return frozenset[int]().union(*(target.sources for target in targets.values()))
+        ledger.expect(sources)
+    return Collector(kept, fast, layouts, batch, ledger, targets, sources, dtype)

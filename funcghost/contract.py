@@ -9,6 +9,7 @@ which never forms anything of the size of the parameter. `materialise` forms the
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,16 +29,16 @@ def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tenso
     uses = uses if means.dtype is None else [use.map(in_dtype(means.dtype)) for use in uses]
     if route.name == "materialise":
         return _materialised_norms(uses, means.budget)
-    if len(uses) == 1 and isinstance(uses[0], Outer) and uses[0].positions == 1 and uses[0].form.blocks[0] == 1:
+    if len(uses) == 1 and isinstance(uses[0], Outer) and uses[0].positions == uses[0].form.blocks[0] == 1:
         # One position of a sample: the product of two squared sizes.
-        rows, cols = (wide(value).flatten(1).square().sum(1) for value in uses[0].tensors)
+        rows, cols = (_squares(wide(value).flatten(1)) for value in uses[0].tensors)
         return rows * cols
-    total = _zeros(uses[0], (b,))
-    for i, one in enumerate(uses):
-        for j, other in enumerate(uses[i:], i):
-            found = _ghost_diagonal(one, other, means.budget)
-            total = total + (found if i == j else 2 * found)
-    return total
+    found = [
+        _ghost_diagonal(one, other, means.budget) * (1 if i == j else 2)
+        for i, one in enumerate(uses)
+        for j, other in enumerate(uses[i:], i)
+    ]
+    return total(found)
 
 
 def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means, name: str = "") -> Tensor:
@@ -57,10 +58,7 @@ def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means, name:
     if route.name == "materialise":
         found = _materialised_products(a, b, means.budget)
     else:
-        found = _zeros(a[0], (samples(a[0]), samples(b[0])))
-        for one in a:
-            for other in b:
-                found = found + _ghost_matrix(one, other, means.budget)
+        found = total([_ghost_matrix(one, other, means.budget) for one in a for other in b])
     return (found + found.T) / 2 if same else found
 
 
@@ -124,51 +122,60 @@ def in_dtype(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     return lambda value: value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of one tensor or more."""
+    first, *others = terms
+    for other in others:
+        first = first + other
+    return first
+
+
 def _zeros(use: Factor, shape: tuple[int, ...]) -> Tensor:
     return wide(use.tensors[-1]).new_zeros(shape)
 
 
 def _products(one: Factor, other: Factor) -> Tensor:
-    """`<position t of one, position s of other>` within each of z samples, [z, t, s], and added up over blocks."""
+    """`<position t of one, position s of other>`, [..., t, s], added up over blocks, of tensors [..., t, q, m]."""
     if isinstance(one, Lookup) and isinstance(other, Lookup):
-        same = one.index.unsqueeze(2) == other.index.unsqueeze(1)
+        same = one.index.unsqueeze(-1) == other.index.unsqueeze(-2)
         return torch.matmul(wide(one.cols), wide(other.cols).mT) * same
     if isinstance(one, Lookup):
         return _products(other, one).mT
     assert isinstance(one, Outer)
-    rows, cols = wide(one.rows).transpose(1, 2), wide(one.cols).transpose(1, 2)  # [z, q, t, .]
     if isinstance(other, Lookup):
-        index = other.index.unsqueeze(1).expand(-1, rows.shape[2], -1)
-        return torch.gather(rows.squeeze(1), 2, index) * torch.matmul(cols.squeeze(1), wide(other.cols).mT)
+        rows, cols = wide(one.rows).squeeze(-2), wide(one.cols).squeeze(-2)
+        index = other.index.unsqueeze(-2).expand(*rows.shape[:-1], -1)
+        return torch.gather(rows, -1, index) * torch.matmul(cols, wide(other.cols).mT)
     assert isinstance(other, Outer)
-    products = torch.matmul(rows, wide(other.rows).permute(0, 2, 3, 1))
-    products = products * torch.matmul(cols, wide(other.cols).permute(0, 2, 3, 1))
-    return products.squeeze(1) if products.shape[1] == 1 else products.sum(1)
+    pairs = zip(map(wide, one.tensors), map(wide, other.tensors), strict=True)
+    if one.form.blocks[0] == 1:
+        of_rows, of_cols = (torch.matmul(x.squeeze(-2), y.squeeze(-2).mT) for x, y in pairs)
+        return of_rows * of_cols
+    of_rows, of_cols = (torch.matmul(x.transpose(-3, -2), y.transpose(-3, -2).mT) for x, y in pairs)
+    return (of_rows * of_cols).sum(-3)
 
 
 def _ghost_diagonal(one: Factor, other: Factor, budget: int) -> Tensor:
     """The sums of the products of positions of the same sample, [b], in tiles of samples and of positions."""
-    found = []
-    for start, stop, parts in _tiles(one, other, budget, samples(one), 1):
-        own, second = _narrow(one, start, stop), _narrow(other, start, stop)
-        total = _zeros(one, (stop - start,))
-        for part in _positions(own, parts):
-            total = total + _products(part, second).sum((1, 2))
-        found.append(total)
-    return torch.cat(found) if found else _zeros(one, (0,))
+    found = [
+        total([_products(part, second).sum((-2, -1)) for part in parts])
+        for parts, second in _tiles(one, other, budget, 1, lambda start, stop: _narrow(other, start, stop))
+    ]
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _ghost_matrix(one: Factor, other: Factor, budget: int) -> Tensor:
     """The sums of the products of positions of any two samples, [a, b], in tiles of samples and of positions."""
-    second, (b, s) = _as_one(other), (samples(other), _length(other))
+    whole, b, s = _as_one(other), samples(other), _length(other)
     found = []
-    for start, stop, parts in _tiles(one, other, budget, samples(one), b):
-        total = _zeros(one, (stop - start, b))
-        for part in _positions(_narrow(one, start, stop), parts):
-            products = _products(_as_one(part), second)
-            total = total + products.view(stop - start, _length(part), b, s).sum((1, 3))
-        found.append(total)
-    return torch.cat(found) if found else _zeros(one, (0, b))
+    for parts, second in _tiles(one, other, budget, b, lambda *_: whole):
+        terms = []
+        for part in parts:
+            products, size = _products(_as_one(part), second), samples(part)
+            single = _length(part) == s == 1
+            terms.append(products if single else products.view(size, _length(part), b, s).sum((1, 3)))
+        found.append(total(terms))
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _length(use: Factor) -> int:
@@ -176,32 +183,34 @@ def _length(use: Factor) -> int:
     return use.positions
 
 
-def _tiles(one: Factor, other: Factor, budget: int, a: int, b: int) -> Iterator[tuple[int, int, int]]:
-    """Ranges of samples, and the number of positions at once, so that a tile takes no more than the budget."""
-    q = one.form.blocks[0]
-    row = 3 * q * _length(other) * b * max(4, one.tensors[-1].element_size())
-    whole = row * _length(one)
-    if whole <= budget or not whole:
-        size = a if not whole else max(1, budget // whole)
-        yield from ((start, min(start + size, a), _length(one)) for start in range(0, a, max(size, 1)))
+def _tiles(
+    one: Factor, other: Factor, budget: int, b: int, beside: Callable[[int, int], Factor]
+) -> Iterator[tuple[list[Factor], Factor]]:
+    """Parts of a few samples of `one`, by position, and what they meet, so that a tile takes no more than the budget.
+
+    A tile is of the products of the positions of a part with those of b samples of the other.
+    """
+    a, length = samples(one), _length(one)
+    row = 3 * one.form.blocks[0] * _length(other) * b * max(4, one.tensors[-1].element_size())
+    whole = row * length
+    if whole * a <= budget:
+        yield [one], beside(0, a)
         return
-    parts = max(1, budget // row)
-    yield from ((start, start + 1, parts) for start in range(a))
+    size = max(1, budget // whole)
+    parts = length if whole <= budget else max(1, budget // row)
+    for start in range(0, a, size):
+        some = _narrow(one, start, start + size)
+        yield [_narrow(some, at, at + parts, 1) for at in range(0, length, parts)], beside(start, start + size)
 
 
-def _narrow(use: Factor, start: int, stop: int) -> Factor:
-    return use.map(lambda value: value[start:stop])
-
-
-def _positions(use: Factor, size: int) -> Iterator[Factor]:
-    length = _length(use)
-    for start in range(0, length, max(size, 1)):
-        yield use if size >= length else use.map(lambda value, at=start: value[:, at : at + size])  # type: ignore[misc]
+def _narrow(use: Factor, start: int, stop: int, axis: Literal[0, 1] = 0) -> Factor:
+    """The samples in a range, or the positions."""
+    return use.map(lambda value: value[:, start:stop] if axis else value[start:stop])
 
 
 def _as_one(use: Factor) -> Factor:
-    """The positions of all samples as those of one."""
-    return use.map(lambda value: value.flatten(0, 1).unsqueeze(0))
+    """The positions of all samples in one row, [t, ...]."""
+    return use.map(lambda value: value.flatten(0, 1))
 
 
 def _slices(uses: Sequence[Factor], count: int, budget: int) -> tuple[Form | None, int, int]:
@@ -216,15 +225,15 @@ def _slices(uses: Sequence[Factor], count: int, budget: int) -> tuple[Form | Non
 
 def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int) -> Tensor:
     """The gradients of all uses together, in the rows from `start` to `stop`, [b, entries]."""
-    total: Tensor | None = None
+    whole: Tensor | None = None
     ours = False
     for use in uses:
         found = dense(use) if form is None else blocks(use, form, start, stop)
         # The memory of a product is ours to write to, that of a dense factor is not.
-        total = found if total is None else total.add_(found) if ours else total + found
-        ours = ours or total is not found or not isinstance(use, Dense)
-    assert total is not None
-    return total.reshape(len(total), prod(total.shape[1:]))
+        whole = found if whole is None else whole.add_(found) if ours else whole + found
+        ours = ours or whole is not found or not isinstance(use, Dense)
+    assert whole is not None
+    return whole.reshape(len(whole), prod(whole.shape[1:]))
 
 
 def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
@@ -237,19 +246,19 @@ def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     if form is None:
         together = 1
     found = []
-    for first in range(0, b, together):
+    for first in range(0, b, together) or [0]:
         some = [_narrow(use, first, first + together) for use in uses]
-        parts = (_squares(_gradients(some, form, at, min(at + width, rows))) for at in range(0, rows, width))
-        found.append(sum(parts, start=_zeros(uses[0], (samples(some[0]),))))
-    return torch.cat(found) if found else _zeros(uses[0], (0,))
+        slices = range(0, rows, width) or [0]
+        found.append(total([_squares(_gradients(some, form, at, min(at + width, rows))) for at in slices]))
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _squares(gradients: Tensor) -> Tensor:
     """The sum of squares of each row, without a root on the way, added up in pieces: no digits are lost on the way."""
-    total = gradients.new_zeros((len(gradients),))
-    for part in gradients.split(PIECE, 1):
-        total = total + torch.linalg.vecdot(part, part)
-    return total
+    if gradients.shape[1] <= PIECE:
+        squares: Tensor = torch.linalg.vecdot(gradients, gradients)
+        return squares
+    return total([torch.linalg.vecdot(part, part) for part in gradients.split(PIECE, 1)])
 
 
 def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int) -> Tensor:
@@ -258,9 +267,9 @@ def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int
         return torch.matmul(one, other.T)
     count = samples(a[0]) + (0 if a is b else samples(b[0]))
     form, rows, width = _slices([*a, *b], count, budget)
-    total = _zeros(a[0], (samples(a[0]), samples(b[0])))
+    found = _zeros(a[0], (samples(a[0]), samples(b[0])))
     for at in range(0, rows, width):
         one = _gradients(a, form, at, min(at + width, rows))
         other = one if a is b else _gradients(b, form, at, min(at + width, rows))
-        total = total + one @ other.T
-    return total
+        found = found + one @ other.T
+    return found

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ NOMINAL: Rates = (1e11, 2e10)
 """Where nothing can be measured: their ratio is what matters."""
 
 
-@dataclass(frozen=True)
-class Means:
+class Means(NamedTuple):
     """What may be used: bytes of memory for tiles, one route or any, the machine's rates, the dtype to contract in."""
 
     budget: int = DEFAULT_BUDGET
@@ -41,8 +40,7 @@ class Means:
     dtype: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class Sketch:
+class Sketch(NamedTuple):
     """The sizes of a factor: `kind`, positions, and the form of the parameter."""
 
     kind: Literal["outer", "lookup", "dense"]
@@ -68,12 +66,11 @@ class Route:
 
 def sketch(factor: Factor) -> Sketch:
     """The sizes of a factor."""
-    itemsize = max(4, factor.tensors[-1].element_size())
     if isinstance(factor, Outer):
-        return Sketch("outer", factor.positions, factor.form, itemsize)
+        return Sketch("outer", factor.positions, factor.form, max(4, factor.cols.element_size()))
     if isinstance(factor, Lookup):
-        return Sketch("lookup", factor.positions, factor.form, itemsize)
-    return Sketch("dense", 1, factor.form, itemsize)
+        return Sketch("lookup", factor.positions, factor.form, max(4, factor.cols.element_size()))
+    return Sketch("dense", 1, factor.form, max(4, factor.value.element_size()))
 
 
 def common_form(uses: Sequence[Sketch]) -> Form | None:

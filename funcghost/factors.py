@@ -23,6 +23,14 @@ class Form:
     base: tuple[int, ...]
     roles: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
+    def __hash__(self) -> int:
+        """As of the tuple of its fields."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.base, self.roles))
+
     @cached_property
     def blocks(self) -> tuple[int, int, int]:
         """The sizes q, m, n."""
@@ -158,11 +166,14 @@ def nbytes(factor: Factor) -> int:
     return sum(value.numel() * value.element_size() for value in factor.tensors)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 at least, for floating numbers."""
+    return dtype if dtype in _WIDE or not dtype.is_floating_point else torch.promote_types(dtype, torch.float32)
+
+
 def wide(value: Tensor) -> Tensor:
     """In float32 at least."""
-    if value.dtype in _WIDE:
-        return value
-    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+    return value if value.dtype in _WIDE else value.to(wide_dtype(value.dtype))
 
 
 def blocks(factor: Factor, form: Form, start: int = 0, stop: int | None = None) -> Tensor:

@@ -40,6 +40,9 @@ class Ledger:
         self.pending = [0] * len(names)
         self.factors: dict[int, list[Factor]] = {}
         self.totals: list[dict[str, Tensor]] = [{} for _ in tasks]
+        each = list(zip(tasks, self.totals, strict=True))
+        self.linear = [(task, total) for task, total in each if task.degree == 1]
+        self.others = [(task, total) for task, total in each if task.degree > 1]
         self.positions = positions
         self.by_position: dict[int, Tensor] = {}
         self.length: int | None = None
@@ -64,10 +67,9 @@ class Ledger:
         """A factor of a parameter's gradients."""
         if self.sketches is not None:
             self.sketches.setdefault(index, []).append(sketch(factor))
-        for task, total in zip(self.tasks, self.totals, strict=True):
-            if task.degree == 1:
-                self._add(total, index, task.of_parameter(self.names[index], [factor], self.means))
-        if self.keep or any(task.degree > 1 for task in self.tasks):
+        for task, total in self.linear:
+            self._add(total, index, task.of_parameter(self.names[index], [factor], self.means))
+        if self.keep or self.others:
             self.factors.setdefault(index, []).append(factor)
 
     def passed(self, indices: Iterable[int]) -> None:
@@ -80,9 +82,8 @@ class Ledger:
     def _reduce(self, index: int) -> None:
         uses = self.factors.pop(index, None)
         if uses:
-            for task, total in zip(self.tasks, self.totals, strict=True):
-                if task.degree > 1:
-                    self._add(total, index, task.of_parameter(self.names[index], uses, self.means))
+            for task, total in self.others:
+                self._add(total, index, task.of_parameter(self.names[index], uses, self.means))
 
     def _add(self, total: dict[str, Tensor], index: int, value: Tensor) -> None:
         name = self.names[index]
@@ -108,7 +109,10 @@ class Ledger:
         found = []
         for task, total in zip(self.tasks, self.totals, strict=True):
             zero = task.zero(len(losses), like)
-            scaled = {name: value.to(dtype) * self.scale**task.degree for name, value in total.items()}
+            values = [value if value.dtype == dtype else value.to(dtype) for value in total.values()]
+            if self.scale != 1 and values:
+                values = list(torch._foreach_mul(values, self.scale**task.degree))
+            scaled = dict(zip(total, values, strict=True))
             found.append({name: scaled.get(name, zero) for name in self.names})
         return found
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -44,6 +45,11 @@ class Site:
     way: Way | None = None
     flops: int = 0
     bytes: int = 0
+
+    @cached_property
+    def smooth(self) -> tuple[int, ...]:
+        """The numbers of the outputs that have a derivative."""
+        return tuple(i for i, layout in enumerate(self.layouts) if layout != "constant")
 
 
 @dataclass(frozen=True)

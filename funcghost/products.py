@@ -55,21 +55,27 @@ class Table:
 
 Arguments = dict[str, Any]
 Describe = Callable[[Call, dict[str, int], Arguments, str], Product | Table | None]
-_PRODUCTS: dict[Op, tuple[tuple[str, ...], Describe]] = {}
+Description = tuple[tuple[str, ...], Describe]
+"""The names of an op's arguments, and what describes a call of it."""
+_PRODUCTS: dict[Op, Description] = {}
 
 
-def describe(call: Call, slot: int) -> Product | Table | None:
-    """The op as a product with the argument in the slot, if it is known to be one."""
-    entry = _PRODUCTS.get(call.op)
-    if entry is None or slot in call.written or not _plain(call):
+def description(op: Op) -> Description | None:
+    """That of an op, if it has one."""
+    return _PRODUCTS.get(op)
+
+
+def describe(call: Call, described: Description, slot: int) -> Product | Table | None:
+    """The op as a product with the argument in the slot, if it is one."""
+    if slot in call.written or not _plain(call):
         return None
-    names, description = entry
+    names, product = described
     slots = bound(call, names, range(len(call.leaves)))
     name = next((name for name, where in slots.items() if type(where) is int and where == slot), None)
     if name is None:
         return None
     try:
-        return description(call, slots, bound(call, names, call.leaves), name)
+        return product(call, slots, bound(call, names, call.leaves), name)
     except KeyError:  # an argument has another name
         return None
 
@@ -294,13 +300,13 @@ def _embedding(index_name: str) -> Describe:
         if name != "weight" or rule is None or not covered_by_rule(call):
             return None
         factor, arguments = rule.factor, {k: v for k, v in a.items() if not isinstance(v, Tensor)}
-        weight = a["weight"].detach()
-        shape, blank = weight.shape, weight.new_zeros(())
+        shape, dtype = a["weight"].shape, a["weight"].dtype
 
         def values(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
             index = saved[0]
             # The weight is asked for its length and its dtype alone.
-            scale = factor({**arguments, index_name: index, "weight": blank.expand(shape)}) if factor else None
+            blank = index.new_zeros((), dtype=dtype).expand(shape)
+            scale = factor({**arguments, index_name: index, "weight": blank}) if factor else None
             return (index,) if scale is None else (index, scale)
 
         return Table((slots[index_name],), a[index_name].dim(), values)
@@ -317,9 +323,9 @@ def _rows(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table |
     return Table((slots["index"],), index.dim(), lambda saved: (saved[0] % size,))
 
 
-def _describe(names: tuple[str, ...], description: Describe, *ops: Op) -> None:
+def _describe(names: tuple[str, ...], product: Describe, *ops: Op) -> None:
     for op in ops:
-        _PRODUCTS[op] = (names, description)
+        _PRODUCTS[op] = (names, product)
 
 
 T: Any = torch.Tensor

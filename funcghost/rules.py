@@ -21,7 +21,7 @@ Op = Callable[..., Any]
 Arguments = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """The op is jointly linear in each set of arguments in `linear`.
 

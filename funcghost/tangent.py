@@ -7,7 +7,7 @@ op), the op's own forward derivative, and the transpose of the op's own backward
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Literal
 
 import optree
@@ -20,6 +20,12 @@ from funcghost.rules import Op, Rule, find_rule
 Way = Literal["rule", "forward", "transpose"]
 Outputs = tuple[Tensor, ...]
 Term = tuple[tuple[int, ...], tuple[int, ...]]
+
+PLAIN = frozenset(
+    [int, float, bool, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout]
+)
+"""What is known by its value alone."""
+MOST_KEYS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +43,26 @@ class Call:
         leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves)
         return Call(self.op, leaves, self.spec, self.tracked, self.written)
 
+    def key(self) -> tuple[Any, ...] | None:
+        """Equal for calls that differ in the values of tensors alone; None where that cannot be told, as in vmap."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            return None
+        known: list[Any] = [self.op, find_rule(self.op), self.spec, self.tracked, self.written]
+        for leaf in self.leaves:
+            kind = type(leaf)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                known += (leaf.shape, leaf.dtype, leaf.layout)
+            elif kind in PLAIN:
+                known += (kind, leaf)
+            else:
+                return None
+        return tuple(known)
+
     def evaluate(self, leaves: Sequence[Any]) -> Outputs:
         """The differentiable outputs of the op on these leaves; what the op writes to is copied first."""
+        if not self.written:
+            args, kwargs = optree.tree_unflatten(self.spec, leaves)
+            return outputs(self.op(*args, **kwargs), ())
         copied = list(leaves)
         for slot in self.written:
             copied[slot] = copied[slot].clone()
@@ -54,6 +78,29 @@ class Pushforward:
     evaluate: Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
 
 
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a call and of hashable values that is evaluated once for all calls with the same key.
+
+    What it gives must hold nothing of the call but shapes and flags.
+    """
+    known: dict[Any, Any] = {}
+
+    @wraps(function)
+    def recall(call: Call, *others: Any) -> Any:
+        own = call.key()
+        if own is None:
+            return function(call, *others)
+        key = (own, others)
+        found = known.get(key, known)
+        if found is known:
+            if len(known) >= MOST_KEYS:
+                known.clear()
+            found = known[key] = function(call, *others)
+        return found
+
+    return recall
+
+
 def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], optree.PyTreeSpec]:
     """The leaves of an op's arguments."""
     nest: Any = (tuple(args), kwargs)
@@ -67,6 +114,8 @@ def is_float(value: object) -> bool:
 
 def outputs(returned: Any, written: Sequence[Tensor]) -> Outputs:
     """What an op gave: the floating tensors it returned, then those it wrote to."""
+    if not written and isinstance(returned, Tensor):
+        return (returned,) if is_float(returned) else ()
     leaves = [returned] if isinstance(returned, Tensor) else optree.tree_leaves(returned)
     fresh = [leaf for leaf in leaves if is_float(leaf) and not any(leaf is w for w in written)]
     return (*fresh, *(w for w in written if is_float(w)))
@@ -104,10 +153,12 @@ def pushforward(call: Call, way: Way) -> Pushforward:
     """The function that computes `J V` of a call in a given way."""
     rule = find_rule(call.op)
     if way == "rule" and rule is not None:
-        return _by_rule(call, rule)
+        found: Pushforward = _by_rule(call, rule)
+        return found
     return _by_derivative(call, _forward if way == "forward" else _transpose)
 
 
+@remembered
 def _by_rule(call: Call, rule: Rule) -> Pushforward:
     """The sum over the sets of arguments of the op with tangents and zeros in the places of the set."""
     terms = _terms(call, rule)
@@ -120,19 +171,19 @@ def _by_rule(call: Call, rule: Rule) -> Pushforward:
         for _, empty in terms
         for slot in empty
     }
-    call = call.emptied()
+    call, own = call.emptied(), {slot: i for i, slot in enumerate(call.tracked)}
 
     def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
-        def zero(slot: int) -> Any:
-            blank = blanks[slot]
-            return tangents[0].new_zeros((), dtype=blank[1]).expand(blank[0]) if blank else 0
-
         total: Outputs | None = None
         for filled, empty in terms:
-            values = dict(zip(needed, saved, strict=True))
-            values.update({slot: zero(slot) for slot in empty})
-            values.update({slot: tangents[call.tracked.index(slot)] for slot in filled})
-            leaves = [values.get(slot, leaf) for slot, leaf in enumerate(call.leaves)]
+            leaves = list(call.leaves)
+            for slot, value in zip(needed, saved, strict=True):
+                leaves[slot] = value
+            for slot in empty:
+                blank = blanks[slot]
+                leaves[slot] = tangents[0].new_zeros((), dtype=blank[1]).expand(blank[0]) if blank else 0
+            for slot in filled:
+                leaves[slot] = tangents[own[slot]]
             term = call.evaluate(leaves)
             factor = rule.factor(_bind(call, rule, leaves)) if rule.factor else None
             term = term if factor is None else tuple(value * factor for value in term)

@@ -30,7 +30,7 @@ def alias(value: Tensor) -> Tensor:
     return aliased
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Scorer:
     """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts.
 
@@ -47,15 +47,25 @@ class Scorer:
     levels: Levels = ()
     positions: Mapping[int, Callable[[int, Tensor], None]] = field(default_factory=dict)
 
-    def score(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor | None:
-        """The contribution [b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries.
+    def contribution(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor
+    ) -> Tensor | None:
+        """[b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries; None for zero.
 
         The first tensors are those kept for the factors, which are collected on the way.
         """
-        if any(g is not None and layout == "unused" for g, layout in zip(gradients, self.layouts, strict=True)):
-            raise MismatchError(
-                f"{self.name}: an output that the losses did not use when the plan was made is used now."
-            )
+        if not self.ready():
+            return None
+        used = False
+        for g, layout in zip(gradients, self.layouts, strict=True):
+            if g is not None:
+                used = True
+                if layout == "unused":
+                    raise MismatchError(
+                        f"{self.name}: an output that the losses did not use when the plan was made is used now."
+                    )
+        if not used:
+            return None
         found = {} if self.collect is None else self.collect(tensors[: self.kept], self.levels, gradients)
         saved = tensors[self.kept :]
         for k, slope in zip(self.columns, self.slopes(*saved) if self.columns else (), strict=True):
@@ -76,7 +86,7 @@ class Scorer:
         parts = [
             inner(value, g, layout, probe, ours, by_position=apart is not None)
             for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
-            if g is not None and layout != "unused"
+            if g is not None and not isinstance(layout, str)
         ]
         total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         if apart is None:
@@ -142,8 +152,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """The score for the probe, and the gradients passed on."""
         probe, *saved = ctx.saved_tensors
-        used = ctx.scorer.ready() and any(gradient is not None for gradient in gradients)
-        score = ctx.scorer.score(saved, gradients, probe) if used else None
+        score = ctx.scorer.contribution(saved, gradients, probe)
         return (score, None, None, *gradients, *(None for _ in saved))
 
     @staticmethod
@@ -171,20 +180,32 @@ class EagerTap(torch.autograd.Function):
     """`Tap` where no `torch.func` transform is active: the same, without the cost of being ready for one."""
 
     @staticmethod
-    def forward(ctx: Any, probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, probe: Tensor, scorer: Scorer, saved: Sequence[Tensor], *values: Tensor) -> Any:
         """The outputs as they are."""
-        found = Tap.forward(probe, scorer, n, *tensors)
-        Tap.setup_context(ctx, (probe, scorer, n, *tensors), found)
-        return found
+        ctx.scorer = scorer
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(probe, *saved)
+        return tuple([alias(value) for value in values])
 
-    backward = Tap.backward
-    jvp = Tap.jvp
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        """The score for the probe, and the gradients passed on."""
+        probe, *saved = ctx.saved_tensors
+        return (ctx.scorer.contribution(saved, gradients, probe), None, None, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        """An identity in forward mode, too."""
+        return tuple(tangents[3:])
 
 
 def tap(probe: Tensor, scorer: Scorer, outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs, behind a tap that scores them in the backward."""
-    function = EagerTap if torch._C._functorch.maybe_current_level() is None else Tap
-    found: tuple[Tensor, ...] = function.apply(probe, scorer, len(outputs), *outputs, *saved)
+    found: tuple[Tensor, ...]
+    if torch._C._functorch.maybe_current_level() is None:
+        found = EagerTap.apply(probe, scorer, saved, *outputs)
+    else:
+        found = Tap.apply(probe, scorer, len(outputs), *outputs, *saved)
     return found
 
 

@@ -9,15 +9,16 @@ the gradient of the others masked: that is what all forms have to agree with.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from funcghost.factors import Dense, Factor, Form, Lookup, Outer, wide
+from funcghost.factors import Dense, Factor, Form, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
-from funcghost.products import Letter, Letters, Product, Table, describe
-from funcghost.tangent import Call, Outputs, physical
+from funcghost.products import Description, Letter, Letters, Product, Table, describe, description
+from funcghost.tangent import Call, Outputs, physical, remembered
 
 Where = Layout | Placed | Literal["unused"]
 Levels = tuple[tuple[bool, ...], ...]
@@ -38,17 +39,31 @@ class Use:
     by_product: bool = True
 
 
-def find_uses(call: Call, layouts: Sequence[Where], chosen: Sequence[int], vmapped: int) -> list[Use]:
+def find_uses(call: Call, layouts: Sequence[Where], chosen: tuple[int, ...], vmapped: int) -> list[Use]:
     """How to get the factors for each tracked argument: by letters where that can be done, all others by autograd."""
+    known = tuple(layout if isinstance(layout, Layout) else None for layout in layouts)
+    found: list[Use] = _find_uses(call, description(call.op), known, chosen, vmapped)
+    return found
+
+
+@remembered
+def _find_uses(
+    call: Call,
+    described: Description | None,
+    layouts: tuple[Layout | None, ...],
+    chosen: tuple[int, ...],
+    vmapped: int,
+) -> list[Use]:
     known, others = list[Use](), list[int]()
+    layout = layouts[0] if len(layouts) == 1 else None
     for slot in call.tracked:
-        plain = len(layouts) == 1 and physical(call.leaves[slot]) is call.leaves[slot]
-        product = describe(call, slot) if plain else None
-        use = None
-        if isinstance(product, Product):
-            use = _by_letters(product, slot, tuple(call.leaves[slot].shape), layouts[0], vmapped)
-        elif isinstance(product, Table):
-            use = _by_index(product, slot, tuple(call.leaves[slot].shape), layouts[0], vmapped)
+        plain = layout is not None and physical(call.leaves[slot]) is call.leaves[slot]
+        product = describe(call, described, slot) if described and plain else None
+        use, shape = None, tuple(call.leaves[slot].shape)
+        if layout is not None and isinstance(product, Product):
+            use = _by_letters(product, slot, shape, layout, vmapped)
+        elif layout is not None and isinstance(product, Table):
+            use = _by_index(product, slot, shape, layout, vmapped)
         known += [use] if use else []
         others += [] if use else [slot]
     return [*known, *([_by_autograd(call, tuple(others), chosen)] if others else [])]
@@ -123,15 +138,16 @@ def arrangement(
     return Arrangement(front, out, positions, blocks, rows, cols, where, Form(shape, base, (q, m, n)), swapped)
 
 
-def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Where, vmapped: int) -> Use | None:
+def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
     """The factor of a product, unless the samples are not among its positions."""
-    if not isinstance(layout, Layout):
-        return None
     known = product.param, product.coefficient, product.out, product.groups, product.base
     arranged = arrangement(*known, shape, layout, vmapped)
     if arranged is None:
         return None
     a, form = arranged, arranged.form
+    q, *sides = form.blocks
+    left_size, right_size = (sides[1], sides[0]) if a.swapped else sides
+    outward = axes_of(a.out, a.positions, (*a.blocks, *a.rows))
 
     def factors(
         saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
@@ -140,17 +156,18 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Whe
         assert g is not None
         if product.groups > 1:
             g = g.unflatten(a.out.index("g"), (product.groups, -1))
-        left = _arranged(g, a.out, a.positions, (*a.blocks, *a.rows), a.where, batch, {})
+        sizes = dict(zip(a.out, g.shape, strict=True))
+        left = outward.arrange(g, sizes, a.where, batch, (q, left_size))
         if product.values is None:
-            total = wide(left.squeeze(1)) if left.shape[1] == 1 else left.sum(1, dtype=wide(left[:0]).dtype)
+            total = wide(left.squeeze(1)) if left.shape[1] == 1 else left.sum(1, dtype=wide_dtype(left.dtype))
             total = total if product.scale == 1 else total * product.scale
             return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
         coefficient = lifted(product.values, saved, levels)
-        given = (*(name for name, has in zip(a.front, levels, strict=True) if any(has)), *product.coefficient)
-        sizes = dict(zip(a.out, g.shape, strict=True))
-        right = _arranged(coefficient, given, a.positions, (*a.blocks, *a.cols), a.where, batch, sizes)
-        q, t = form.blocks[0], left.shape[1]
-        left, right = left.reshape(batch, t, q, -1), right.reshape(batch, t, q, -1)
+        given = product.coefficient
+        if levels:
+            given = (*(name for name, has in zip(a.front, levels, strict=True) if any(has)), *given)
+        inward = axes_of(given, a.positions, (*a.blocks, *a.cols))
+        right = inward.arrange(coefficient, sizes, a.where, batch, (q, right_size))
         if product.scale != 1:
             left = left * product.scale
         if not a.rows or not a.cols:
@@ -161,41 +178,55 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Whe
     return Use((slot,), product.needed, factors)
 
 
-def _arranged(
-    value: Tensor,
-    given: Letters,
-    positions: Sequence[Letter | None],
-    last: Sequence[Letter | None],
-    where: Layout,
-    batch: int,
-    sizes: dict[Letter | None, int],
-) -> Tensor:
-    """From the axes `given` to [b, t, *last]; positions that are missing have the same value all along."""
+@dataclass(frozen=True)
+class Axes:
+    """How to bring a tensor to axes in the order `(*positions, *last)`: of those `kept`, in the `order`.
+
+    None where there is nothing to do; `there` says which of the axes it has, if not all.
+    """
+
+    positions: Letters
+    kept: tuple[int, ...] | None
+    order: tuple[int, ...] | None
+    there: tuple[bool, ...] | None
+
+    def arrange(
+        self, value: Tensor, sizes: dict[Letter | None, int], where: Layout, batch: int, last: tuple[int, int]
+    ) -> Tensor:
+        """The tensor as [b, t, q, m]; positions that it does not have are of the same value all along."""
+        if self.kept is not None:
+            value = value.reshape([value.shape[i] for i in self.kept])
+        if self.order is not None:
+            value = value.permute(self.order)
+        lengths = [sizes[letter] for letter in self.positions]
+        if self.there is not None:
+            value = value[tuple(slice(None) if there else None for there in self.there)]
+            value = value.expand(*lengths, *value.shape[len(lengths) :])
+        t = prod(lengths) // batch
+        if where.fold == "single":
+            return value.reshape(1, t, *last)
+        return where.by_sample(value, batch).reshape(batch, t, *last)
+
+
+@cache
+def axes_of(given: Letters, positions: Letters, last: Letters) -> Axes:
+    """From axes with the letters `given`."""
     kept = [i for i, letter in enumerate(given) if letter is not None]
-    value = value.reshape([value.shape[i] for i in kept]) if len(kept) < len(given) else value
-    names = [given[i] for i in kept]
-    order = [names.index(letter) for letter in (*positions, *last) if letter in names]
-    value = value.permute(order)
-    present = [letter in names for letter in (*positions, *last)]
-    if not all(present):
-        value = value[tuple(slice(None) if there else None for there in present)]
-        lengths = [sizes.get(letter, -1) for letter in positions]
-        value = value.expand(*lengths, *(sizes.get(letter, -1) for letter in last))
-    spots = value.shape[: len(positions)]
-    if where.fold == "single":
-        value = value.unsqueeze(0)
-        split = 1 + len(positions)
-    else:
-        value = where.by_sample(value, batch)
-        split = value.dim() - len(last)
-    t = spots.numel() // batch if batch else 0
-    return value.reshape(batch, t, *value.shape[split:])
+    names, wanted = [given[i] for i in kept], (*positions, *last)
+    order = tuple(names.index(letter) for letter in wanted if letter in names)
+    there = tuple(letter in names for letter in wanted)
+    return Axes(
+        positions,
+        tuple(kept) if len(kept) < len(given) else None,
+        order if order != tuple(range(len(order))) else None,
+        there if not all(there) else None,
+    )
 
 
-def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Where, vmapped: int) -> Use | None:
+def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
     """The rows of a table that were looked up, unless the samples are not among the places of the index."""
     places = vmapped + table.places
-    if not isinstance(layout, Layout) or (layout.fold != "single" and layout.axis >= places):
+    if layout.fold != "single" and layout.axis >= places:
         return None
 
     def factors(
