@@ -7,8 +7,10 @@ every op is taken at drawn values of the same size, in place of those that come;
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -25,6 +27,8 @@ FAR = 64.0
 """Entries larger by this than one, or smaller, may all lie where an op is constant, however many there are."""
 TRUE, DRAWN = 0.73, (1.0, 0.61, 0.37)
 """The weights of the true derivative and of those at the drawn values, so odd that they do not cancel."""
+
+DOUBLE = (torch.float64, torch.complex128)
 
 _T: Any = Tensor
 PRODUCTS = frozenset((torch.mul, _T.mul, torch.multiply, _T.multiply, _T.__mul__, _T.__rmul__))
@@ -46,6 +50,8 @@ class Generic:
         """Draws once for all. The clock says when the true derivatives are to be taken after all."""
         self.clock = clock
         self.normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.farthest = float(self.normal.abs().max())
+        self.pools: dict[Any, Tensor] = {}
         self.count = 0
 
     def outputs(self, call: Call, found: Outputs) -> Outputs:
@@ -91,30 +97,39 @@ class Generic:
 
         The second time of size 1 and the other sign or kind, the third time of size 1/8.
         """
-        value = _dense(leaf)
-        noise = self._noise(value, slot if number < 2 else slot + 1) * (-1 if number == 1 else 1)
+        value, place = _dense(leaf), slot if number < 2 else slot + 1
+        sign = -1.0 if number == 1 else 1.0
         if value.dtype == torch.bool:
-            return _repeated(noise > 0, value)
+            return self._noise(value, place, sign, torch.float32) > 0
         if not is_float(value):
             return torch.where(value == 0, 1, value)
+        size = (_rounded(1.25 * scale.mean) or 0.02, 1.0, 0.125)[number]
         largest = torch.finfo(value.dtype).max
-        noise = noise * (1.25 * scale.mean or 0.02, 1.0, 0.125)[number]
         if scale.largest is not None:
-            noise, largest = noise.abs(), scale.largest if number == 0 else max(scale.largest, 1.0)
-        return _sparse(_repeated(noise.clamp(-largest, largest), value), leaf)
+            largest = scale.largest if number == 0 else max(scale.largest, 1.0)
+            sign = 1.0
+        noise = self._noise(value, place, sign * size, value.dtype, positive=scale.largest is not None)
+        return _sparse(noise.clamp(-largest, largest) if size * self.farthest > largest else noise, leaf)
 
     def _near(self, leaf: Tensor, slot: int) -> Tensor:
         """Off by a quarter at most, for ops that do not take any values."""
         value = _dense(leaf)
         if not is_float(value):
             return torch.ones_like(value)
-        return _sparse(value * _repeated(1 + self._noise(value, slot).clamp(-1, 1) / 4, value), leaf)
+        return _sparse(value * (1 + self._noise(value, slot, 1.0, value.dtype).clamp(-1, 1) / 4), leaf)
 
-    def _noise(self, value: Tensor, number: int) -> Tensor:
-        """Normal numbers in the precision of the value, but float32 at least."""
-        dtype = value.real.dtype if is_float(value) else torch.float32
-        noise = self.normal.roll(-4001 * (self.count + number + 1))
-        return noise.to(value.device, torch.promote_types(dtype, torch.float32))
+    def _noise(
+        self, value: Tensor, number: int, size: float, dtype: torch.dtype, *, positive: bool = False
+    ) -> Tensor:
+        """Normal numbers of this size in the shape of a value, in memory that others share."""
+        key = value.device, dtype, size, positive
+        pool = self.pools.get(key)
+        if pool is None or len(pool) < value.numel() + PERIOD:
+            noise = self.normal.to(value.device, torch.float64 if dtype in DOUBLE else torch.float32) * size
+            copies = -(-value.numel() // PERIOD) + 1
+            pool = self.pools[key] = (noise.abs() if positive else noise).to(dtype).repeat(copies)
+        start = 4001 * (self.count + number + 1) % PERIOD
+        return pool[start : start + value.numel()].view(value.shape)
 
 
 def _evaluated(call: Call, found: Outputs, values: dict[int, Tensor]) -> list[Outputs]:
@@ -135,26 +150,27 @@ def _evaluated(call: Call, found: Outputs, values: dict[int, Tensor]) -> list[Ou
 
 def scale_of(value: Tensor) -> Scale:
     """What the finite entries of a tensor are like."""
-    some = _some(_dense(value))
-    if not is_float(some):
+    if not is_float(value) or not value.numel():
         return Scale(0.0, None)
-    some = torch.where(some.isfinite(), some, 0)
-    sizes = some.abs().to(torch.promote_types(some.real.dtype, torch.float32))
-    largest = float(sizes.max()) if some.numel() else 1.0
-    mean = largest * float((sizes / largest).mean()) if some.numel() and largest else largest
-    return Scale(mean, None if some.is_complex() or not largest or bool((some < 0).any()) else largest)
+    some = _some(_dense(value)).resolve_conj().resolve_neg()
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    entries = some.to("cpu", wide).numpy()  # so few that calls of ops are what costs
+    entries = np.where(np.isfinite(entries), entries, 0)
+    sizes = np.abs(entries)
+    largest = float(sizes.max())
+    mean = largest * float((sizes / largest).mean()) if largest else 0.0
+    return Scale(mean, None if value.is_complex() or not largest or (entries < 0).any() else largest)
 
 
 def _some(value: Tensor) -> Tensor:
     """Every so many entries of a large tensor."""
-    step = max(1, round((value.numel() / (4 * FEW)) ** (1 / max(1, value.dim()))))
+    step = max(1, round((value.numel() / FEW) ** (1 / max(1, value.dim()))))
     return value[tuple(slice(None, None, step) for _ in value.shape)]
 
 
-def _repeated(noise: Tensor, value: Tensor) -> Tensor:
-    """As many numbers as there are entries, one noise after the other."""
-    copies = -(-value.numel() // PERIOD)
-    return noise.to(value.dtype).expand(copies, -1).reshape(-1)[: value.numel()].view(value.shape)
+def _rounded(size: float) -> float:
+    """The nearest power of the root of two, so that many tensors share one size; zero for zero."""
+    return 2.0 ** (round(2 * log2(size)) / 2) if size else 0.0
 
 
 def _dense(leaf: Tensor) -> Tensor:

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 Fold = Literal["whole", "high", "low", "single"]
-DIGITS = 8
-"""Scales 2**-3 .. 2**4, few enough to stay clear of overflow in half precision."""
+DIGITS, HALF_DIGITS = 64, 8
+"""Scales 2**-31 .. 2**32, or 2**-3 .. 2**4, few enough to stay clear of overflow in half precision."""
+
+
+PIECE = 2**16
+"""How many entries are compared at once, in memory that stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,17 @@ def candidates(shape: Sequence[int], batch: int) -> list[Layout]:
     return [*whole, *(Layout(axis, fold) for axis in folded for fold in folds)]
 
 
-def codes(batch: int, like: Tensor) -> list[Tensor]:
-    """Cotangent scales [b] that tell all samples apart: powers of two, one base-8 digit of i in each."""
+def codes(batch: int, like: Tensor, *, half: bool = False) -> list[Tensor]:
+    """Cotangent scales [b] that tell all samples apart: powers of two, one digit of i in each.
+
+    `half`: on the way to what they scale there are numbers in half precision.
+    """
     index = torch.arange(batch, device=like.device)
+    digits = HALF_DIGITS if half or like.dtype == torch.float16 else DIGITS
     found: list[Tensor] = []
-    while not found or int(DIGITS ** len(found)) < batch:
-        digit = (index // DIGITS ** len(found)) % DIGITS
-        found.append(torch.exp2(digit.to(like.dtype) - 3))
+    while not found or int(digits ** len(found)) < batch:
+        digit = (index // digits ** len(found)) % digits
+        found.append(torch.exp2(digit.to(like.dtype) - (digits // 2 - 1)))
     return found
 
 
@@ -205,6 +213,10 @@ def _corner(rows: Tensor) -> Tensor:
 
 def _proportional(base: Tensor, coded: Tensor, code: Tensor) -> bool:
     """Whether `coded[i] = code[i] base[i]` for every sample; entries that are not finite say nothing."""
+    if base.numel() > PIECE and len(base) > 1:
+        rows = max(1, PIECE * len(base) // base.numel())
+        parts = zip(base.split(rows), coded.split(rows), code.split(rows), strict=True)
+        return all(_proportional(*part) for part in parts)
     expected = base * code.to(base.dtype).view(-1, *[1] * (base.dim() - 1))
     if torch.equal(coded, expected):
         return True

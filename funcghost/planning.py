@@ -18,7 +18,7 @@ from funcghost.lowrank import Direction
 from funcghost.plans import Plan, Site, batch_axes
 from funcghost.run import Problem, backward, run
 from funcghost.sites import Followed, UnresolvedMoveError, find_sites, follow_moves
-from funcghost.state import untouched
+from funcghost.state import Changes, untouched
 from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, physical, pushforward
 from funcghost.trace import Trace
 from funcghost.verify import Witness, check_conservation, sample_weights, shaken, witness
@@ -117,10 +117,13 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
 
 
 def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
-    with untouched(problem.devices()) as written:
-        trace, losses, gradients = _observe(problem, drawn)
+    changes = Changes(problem.devices())
+    try:
+        trace, losses, gradients = _observe(problem, drawn, changes)
+    finally:
+        changes.undo()
     plan = _decide(problem, trace, losses, carry_all=options.route == "forward")
-    plan = replace(plan, written=tuple(written()))
+    plan = replace(plan, written=changes.written)
     if plan.batch:
         plan = _rehearse(problem, plan, losses, gradients, options.verify != "never")
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
@@ -147,7 +150,7 @@ def without_zeros(problem: Problem) -> Problem:
     return replace(problem, point=tuple(point))
 
 
-def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tensor]:
+def _nearby_gradients(problem: Problem, plan: Plan, weights: Tensor, seed: int) -> list[Tensor]:
     """The gradients of `<weights, losses>` by autograd, with parameters and weights off by a little rounding."""
 
     def near(value: Tensor, number: int) -> Tensor:
@@ -155,7 +158,7 @@ def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tens
         return shaken(value, size * torch.finfo(value.dtype).eps, 1000 * seed + number)
 
     moved = replace(problem, point=tuple(near(leaf, number) for number, leaf in enumerate(problem.leaves(), 1)))
-    with untouched(problem.devices()):
+    with untouched(problem.devices(), plan.written):
         inputs = moved.leaves()
         losses, _ = moved.evaluate(inputs)
         return [gradient.to_dense() for gradient in backward(losses, inputs, near(weights, 0))]
@@ -163,7 +166,7 @@ def _nearby_gradients(problem: Problem, weights: Tensor, seed: int) -> list[Tens
 
 def verify_plan(problem: Problem, plan: Plan) -> Plan:
     """Checks the conservation law for a plan on this batch; the plan says if that could be done."""
-    with untouched(problem.devices()):
+    with untouched(problem.devices(), plan.written):
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
         gradients = [gradient.to_dense() for gradient in backward(losses, leaves, sample_weights(losses))]
@@ -184,24 +187,31 @@ def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
-def _observe(problem: Problem, drawn: bool) -> tuple[Trace, Tensor, list[Tensor]]:
+def _observe(problem: Problem, drawn: bool, changes: Changes) -> tuple[Trace, Tensor, list[Tensor]]:
     """One forward with its losses, a backward to the first outputs, and one more for each code; then the gradients."""
     clock, leaves = Clock(started=False), problem.leaves()
     trace = Trace(problem, leaves, clock, drawn)
-    with trace:
-        losses, _ = problem.evaluate(leaves)
-    _refuse_reentrant_checkpoints(losses)
-    if not losses.requires_grad:
-        raise InputError(
-            "losses: do not depend on params. Call the model with the params handed in, e.g. by "
-            "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
-        )
-    clock.batch, clock.started = losses.shape[0], True
-    weights = sample_weights(losses)
-    for code in [None, *(codes(clock.batch, losses) if clock.batch > 1 else [])] if clock.batch else []:
-        clock.code = code
-        cotangent = weights if code is None else weights * code
+
+    def measure(cotangent: Tensor) -> None:
         torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
+
+    with changes.watched():
+        with trace:
+            losses, _ = problem.evaluate(leaves)
+        _refuse_reentrant_checkpoints(losses)
+        if not losses.requires_grad:
+            raise InputError(
+                "losses: do not depend on params. Call the model with the params handed in, e.g. by "
+                "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
+            )
+        clock.batch, clock.started = losses.shape[0], True
+        weights = sample_weights(losses)
+        if clock.batch:
+            measure(weights)
+    # What a backward writes to has been seen.
+    for code in codes(clock.batch, losses, half=torch.float16 in trace.dtypes) if clock.batch > 1 else []:
+        clock.code = code
+        measure(weights * code)
     clock.true = True
     gradients = backward(losses, leaves, weights) if clock.batch else []
     return trace, losses.detach(), [gradient.to_dense() for gradient in gradients]
@@ -274,8 +284,14 @@ class _Rehearsal:
 
         def scores(directions: Sequence[Direction]) -> Tensor:
             plan = replace(self.plan, sites=tuple(self.sites))
-            with untouched(devices):
-                return run(problem, plan, directions, reduction=None, choose=self.choose).scores
+            with untouched(devices, plan.written):
+                outcome = run(problem, plan, directions, reduction=None, choose=self.choose)
+            if check and seen.finite and not seen.repeats(outcome.losses):
+                raise MismatchError(
+                    "with equal params and batch, the losses have other values. Draw random numbers from torch, or from "
+                    "the global streams of numpy and random, whose state is put back, or hand them in with the batch."
+                )
+            return outcome.scores
 
         if check and seen.finite:
             check_conservation(
@@ -283,7 +299,7 @@ class _Rehearsal:
                 scores,
                 seen,
                 together(self.plan, problem.params.names),
-                partial(_nearby_gradients, problem, seen.weights),
+                partial(_nearby_gradients, problem, self.plan, seen.weights),
             )
             return True
         if check:

@@ -16,6 +16,7 @@ from funcghost.cost import Rates
 from funcghost.errors import PlanError
 from funcghost.layout import Layout, Rows
 from funcghost.moves import Moved
+from funcghost.state import Memory
 from funcghost.tangent import Way
 from funcghost.trees import Tree, tensors
 
@@ -76,8 +77,8 @@ class Plan:
     `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
     ops compute in, `moves` the ops that move samples by data. `factored` are the checksums of the sizes for which the
     factors of per-sample gradients were verified, `contractions` how reducers contract them, chosen by the machine's
-    `rates`. `captured` are the user's tensors that the losses close over, `written` the memory they write to: None
-    where there is some, and this process has not seen it yet.
+    `rates`. `captured` are the user's tensors that the losses close over, `written` the memory that they write to and
+    the generators that they draw from: None where there are some, and this process has not seen them yet.
 
     Example:
         >>> import funcghost as fg, torch
@@ -98,7 +99,7 @@ class Plan:
     factored: frozenset[int] = frozenset()
     contractions: tuple[Contraction, ...] = ()
     captured: tuple[Tensor, ...] | None = field(default=(), repr=False, compare=False)
-    written: tuple[torch.UntypedStorage, ...] | None = field(default=(), repr=False, compare=False)
+    written: tuple[Memory, ...] | None = field(default=(), repr=False, compare=False)
 
     def batch_size(self, batch: Tree) -> int:
         """The number of samples in another batch of the same structure."""

@@ -1,8 +1,8 @@
 """Leaving the user's world as it was: random streams, and tensors that a rehearsed loss would write to."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -63,14 +63,27 @@ def _effects(op: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
     return written, any(value.alias_info is not None for value in schema.returns)
 
 
+Memory = torch.UntypedStorage | torch.Generator
+"""What the losses may leave changed: memory, or a stream of random numbers that they are given."""
+Copies = Sequence[tuple[Memory, Any]]
+
+
+def _copy(memory: Memory) -> Any:
+    return memory.get_state() if isinstance(memory, torch.Generator) else memory.clone()
+
+
 class _WriteLog(TorchDispatchMode):
     """Copies every tensor that existed before the mode was entered just before it is written to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.originals: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self.originals: dict[Any, tuple[Memory, Any]] = {}
         self.born: set[int] = set()
-        self.generators: dict[torch.Generator, Tensor] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while it is active; to say so costs more than the mode."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,9 +93,10 @@ class _WriteLog(TorchDispatchMode):
             for value in given if isinstance(given, list | tuple) else [given]:
                 self._keep(value)
         for value in kwargs.values():
-            if isinstance(value, torch.Generator) and value not in self.generators:
-                self.generators[value] = value.get_state()
-        out = func(*args, **kwargs)
+            if isinstance(value, torch.Generator) and value not in self.originals:
+                self.originals[value] = value, _copy(value)
+        with torch._C.DisableTorchFunction():  # what runs is no call by the user
+            out = func(*args, **kwargs)
         if not aliases:
             for value in out if isinstance(out, (list, tuple)) else [out]:
                 if isinstance(value, Tensor) and value.layout is torch.strided:
@@ -93,16 +107,15 @@ class _WriteLog(TorchDispatchMode):
         if isinstance(value, Tensor) and value.layout is torch.strided:
             storage = value.untyped_storage()
             if storage._cdata not in self.born and storage._cdata not in self.originals:
-                self.originals[storage._cdata] = (storage, storage.clone())
+                self.originals[storage._cdata] = storage, _copy(storage)
 
 
-Copies = Sequence[tuple[torch.UntypedStorage, torch.UntypedStorage]]
 Snapshot = tuple[RandomState, Any, Any, Copies]
 
 
-def snapshot(devices: Sequence[torch.device], written: Sequence[torch.UntypedStorage] = ()) -> Snapshot:
+def snapshot(devices: Sequence[torch.device], written: Sequence[Memory] = ()) -> Snapshot:
     """The state of all random streams (torch, numpy and Python), and copies of the memory that will be written to."""
-    copies = [(storage, storage.clone()) for storage in written]
+    copies = [(memory, _copy(memory)) for memory in written]
     return random_state(devices), random.getstate(), np.random.get_state(), copies
 
 
@@ -112,38 +125,57 @@ def restore(state: Snapshot) -> None:
     set_random_state(drawn)
     random.setstate(python)
     np.random.set_state(numpy_state)
-    for storage, copy in copies:
-        storage.copy_(copy)
+    for memory, copy in copies:
+        if isinstance(memory, torch.Generator):
+            memory.set_state(copy)
+        else:
+            memory.copy_(copy)
+
+
+class Changes:
+    """What a body changes: random streams, and the memory that it is known to write to, or is seen to (None)."""
+
+    def __init__(self, devices: Sequence[torch.device], written: Sequence[Memory] | None = None) -> None:
+        """Before the body runs."""
+        self.before = snapshot(devices, written or ())
+        self.log = _WriteLog() if written is None else None
+
+    def watched(self) -> AbstractContextManager[Any]:
+        """Where what is not known yet is found out, at a cost for each op."""
+        return self.log or nullcontext()
+
+    @property
+    def _copies(self) -> Copies:
+        return self.before[3] if self.log is None else list(self.log.originals.values())
+
+    @property
+    def written(self) -> tuple[Memory, ...]:
+        """What was written to so far that is older than the body."""
+        return tuple(memory for memory, _ in self._copies)
+
+    def undo(self) -> None:
+        """Puts everything back."""
+        restore((*self.before[:3], self._copies))
 
 
 @contextmanager
-def untouched(devices: Sequence[torch.device]) -> Iterator[Callable[[], list[torch.UntypedStorage]]]:
-    """Undoes what the body does to random streams and to tensors older than the body.
-
-    Gives a function that says which memory that was.
-    """
-    before, log = snapshot(devices), _WriteLog()
+def untouched(devices: Sequence[torch.device], written: Sequence[Memory] | None = None) -> Iterator[Changes]:
+    """Undoes what the body does to random streams and to tensors older than the body: `written`, if that is known."""
+    changes = Changes(devices, written)
     try:
-        with log:
-            yield lambda: [storage for storage, _ in log.originals.values()]
+        with changes.watched():
+            yield changes
     finally:
-        restore((*before[:3], list(log.originals.values())))
-        for generator, state in log.generators.items():
-            generator.set_state(state)
+        changes.undo()
 
 
 @contextmanager
-def undone_on_failure(
-    devices: Sequence[torch.device], written: Sequence[torch.UntypedStorage] | None
-) -> Iterator[Callable[[], tuple[torch.UntypedStorage, ...]]]:
-    """Undoes what the body does to random streams and to the memory it writes to, if it raises.
-
-    Where that memory is not known (None) it is found out, as by `untouched`. Gives a function that says which it was.
-    """
-    before, log = snapshot(devices, written or ()), None if written is not None else _WriteLog()
+def undone_on_failure(devices: Sequence[torch.device], written: Sequence[Memory] | None) -> Iterator[Changes]:
+    """As `untouched`, if the body raises."""
+    changes = Changes(devices, written)
     try:
-        with log or nullcontext():
-            yield lambda: tuple(written or ()) if log is None else tuple(old for old, _ in log.originals.values())
+        with changes.watched():
+            yield changes
     except BaseException:
-        restore(before if log is None else (*before[:3], list(log.originals.values())))
+        changes.undo()
         raise

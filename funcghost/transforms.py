@@ -297,10 +297,10 @@ class _Transform:
 
     def _attempt(self, problem: Problem, request: Request, plan: Plan, new: bool = False) -> Outcome:
         """Runs along a plan, known or just made (`new`); if that fails in any way, leaves no trace."""
-        with undone_on_failure(problem.devices(), plan.written) as written:
+        with undone_on_failure(problem.devices(), plan.written) as changes:
             outcome, checked = self._run(problem, request, plan), plan
             if not new:
-                known = plan if plan.written is not None else replace(plan, written=written())
+                known = plan if plan.written is not None else replace(plan, written=changes.written)
                 checked = self._verified(problem, known, outcome)
             if request.factored and len(outcome.losses) and self._due(outcome.sizes not in checked.factored):
                 checked = verify_factors(problem, checked, self.options)

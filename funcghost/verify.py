@@ -40,6 +40,11 @@ class Witness:
         """Whether there is anything to compare: NaN and inf in the losses spread over a batch's gradient."""
         return all(map(isfinite, (float(self.losses.double().sum()), *self.shares)))
 
+    def repeats(self, losses: Tensor) -> bool:
+        """Whether the losses of another run are these, but for rounding."""
+        off, size = (losses - self.losses).abs().max(), self.losses.abs().max()
+        return bool(off <= self.tolerance * size) if losses.numel() else True
+
     @cached_property
     def shares(self) -> list[float]:
         """`<gradient, V>` of each parameter."""

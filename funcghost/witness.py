@@ -50,7 +50,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
     means = means_of(options, device, plan.rates)
     plan = replace(plan, rates=means.rates)
     names = problem.params.names
-    with untouched(problem.devices()):
+    with untouched(problem.devices(), plan.written):
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
         weights = sample_weights(losses)
@@ -59,7 +59,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
     groups = together(plan, names)
     directions = [[v if i in group else None for i, v in enumerate(seen.direction)] for group in groups]
     ledger = Ledger(names, [Along(dict(zip(names, seen.direction, strict=True)))], means, sketching=True)
-    with untouched(problem.devices()):
+    with untouched(problem.devices(), plan.written):
         outcome = run(problem, plan, directions, reduction=None, ledger=ledger)
     (parts,) = ledger.results(outcome.losses, outcome.scores.dtype)
     if options.verify != "never" and seen.finite:

@@ -46,7 +46,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "any ratio agrees": Mutation("layout.py", "tolerance = 256 *", "tolerance = 1e14 *", (AWKWARD, "-k", "weak_term")),
     "one code for all samples": Mutation(
-        "layout.py", "while not found or int(DIGITS ** len(found)) < batch:", "while not found:", (LAYOUT,)
+        "layout.py", "while not found or int(digits ** len(found)) < batch:", "while not found:", (LAYOUT,)
     ),
     "rows overwritten": Mutation(
         "layout.py", "index_add(0, self.samples, rows)", "index_copy(0, self.samples, rows)", (MOVES,)

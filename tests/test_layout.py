@@ -60,7 +60,8 @@ def layout_of(base: Tensor, batch: int, backward: Callable[[Tensor], Tensor]) ->
     clock = Clock(batch, started=True)
     meter = Meter(clock)
     meter.see(base)
-    for code in codes(batch, torch.ones((), dtype=torch.float64)) if batch > 1 else []:
+    half = base.dtype == torch.float16
+    for code in codes(batch, torch.ones((), dtype=torch.float64), half=half) if batch > 1 else []:
         clock.code = code
         meter.see(backward(code))
     return meter.layout
@@ -92,7 +93,8 @@ def test_strategy_reaches_the_hard_cases() -> None:
     def collect(drawn: Drawn) -> None:
         ambiguous = len(candidates(torch.Size(drawn.shape), drawn.batch)) > 1
         reached.add(drawn.layout.fold + (" of several" if ambiguous else ""))
-        reached.add(f"{len(codes(drawn.batch, torch.ones(()))) if drawn.batch > 1 else 0} rounds")
+        for half in (True, False):
+            reached.add(f"{len(codes(drawn.batch, torch.ones(()), half=half)) if drawn.batch > 1 else 0} rounds")
         if drawn.layout.fold == "whole" and drawn.shape.count(drawn.batch) > 1:
             reached.add("T == B")
 
@@ -210,18 +212,19 @@ def test_fits_asks_for_the_axis() -> None:
     assert Layout(0, "single").fits(torch.Size([]), 1)
 
 
-@given(st.integers(2, 5000), st.sampled_from(HALF_TO_DOUBLE))
-def test_codes_tell_all_samples_apart(batch: int, dtype: torch.dtype) -> None:
-    found = codes(batch, torch.ones((), dtype=dtype))
+@given(st.integers(2, 5000), st.sampled_from(HALF_TO_DOUBLE), st.booleans())
+def test_codes_tell_all_samples_apart(batch: int, dtype: torch.dtype, half: bool) -> None:
+    found = codes(batch, torch.ones((), dtype=dtype), half=half)
+    narrow = half or dtype == torch.float16
     assert all(code.shape == (batch,) and code.dtype == dtype for code in found)
     words = set(zip(*(code.tolist() for code in found), strict=True))
     assert len(words) == batch
     mantissa, exponent = torch.frexp(torch.stack(found).double())
     assert bool((mantissa == 0.5).all())
-    assert exponent.min() >= -2
-    assert exponent.max() <= 5  # from 1/8 to 16
+    assert exponent.min() >= (-2 if narrow else -30)
+    assert exponent.max() <= (5 if narrow else 33)  # from 1/8 to 16, or from 2**-31 to 2**32
     # No more backward passes than needed: with one round less, two samples would share their code.
-    assert 8 ** (len(found) - 1) < batch
+    assert (8 if narrow else 64) ** (len(found) - 1) < batch
 
 
 @given(st.integers(2, 70), st.sampled_from(HALF_TO_DOUBLE), st.integers(0, 9))

@@ -262,8 +262,26 @@ def test_noise_from_a_generator_of_the_user_does_not_blind_the_check(source: str
             noise = torch.randn(x.shape, generator=g) if source == "torch" else torch.from_numpy(n.normal(size=x.shape))
             return hidden_losses(params, x + noise.to(x.dtype))
 
-        with pytest.raises(fg.GhostError):
+        with pytest.raises(fg.ConservationError if source == "torch" else fg.PlanError):
             fg.reduce(fn)(params, normal(5, 3, dtype=dtype), fg.dot(params))
+
+
+def test_losses_that_cannot_be_run_again_are_refused_and_the_remedy_works() -> None:
+    own, params, x = np.random.default_rng(0), small(), normal(5, 3)
+
+    def fn(params: Params, x: Tensor) -> Tensor:
+        return losses(params, x + torch.from_numpy(own.normal(size=x.shape)))
+
+    def remedied(params: Params, x: Tensor) -> Tensor:
+        return losses(params, x + torch.from_numpy(np.random.normal(size=x.shape)))
+
+    with pytest.raises(fg.PlanError, match=r"other values\. Draw random numbers from torch, or from the global streams"):
+        fg.reduce(fn)(params, x, fg.dot(params))
+    before = np.random.get_state()
+    scores = fg.reduce(remedied)(params, x, fg.dot(params))
+    np.random.set_state(before)
+    noise = torch.from_numpy(np.random.normal(size=x.shape))
+    torch.testing.assert_close(scores, torch.func.jvp(lambda p: losses(p, x + noise), (params,), (params,))[1])
 
 
 @pytest.mark.parametrize("site", [0, 1])
@@ -425,3 +443,19 @@ def test_losses_that_nearly_cancel_are_no_alarm() -> None:
 
     x = F.one_hot(target, 4).float() + 0.05 * normal(8, 4, dtype=torch.float32)
     assert fg.plan(fn, params, x).verified
+
+
+def test_a_vmap_of_the_losses_own_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `out_dims` does to the outcome is no call of a torch function, whatever watches."""
+    params, x = {"w": torch.randn(6, 2, dtype=torch.float64)}, torch.randn(4, 5, 6, dtype=torch.float64)
+
+    def losses(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        shifted = torch.func.vmap(lambda shift: x.sin() + shift, out_dims=1)(torch.arange(3.0, dtype=torch.float64))
+        return torch.tanh(shifted @ p["w"]).square().flatten(1).sum(1)
+
+    plan = fg.plan(losses, params, x)
+    monkeypatch.setattr("funcghost.transforms.make_plan", None)
+    direction = {"w": torch.randn_like(params["w"])}
+    scores = fg.reduce(losses, plan=plan)(params, x, fg.dot(direction))
+    wanted = torch.func.jvp(lambda p: losses(p, x), (params,), (direction,))[1]
+    torch.testing.assert_close(scores, wanted)
