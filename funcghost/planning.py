@@ -288,8 +288,8 @@ class _Rehearsal:
                 outcome = run(problem, plan, directions, reduction=None, choose=self.choose)
             if check and seen.finite and not seen.repeats(outcome.losses):
                 raise MismatchError(
-                    "with equal params and batch, the losses have other values. Draw random numbers from torch, or from "
-                    "the global streams of numpy and random, whose state is put back, or hand them in with the batch."
+                    "with equal params and batch, the losses have other values. Draw random numbers from torch, or from"
+                    " the global streams of numpy and random, whose state is put back, or hand them in with the batch."
                 )
             return outcome.scores
 
