@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 from zlib import crc32
 
@@ -57,13 +58,13 @@ def _ways(leaf: Tensor) -> list[Blocks]:
 
 @dataclass(eq=False)
 class Matrices:
-    """A leaf on its way: its size as `norm * 2^exponent`, None if not finite, and what was found of it."""
+    """A leaf on its way: the exponent of its size, whether it is finite, and what was found of it."""
 
     name: str
     value: Tensor
     ways: list[Blocks] = field(init=False)
     exponent: int = field(init=False, default=0)
-    norm: float | None = field(init=False, default=0.0)
+    finite: bool = field(init=False, default=True)
     spectra: dict[Blocks, Factors] = field(init=False, default_factory=dict)
     built: dict[tuple[Blocks, int], Cut | None] = field(init=False, default_factory=dict)
 
@@ -72,28 +73,42 @@ class Matrices:
         if self.value.is_meta or not self.value.numel():
             return
         known = self.value if self.value.dtype in DTYPES else self.value.float()  # few ops take eight bits
-        largest = float(known.abs().max())
+        low, high = map(float, torch.aminmax(known))
+        largest = max(-low, high) if math.isfinite(low) else low
         if not math.isfinite(largest):
-            self.ways, self.norm = [], None
+            self.ways, self.finite = [], False
             return
         exponent = math.frexp(largest)[1]
         self.exponent = exponent + exponent % 2
+
+    @cached_property
+    def norm(self) -> float:
+        """That of the leaf over 2^exponent; zero if it is not finite."""
+        if self.value.is_meta or not self.value.numel() or not self.finite:
+            return 0.0
         pieces = self.value.reshape(-1).split(PIECE)
-        self.norm = math.hypot(*(float(torch.linalg.vector_norm(self._unit_sized(p.double()))) for p in pieces))
+        return math.hypot(*(float(torch.linalg.vector_norm(self._unit_sized(p.double()))) for p in pieces))
 
     def _unit_sized(self, value: Tensor) -> Tensor:
         return _times_power(value, -self.exponent)
+
+    def _matrix(self, blocks: Blocks) -> Tensor:
+        wide = torch.promote_types(self.value.dtype, torch.float32)
+        return self._unit_sized(self.value.to(wide)).reshape(tuple(blocks))
 
     def factors(self, blocks: Blocks, rank: int) -> Factors:
         """The leading triples of the leaf over 2^exponent, kept; anew when more are asked for than are known."""
         kept = self.spectra.get(blocks)
         if kept is None or not (kept.complete or kept.known >= rank):
-            wide = torch.promote_types(self.value.dtype, torch.float32)
-            matrix = self._unit_sized(self.value.to(wide)).reshape(tuple(blocks))
             seed = crc32(f"{self.name}/{blocks.q}".encode())
             with as_written(self.value.device):
-                kept = self.spectra[blocks] = leading_factors(matrix, rank, seed)
+                kept = self.spectra[blocks] = leading_factors(self._matrix(blocks), rank, seed)
         return kept
+
+    def rest(self, blocks: Blocks, rank: int) -> float:
+        """The norm of what these leave out."""
+        with as_written(self.value.device):
+            return self.factors(blocks, rank).rest(self._matrix(blocks))
 
     def cut(self, blocks: Blocks, rank: int) -> Cut | None:
         """The leaf at this rank with its residual, kept; None where the factors leave the range of the dtype."""
@@ -109,19 +124,22 @@ class Matrices:
 
     def _residual(self, blocks: Blocks, rows: Tensor, cols: Tensor) -> Tensor | None:
         """An upper bound on `|V - rows cols^T|`, by the difference itself."""
-        half, rank = self.exponent // 2, rows.shape[2]
+        # Float64 has the range for squares of all but its own numbers.
+        half, rank = self.exponent // 2 if self.value.dtype is torch.float64 else 0, rows.shape[2]
         R, C = (_times_power(side.double(), -half) for side in (rows, cols))
         value = self.value.reshape(tuple(blocks))
         step = max(1, PIECE // (blocks.q * blocks.n))
-        squares = [
-            (self._unit_sized(value[:, k : k + step].double()) - R[:, k : k + step] @ C.mT).square().sum()
-            for k in range(0, blocks.m, step)
-        ]
-        # An inner product of r terms is off by at most (r + 1) u sum |terms|, whatever the order of its sum.
+        norms = []
+        for k in range(0, blocks.m, step):
+            own = _times_power(value[:, k : k + step].double(), -2 * half)
+            norms.append(torch.linalg.vector_norm(torch.baddbmm(own, R[:, k : k + step], C.mT, alpha=-1)))
+        # A sum of a value and r terms is off by at most (r + 1) u (|value| + sum |terms|), whatever its order, and the
+        # value is no larger than the sum and the terms together.
         terms = ((R.abs().mT @ R.abs()) * (C.abs().mT @ C.abs())).sum().sqrt()
-        found = math.hypot(*(float(square) ** 0.5 for square in squares)) + (rank + 2) * 2.0**-53 * float(terms)
-        scale = 2.0 ** (self.exponent // 2)
-        return _rounded_up(found * (1 + (self.value.numel() + 8) * 2.0**-53) * scale * scale, found > 0, self.value)
+        found = math.hypot(*map(float, norms)) + 2 * (rank + 2) * 2.0**-53 * float(terms)
+        scale = 2.0**half
+        found *= 1 + (self.value.numel() + rank + 8) * 2.0**-53
+        return _rounded_up(found * scale * scale, found > 0, self.value)
 
 
 def cut_to_rank(leaf: Matrices, rank: int) -> Cut | None:
@@ -199,7 +217,7 @@ def _options(leaf: Matrices, asked: Mapping[Blocks, int], top: int, cap: int | N
         factors = leaf.factors(blocks, rank)
         squares = factors.values.double().square().sum(0).cpu()
         kept = squares.cumsum(0)
-        tail = torch.cat([squares[1:], squares.new_zeros(1)]).flip(0).cumsum(0).flip(0) + float(factors.rest) ** 2
+        tail = torch.cat([squares[1:], squares.new_zeros(1)]).flip(0).cumsum(0).flip(0) + leaf.rest(blocks, rank) ** 2
         residuals = tail + unit_roundoff**2 * kept  # factors are rounded to the dtype of the leaf
         for r, residual in enumerate(residuals[:rank].tolist(), start=1):
             least = math.ulp(0.0) if residual else 0.0  # what is dropped is not nothing, however small the leaf
@@ -211,7 +229,9 @@ def _options(leaf: Matrices, asked: Mapping[Blocks, int], top: int, cap: int | N
 
 
 def _times_power(value: Tensor, exponent: int) -> Tensor:
-    """`value * 2^exponent`, in two steps: one power may be out of range where the result is not."""
+    """`value * 2^exponent`, far off in two steps: one power may be out of range where the result is not."""
+    if abs(exponent) < 100:
+        return value * 2.0**exponent if exponent else value
     half = exponent // 2
     return value * 2.0**half * 2.0 ** (exponent - half)
 
