@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from funcghost.layout import Clock
 from funcghost.moves import MOVES
-from funcghost.tangent import Call, Outputs, is_float, is_linear, physical
+from funcghost.tangent import Call, Outputs, is_float, is_linear, is_multilinear, physical
 
 PERIOD = 65521
 """How many numbers are drawn; a prime, so that rows of a tensor are not alike."""
@@ -71,7 +71,8 @@ class Generic:
         few = all(leaf.numel() <= FEW for leaf in varied.values())
         far = any(scale.mean and not 1 / FAR < scale.mean < FAR for scale in scales.values())
         terms: list[tuple[float, Outputs]] = []
-        for number, weight in enumerate(DRAWN[: 3 if few else 2 if far else 1]):
+        # The derivative of a product is that of a product everywhere.
+        for number, weight in enumerate(DRAWN[: 1 if is_multilinear(call) else 3 if few else 2 if far else 1]):
             values = {slot: self._other(leaf, scales[slot], slot, number) for slot, leaf in varied.items()}
             terms += [(weight, drawn) for drawn in _evaluated(call, found, values)]
         if not terms:

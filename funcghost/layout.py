@@ -142,26 +142,36 @@ class Clock:
 
 
 class Meter:
-    """Finds the layout of one output from the gradients of it that a few backward passes bring."""
+    """Finds the layout of one output from the gradients of it that a few backward passes bring.
 
-    def __init__(self, clock: Clock) -> None:
-        """Starts without any gradient."""
-        self.clock = clock
+    It keeps these unless it is not `wanted`: they take as much memory as all that autograd keeps.
+    """
+
+    def __init__(self, clock: Clock, shape: Sequence[int] | None = None) -> None:
+        """Starts without any gradient, for an output of this shape, if it is known."""
+        self.clock, self.shape = clock, shape
+        self.wanted = True
         self.base: Tensor | None = None
         self.coded: list[tuple[Tensor, Tensor]] = []
 
     def see(self, gradient: Tensor | None) -> None:
         """Takes the gradient of the backward that is running."""
-        if not self.clock.started or self.clock.true or gradient is None:
+        if not self.wanted or not self.clock.started or self.clock.true or gradient is None:
             return
         if self.clock.code is None:
             self.base = gradient
         else:
             self.coded.append((self.clock.code, gradient))
 
+    @property
+    def likely(self) -> bool:
+        """Whether the samples are an axis, by the shape."""
+        return self.shape is None or self.clock.batch == 1 or self.clock.batch in self.shape
+
     @cached_property
     def layout(self) -> Layout | Literal["unused"] | None:
         """The one layout that agrees; "unused" if no gradient came; None where none or several agree."""
+        assert self.wanted
         if self.base is None:
             return "unused"
         if self.base.layout is not torch.strided or self.silent or (self.clock.batch > 1 and not self.coded):

@@ -17,7 +17,14 @@ from funcghost.layout import Clock, codes
 from funcghost.lowrank import Direction
 from funcghost.plans import Plan, Site, batch_axes
 from funcghost.run import Problem, backward, run
-from funcghost.sites import Followed, UnresolvedMoveError, find_sites, follow_moves
+from funcghost.sites import (
+    Followed,
+    UnresolvedMoveError,
+    enough_measured,
+    find_sites,
+    follow_moves,
+    want_meters,
+)
 from funcghost.state import Changes, untouched
 from funcghost.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, physical, pushforward
 from funcghost.trace import Trace
@@ -117,12 +124,12 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
 
 
 def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
-    changes = Changes(problem.devices())
+    changes, carry_all = Changes(problem.devices()), options.route == "forward"
     try:
-        trace, losses, gradients = _observe(problem, drawn, changes)
+        trace, losses, gradients = _observe(problem, drawn, carry_all, changes)
     finally:
         changes.undo()
-    plan = _decide(problem, trace, losses, carry_all=options.route == "forward")
+    plan = _decide(problem, trace, losses, carry_all)
     plan = replace(plan, written=changes.written)
     if plan.batch:
         plan = _rehearse(problem, plan, losses, gradients, options.verify != "never")
@@ -187,12 +194,13 @@ def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
-def _observe(problem: Problem, drawn: bool, changes: Changes) -> tuple[Trace, Tensor, list[Tensor]]:
+def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -> tuple[Trace, Tensor, list[Tensor]]:
     """One forward with its losses, a backward to the first outputs, and one more for each code; then the gradients."""
     clock, leaves = Clock(started=False), problem.leaves()
     trace = Trace(problem, leaves, clock, drawn)
 
-    def measure(cotangent: Tensor) -> None:
+    def measure(code: Tensor | None) -> None:
+        clock.code, cotangent = code, weights if code is None else weights * code
         torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
 
     with changes.watched():
@@ -205,13 +213,18 @@ def _observe(problem: Problem, drawn: bool, changes: Changes) -> tuple[Trace, Te
                 "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
             )
         clock.batch, clock.started = losses.shape[0], True
-        weights = sample_weights(losses)
+        weights, all_of_them = sample_weights(losses), carry_all or any(move.by_data for move in trace.moves.values())
+        want_meters(trace.records, len(leaves), all_of_them=all_of_them)
         if clock.batch:
-            measure(weights)
+            measure(None)
     # What a backward writes to has been seen.
-    for code in codes(clock.batch, losses, half=torch.float16 in trace.dtypes) if clock.batch > 1 else []:
-        clock.code = code
-        measure(weights * code)
+    scales = codes(clock.batch, losses, half=torch.float16 in trace.dtypes) if clock.batch > 1 else []
+    for scale in scales:
+        measure(scale)
+    if not all_of_them and clock.batch and not enough_measured(trace.records, len(leaves)):
+        want_meters(trace.records, len(leaves), all_of_them=True)
+        for code in (None, *scales):
+            measure(code)
     clock.true = True
     gradients = backward(losses, leaves, weights) if clock.batch else []
     return trace, losses.detach(), [gradient.to_dense() for gradient in gradients]

@@ -1,6 +1,6 @@
 """From what was measured to the sites: where a score is tapped, and where a tangent is carried on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,6 +101,39 @@ def _in_rows(output: Output, ways: Sequence[Rows], maps: Maps) -> Rows | Literal
         if axis is not None:
             return Rows(axis, rows.call, rows.output)
     return None
+
+
+def want_meters(records: Sequence[Record], params: int, *, all_of_them: bool) -> None:
+    """Chooses the outputs to measure: those that will be asked for if every output that is likely to has a layout."""
+
+    def carries(record: Record) -> bool:
+        smooth = [output for output in record.outputs if output.value is not None]
+        return record.bound or not all(output.meter is not None and output.meter.likely for output in smooth)
+
+    asked = {id(output.meter) for record in _reached(records, params, carries) for output in record.outputs}
+    for meter in (output.meter for record in records for output in record.outputs):
+        if meter is not None:
+            meter.wanted = all_of_them or id(meter) in asked
+
+
+def enough_measured(records: Sequence[Record], params: int) -> bool:
+    """Whether no output that was not measured is reached by a tangent."""
+
+    def carries(record: Record) -> bool:
+        return any(output_layout(output, record.bound, {}) == "carried" for output in record.outputs)
+
+    outputs = (output for record in _reached(records, params, carries) for output in record.outputs)
+    return all(output.meter is None or output.meter.wanted for output in outputs)
+
+
+def _reached(records: Sequence[Record], params: int, carries: Callable[[Record], bool]) -> Iterator[Record]:
+    """The ops that a tangent reaches, from the parameters and from what carries it on."""
+    reached = set(range(params))
+    for record in records:
+        if not reached.isdisjoint(record.inputs.values()):
+            yield record
+            if carries(record):
+                reached.update(output.value for output in record.outputs if output.value is not None)
 
 
 def find_sites(

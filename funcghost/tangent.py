@@ -6,7 +6,7 @@ op), the op's own forward derivative, and the transpose of the op's own backward
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any, Literal
 
@@ -147,6 +147,12 @@ def is_linear(call: Call) -> bool:
     terms = None if rule is None else _terms(call, rule)
     given = {slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
     return terms is not None and len(terms) == 1 and given.issubset((*terms[0][0], *terms[0][1]))
+
+
+def is_multilinear(call: Call) -> bool:
+    """Whether a rule says that the op is linear in each tensor of this call, the others held."""
+    given = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    return all(is_float(call.leaves[slot]) for slot in given) and covered_by_rule(replace(call, tracked=given))
 
 
 def pushforward(call: Call, way: Way) -> Pushforward:

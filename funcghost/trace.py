@@ -150,7 +150,7 @@ class Trace(TorchFunctionMode):
                 continue
             self.dtypes.add(value.dtype)
             wrapped = physical(value) is not value
-            meter = None if fixed or (bound and wrapped) else Meter(self.clock)
+            meter = None if fixed or (bound and wrapped) else Meter(self.clock, None if wrapped else value.shape)
             if meter is not None:
                 if not self.fixed.isdisjoint(inputs.values()):
                     self.roots.append(get_gradient_edge(physical(value)))

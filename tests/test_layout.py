@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
 from funcghost.layout import Clock, Fold, Layout, Meter, candidates, codes
+from funcghost.sites import enough_measured
 from tests.naive import assert_scores, expected
 
 Params = dict[str, Tensor]
@@ -337,3 +339,26 @@ def test_layout_in_lower_precision(case: str, dtype: torch.dtype) -> None:
     params = {name: value.to(dtype) for name, value in params_of(4).items()}
     x = torch.randn(4, 4, 4, dtype=dtype)
     assert shown(fg.plan(losses, params, x))[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("length", [4, 8, 5])
+def test_what_is_not_measured_at_first_is_when_it_is_needed(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With as many positions as samples (or twice as many) the table of positions looks as if it had the samples.
+    params = {"table": torch.randn(9, 3, dtype=torch.float64), **params_of(3)}
+    batch, rounds = torch.randn(4, length, 3, dtype=torch.float64), list[bool]()
+
+    def fn(p: Params, x: Tensor) -> Tensor:
+        h = x + F.embedding(torch.arange(length), p["table"])
+        return torch.tanh(h.sin() @ p["w"] + p["b"]).square().sum((1, 2))
+
+    def noted(*given: Any) -> bool:
+        rounds.append(enough_measured(*given))
+        return rounds[-1]
+
+    monkeypatch.setattr("funcghost.planning.enough_measured", noted)
+    plan = fg.plan(fn, params, batch)
+    assert rounds == [length != 4]
+    assert [site.action for site in plan.sites].count("carry") == 1
+    direction = {name: torch.randn_like(value) for name, value in params.items()}
+    found = fg.reduce(fn, plan=plan)(params, batch, fg.dot(direction))
+    assert_scores(found, expected(fn, params, batch, direction))
