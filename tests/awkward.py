@@ -1687,3 +1687,21 @@ def attention_whose_dropout_starts_at_zero(p: Params, batch: tuple[Tensor, float
             need_weights=bool(len(nothing)),
         )[0].transpose(0, 1)
     )
+
+
+class Stopped(torch.autograd.Function):
+    """The identity, for a number that is zero without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, number: float) -> Tensor:
+        ctx.number = number
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * ctx.number if ctx.number else None, None
+
+
+@sequel(with_rows(0.0, 0.5), plans=2, w=(6, 3), v=(6, 3))
+def used_after_all(p: Params, batch: tuple[Tensor, float]) -> Tensor:
+    return squares(Stopped.apply(batch[0] @ p["w"], batch[1]) + batch[0] @ p["v"])

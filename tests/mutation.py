@@ -77,7 +77,7 @@ MUTATIONS: dict[str, Mutation] = {
         "tap.py",
         'if any(g is not None and layout == "unused"',
         'if any(False and layout == "unused"',
-        (AWKWARD, "-k", "gradient_penalty"),
+        (AWKWARD, "-k", "used_after_all"),
     ),
     "a tap that is a view": Mutation(
         "tap.py",

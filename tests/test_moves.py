@@ -165,11 +165,14 @@ def test_samples_added_up_are_not_taken_for_one() -> None:
         assert_scores(score(params, batch, fg.dot(direction)), expected(losses, params, batch, direction))
 
 
-def test_a_gate_that_starts_at_zero_hides_nothing() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_gate_that_starts_at_zero_hides_nothing(in_place: bool) -> None:
     def losses(p: Params, x: Tensor) -> Tensor:
         h = x @ p["a"]
         mixed = h @ p["b"]
-        return h.add((mixed - mixed.mean(0)) * p["gate"]).square().sum(1)
+        mixed = mixed - mixed.mean(0)
+        gated = mixed.mul_(p["gate"]) if in_place else mixed * p["gate"]
+        return h.add(gated).square().sum(1)
 
     params = {"a": normal(WIDTH, 4), "b": normal(4, 4, seed=1), "gate": torch.zeros((), dtype=torch.float64)}
     direction, x = {k: normal(*p.shape, seed=2) for k, p in params.items()}, normal(6, WIDTH, seed=3)
