@@ -172,6 +172,8 @@ OPS: dict[str, tuple[Losses, dict[str, tuple[int, ...]], tuple[int, ...]]] = {
         (3, 5, 2),
     ),
     "transposed": (lambda p, x: torch.tanh(x @ p["w"]) @ p["w"].T, {"w": (2, 4)}, (3, 5, 2)),
+    "cycled matrices": (lambda p, x: x @ p["w"].permute(1, 2, 0), {"w": (4, 5, 2)}, (3, 5, 1, 2)),
+    "cycled scale": (lambda p, x: x * p["w"].permute(1, 2, 0), {"w": (4, 5, 2)}, (3, 5, 2, 4)),
     "cat": (lambda p, x: x @ torch.cat([p["u"], p["v"]], 1), {"u": (2, 1), "v": (2, 3)}, (3, 5, 2)),
     "merged": (lambda p, x: F.linear(x, p["w"] + p["u"] @ p["v"]), {"w": (4, 2), "u": (4, 1), "v": (1, 2)}, (3, 5, 2)),
     "apart": (lambda p, x: F.linear(F.linear(x, p["v"]), p["u"]), {"u": (4, 1), "v": (1, 2)}, (3, 5, 2)),
