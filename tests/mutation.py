@@ -336,7 +336,10 @@ MUTATIONS: dict[str, Mutation] = {
         "contract.py", "or not isinstance(use, Dense)", "or True", (CONTRACT, "-k", "exact")
     ),
     "blocks of another order": Mutation(
-        "contract.py", "use.form.plain and use.form.blocks == blocks", "use.form.blocks == blocks", (LOWRANK,)
+        "contract.py",
+        "use.form.plain and use.form.blocks == blocks",
+        "use.form.blocks == blocks",
+        (CONTRACT, "-k", "low_rank"),
     ),
     "reduced at the first use": Mutation(
         "ledger.py", "if not self.pending[index] and not self.keep", "if not self.keep", (PAIRS, "-k", "quadratic")
@@ -355,7 +358,7 @@ MUTATIONS: dict[str, Mutation] = {
         (REDUCERS, "-k", "test_op and cycled"),
     ),
     "activations among the sources": Mutation(
-        "shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "test_awkward_model")
+        "shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "a_weight_meets")
     ),
     # reducers, directions and the head
     "the bound is rounded down": Mutation(
@@ -368,7 +371,7 @@ MUTATIONS: dict[str, Mutation] = {
         "projections.py",
         "self._of_use(seed_of(self.seed, name)",
         "self._of_use(seed_of(self.seed, '')",
-        (PROJECTIONS, "-k", "between_parameters or same_in_every or factors_are"),
+        (PROJECTIONS, "-k", "every_name"),
     ),
     "two sides with the same signs": Mutation(
         "projections.py", 'seed_of(seed, f"{side}")', 'seed_of(seed, "0")', (PROJECTIONS, "-k", "kronecker")

@@ -500,3 +500,16 @@ def test_tied_reused_and_disguised_at_once() -> None:
     params = dict(module.named_parameters()) | {"table": table}
     for route in ("ghost", "materialise"):
         assert_matches_naive(losses, params, torch.randint(0, 4, (3, 5)), options=fg.Options(route=route))
+
+
+def test_a_weight_meets_what_it_made_itself_where_samples_have_no_axis() -> None:
+    """The way through the activations is scored where they are made, and not once more."""
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        h = torch.tanh(x * p["s"])
+        ragged = torch.cat([row[:length] for row, length in zip(h, (2, 4, 1), strict=True)]) * p["s"]
+        return torch.stack([part.sin().sum() for part in ragged.split([2, 4, 1])])
+
+    params, x = {"s": normal()}, normal(3, 4)
+    assert [site.action for site in fg.plan(losses, params, x).sites[:2]] == ["tap", "carry"]
+    assert_matches_naive(losses, params, x, fg.project(4))
