@@ -405,7 +405,25 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # drawn values
     "layouts at the very values": Mutation(
-        "trace.py", "if self.generic and not (", "if False and not (", (AWKWARD, "-k", "chosen_from or starts_at_zero")
+        "trace.py",
+        "if self.generic and in_general",
+        "if False and in_general",
+        (AWKWARD, "-k", "chosen_from or starts_at_zero"),
+    ),
+    "what is written at the very values": Mutation(
+        "trace.py",
+        "if self.generic is None or not writes",
+        "if self.generic or not writes",
+        (AWKWARD, "-k", "in_place or overwritten"),
+    ),
+    "another version of what is written": Mutation(
+        "generic.py",
+        "with _unsafe_preserve_version_counter(true):",
+        "if True:",
+        (AWKWARD, "-k", "in_place or overwritten"),
+    ),
+    "what is overwritten is gone": Mutation(
+        "generic.py", "if call.op in OVERWRITES:", "if False:", (AWKWARD, "-k", "overwritten")
     ),
     # the law, and the wrappers
     "no law": Mutation(
