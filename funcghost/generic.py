@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcghost.layout import Clock
-from funcghost.moves import MOVES
+from funcghost.moves import MOVES, OVERWRITES
 from funcghost.tangent import Call, Outputs, is_float, is_linear, is_multilinear, physical
 
 PERIOD = 65521
@@ -29,6 +30,7 @@ TRUE, DRAWN = 0.73, (1.0, 0.61, 0.37)
 """The weights of the true derivative and of those at the drawn values, so odd that they do not cancel."""
 
 DOUBLE = (torch.float64, torch.complex128)
+LARGEST = 2.0**1023
 
 _T: Any = Tensor
 PRODUCTS = frozenset((torch.mul, _T.mul, torch.multiply, _T.multiply, _T.__mul__, _T.__rmul__))
@@ -60,7 +62,11 @@ class Generic:
         Its derivative is the same everywhere where the op is linear in all its tensors.
         """
         tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
-        if call.op in MOVES or any(physical(leaf) is not leaf for leaf in tensors.values()) or is_linear(call):
+        if any(physical(leaf) is not leaf for leaf in tensors.values()):
+            return found
+        if call.op in OVERWRITES:
+            return self._as_if_kept(call, found)
+        if call.op in MOVES or is_linear(call):
             return found
         varied = {
             slot: leaf
@@ -82,16 +88,35 @@ class Generic:
         self.count += 2 * len(call.leaves)
         if not terms:
             return found
-        return tuple(self._back(true, [(w, o[i]) for w, o in terms]) for i, true in enumerate(found))
+        unwritten = len(found) - sum(is_float(call.leaves[slot]) for slot in call.written)
+        return tuple(
+            self._back(true, [(w, o[i]) for w, o in terms], i >= unwritten, true.numel() <= FEW)
+            for i, true in enumerate(found)
+        )
 
-    def _back(self, true: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-        """The true value with the weighted mean of derivatives; the true one is among them if there are few entries."""
+    def _as_if_kept(self, call: Call, found: Outputs) -> Outputs:
+        """The derivative also of what was overwritten: data may say where, and another time leave all of it."""
+        first, out = call.leaves[0], found[0]
+        like = isinstance(first, Tensor) and (first.shape, first.dtype) == (out.shape, out.dtype)
+        if len(found) > 1 or not like or not first.requires_grad:
+            return found
+        return (self._back(out, [(1.0, first)], bool(call.written), True),)
+
+    def _back(self, true: Tensor, terms: Sequence[tuple[float, Tensor]], written: bool, among: bool) -> Tensor:
+        """The true value with the weighted mean of derivatives; the true one is `among` them, if there are few entries.
+
+        What was `written` to stays the same tensor, with another history.
+        """
         if not true.requires_grad:
             return true
-        weights = [TRUE if true.numel() <= FEW else 0.0, *(weight for weight, _ in terms)]
+        weights = [TRUE if among else 0.0, *(weight for weight, _ in terms)]
         shares = [weight / sum(weights) for weight in weights]
-        value: Tensor = Back.apply(self.clock, shares, true, *(drawn for _, drawn in terms))
-        return value
+        history = true.clone() if written else true
+        value: Tensor = Back.apply(self.clock, shares, history, *(drawn for _, drawn in terms))
+        if not written:
+            return value
+        with _unsafe_preserve_version_counter(true):  # whoever keeps it, keeps the same values
+            return true.copy_(value)
 
     def _other(self, leaf: Tensor, scale: Scale, slot: int, number: int) -> Tensor:
         """Of the size of the entries, 1/50 if those are zero, and positive if they are; for bools, of either kind.
@@ -171,7 +196,7 @@ def _some(value: Tensor) -> Tensor:
 
 def _rounded(size: float) -> float:
     """The nearest power of the root of two, so that many tensors share one size; zero for zero."""
-    return 2.0 ** (round(2 * log2(size)) / 2) if size else 0.0
+    return 2.0 ** (round(2 * log2(min(size, LARGEST))) / 2) if size else 0.0
 
 
 def _dense(leaf: Tensor) -> Tensor:

@@ -49,6 +49,9 @@ BY_SHAPE: frozenset[Op] = _named(
 """The ops that rearrange entries, whatever their values: followed where samples have been moved before."""
 
 MOVES = BY_DATA | BY_SHAPE
+OVERWRITES = _named("index_copy", "index_fill", "index_put", "masked_scatter", "scatter") | {_T.__setitem__}
+"""Those that put something in the place of entries of their first argument."""
+
 IN_PLACE = frozenset(op for op in MOVES if op is _T.__setitem__ or op.__name__.rstrip("_") + "_" == op.__name__)
 
 Where = Layout | Rows

@@ -3,6 +3,7 @@
 Every op downstream of a parameter is recorded with the gradients of its outputs. From these the layouts follow.
 """
 
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Trace(TorchFunctionMode):
         move = self._note_move(op, leaves, spec, given, inputs) if op in MOVES else None
         versions = {slot: leaf._version for slot, leaf in given.items() if not leaf.is_inference()}
         copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
+        kept = self._before_a_write(op, leaves, inputs) if inputs else None
         before = random_state(self.devices)
         returned = op(*args, **kwargs)
         self.digest.add(op, leaves, returned)
@@ -118,8 +120,11 @@ class Trace(TorchFunctionMode):
         found = outputs(returned, [given[slot] for slot in written])
         if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
             return self.digest.give(returned)
-        call = Call(op, tuple(leaves), spec, tuple(inputs), written)
-        return self._keep(self._record(call, given, inputs, found, returned, drew, move))
+        # Views of one memory count as written, all of them: which of them an op changed cannot be told.
+        as_before = kept if kept is not None and len(written) == 1 else None
+        call = Call(op, tuple(leaves if as_before is None else as_before), spec, tuple(inputs), written)
+        in_general = as_before is not None or not written
+        return self._keep(self._record(call, given, inputs, found, returned, drew, move, in_general))
 
     def _record(
         self,
@@ -130,13 +135,14 @@ class Trace(TorchFunctionMode):
         returned: Any,
         drew: bool,
         move: int | None,
+        in_general: bool,
     ) -> Any:
         fixed = len(inputs) == len(given) and self.fixed.issuperset(inputs.values())
         smooth = [value for value in found if physical(value).requires_grad]
         memory = {storage_of(leaf) for leaf in given.values()}
         bound = any(storage_of(value) in memory for value in smooth)
         drawn = found
-        if self.generic and not (fixed or bound or call.written):
+        if self.generic and in_general and not fixed and (call.written or not bound):
             after = random_state(self.devices) if drew else []
             drawn = self.generic.outputs(call, found)
             set_random_state(after)
@@ -168,6 +174,15 @@ class Trace(TorchFunctionMode):
             self.count += 1
         self.records.append(Record(op_name(call.op), inputs, tuple(outs), call.written, fixed, bound, drew, move))
         return swap(returned, replaced) if replaced else returned
+
+    def _before_a_write(self, op: Any, leaves: Sequence[Any], inputs: dict[int, int]) -> list[Any] | None:
+        """The leaves of a call that may write to one of them, with copies of those."""
+        fixed = {slot for slot, value in inputs.items() if value in self.fixed}
+        name, flag = op_name(op).rpartition(".")[2], any(leaf is True for leaf in leaves)
+        writes = flag or op is Tensor.__setitem__ or re.fullmatch(r".*[^_]_|__i.*__", name) is not None
+        if self.generic is None or not writes or len(fixed) == len(inputs):
+            return None
+        return [leaf.clone() if is_float(leaf) and slot not in fixed else leaf for slot, leaf in enumerate(leaves)]
 
     def _may_be_statistics(self, leaf: Tensor) -> bool:
         """Batch norms update their running statistics without a trace in the version counter."""

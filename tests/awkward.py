@@ -1634,6 +1634,40 @@ def a_term_over_the_batch_weighted_by_a_tensor(p: Params, batch: tuple[Tensor, T
     return squares(h) + batch[1] * (h - h.mean(0)).exp().sum(1)
 
 
+@sequel(with_rows(shares([0.0])[0], shares([0.5])[0]), None, w=(6, 3))
+def a_term_over_the_batch_weighted_in_place(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = batch[0] @ p["w"]
+    return squares(h + (h - h.mean(0)).sin().mul_(batch[1]))
+
+
+@sequel(with_rows(torch.ones(4, 1) > 0, torch.tensor([[1], [0], [0], [1]]) > 0), None, w=(6, 3))
+def a_term_over_the_batch_masked_in_place(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = batch[0] @ p["w"]
+    return squares(h + (h - h.mean(0)).sin().masked_fill_(batch[1], 0.0))
+
+
+@sequel(with_rows(torch.ones(4) > 0, torch.tensor([1, 0, 0, 1]) > 0), None, w=(6, 3))
+def a_term_over_the_batch_overwritten(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = batch[0] @ p["w"]
+    term = (h - h.mean(0)).sin()
+    term[batch[1]] = 0.0
+    return squares(h + term)
+
+
+@sequel(with_rows(torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 1, 1])), None, w=(6, 3))
+def a_term_over_the_batch_overwritten_by_number(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = batch[0] @ p["w"]
+    term = (h - h.mean(0)).sin()
+    term[batch[1]] = 0.0
+    return squares(h + term)
+
+
+@sequel(with_rows(-9.0, 9.0), None, w=(6, 3))
+def a_term_over_the_batch_that_is_off_in_place(p: Params, batch: tuple[Tensor, float]) -> Tensor:
+    h = batch[0] @ p["w"]
+    return squares(h + F.relu(h - h.mean(0) + batch[1], inplace=True))
+
+
 @sequel(lambda: [5 * rows(), 0.02 * rows()], None, w=(6, 3))
 def a_margin_that_nothing_is_within(p: Params, x: Tensor) -> Tensor:
     h = x @ p["w"]
@@ -1687,3 +1721,21 @@ def attention_whose_dropout_starts_at_zero(p: Params, batch: tuple[Tensor, float
             need_weights=bool(len(nothing)),
         )[0].transpose(0, 1)
     )
+
+
+class Stopped(torch.autograd.Function):
+    """The identity, for a number that is zero without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, number: float) -> Tensor:
+        ctx.number = number
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * ctx.number if ctx.number else None, None
+
+
+@sequel(with_rows(0.0, 0.5), plans=2, w=(6, 3), v=(6, 3))
+def used_after_all(p: Params, batch: tuple[Tensor, float]) -> Tensor:
+    return squares(Stopped.apply(batch[0] @ p["w"], batch[1]) + batch[0] @ p["v"])

@@ -20,6 +20,9 @@ COPIED = ("funcghost", "tests", "examples", "pyproject.toml")
 LAYOUT, MOVES, RULES, VERIFY = (f"tests/test_{name}.py" for name in ("layout", "moves", "rules", "verify"))
 MODES, WRAPPERS, EXAMPLE = (f"tests/test_{name}.py" for name in ("modes", "wrappers", "per_example"))
 AWKWARD, LAYERS = "tests/test_awkward.py", "tests/test_nn_layers.py"
+CONTRACT, REDUCERS, PAIRS = (f"tests/test_{name}.py" for name in ("contract", "reducers", "pairs"))
+LOWRANK, PROJECTIONS, POSITIONS = (f"tests/test_{name}.py" for name in ("lowrank", "projections", "positions"))
+HEAD = "tests/test_functional.py"
 
 
 class Mutation(NamedTuple):
@@ -69,15 +72,15 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "columns in their own order": Mutation(
         "tap.py",
-        "dict(zip(self.columns, columns, strict=True))",
-        "dict(enumerate(columns))",
+        "in zip(self.columns, ",
+        "in zip(range(len(self.columns)), ",
         (AWKWARD, "-k", "tied or norms"),
     ),
     "used after all": Mutation(
         "tap.py",
-        'if any(g is not None and layout == "unused"',
-        'if any(False and layout == "unused"',
-        (AWKWARD, "-k", "gradient_penalty"),
+        'layout == "unused"',
+        'layout == "never"',
+        (AWKWARD, "-k", "used_after_all"),
     ),
     "a tap that is a view": Mutation(
         "tap.py",
@@ -194,7 +197,7 @@ MUTATIONS: dict[str, Mutation] = {
         (RULES, AWKWARD, "-k", "disguise or outer"),
     ),
     "a bias twice": Mutation(
-        "tangent.py", "values.update({slot: zero(slot) for slot in empty})", "values.update({})", (RULES,)
+        "tangent.py", "tangents[0].new_zeros((), dtype", "tangents[0].new_ones((), dtype", (RULES,)
     ),
     "the forward of an embedding": Mutation(
         "tangent.py", "if rule.factor else None", "if False else None", (LAYERS, "-k", "Embedding")
@@ -247,6 +250,181 @@ MUTATIONS: dict[str, Mutation] = {
     "sizes do not count": Mutation(
         "digest.py", "sizes.append(leaf.shape)", "pass", (VERIFY, AWKWARD, "-k", "new_sizes")
     ),
+    # factors of per-sample gradients
+    "swapped roles": Mutation(
+        "uses.py",
+        "Outer(right, left, form) if a.swapped",
+        "Outer(left, right, form) if a.swapped",
+        (REDUCERS, "-k", "test_op and matmul"),
+    ),
+    "a scale forgotten": Mutation(
+        "uses.py", "left = left * product.scale", "left = left * 1", (REDUCERS, "-k", "test_op and addmm")
+    ),
+    "a shift without its sign": Mutation(
+        "uses.py", "total * product.scale", "total * 1", (REDUCERS, "-k", "test_op and shift")
+    ),
+    "padding counts": Mutation(
+        "uses.py", "g * scale[0] if scale else g", "g", (REDUCERS, "-k", "called_otherwise and (padding or frequency)")
+    ),
+    "derivatives of all samples": Mutation(
+        "uses.py",
+        "[sample] = where.by_sample(gradient, batch)[sample]",
+        "[:] = where.by_sample(gradient, batch)",
+        (REDUCERS, "-k", "test_layer and GRU"),
+    ),
+    "rows of all samples": Mutation(
+        "uses.py",
+        "(where.samples == sample)",
+        "(where.samples >= 0)",
+        (REDUCERS, "-k", "test_awkward_model and (experts or sorted)"),
+    ),
+    "padding on the wrong side": Mutation(
+        "products.py",
+        "(size // 2, size - size // 2)",
+        "(size - size // 2, size // 2)",
+        (REDUCERS, "-k", "test_convolution and 1d"),
+    ),
+    "padding of the wrong axis": Mutation(
+        "products.py", "for pair in reversed(pads)", "for pair in pads", (REDUCERS, "-k", "test_convolution and 2d")
+    ),
+    "alpha in place of beta": Mutation(
+        "products.py",
+        '"beta" if name == "input" else "alpha"',
+        '"alpha" if name == "input" else "beta"',
+        (REDUCERS, "-k", "test_op and addmm"),
+    ),
+    "reflected subtraction": Mutation(
+        "products.py", "_add(-1, 1), T.__rsub__", "_add(1, -1), T.__rsub__", (REDUCERS, "-k", "shift or rsub")
+    ),
+    "alpha of the other argument": Mutation(
+        "products.py",
+        '(name == "other" and sign_of_input > 0)',
+        '(name == "input" and sign_of_input > 0)',
+        (REDUCERS, "-k", "test_op and shift"),
+    ),
+    "rows from the start alone": Mutation(
+        "products.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
+    ),
+    "first row of a slice": Mutation(
+        "factors.py", "(factor.index >= start)", "(factor.index > start)", (CONTRACT, "-k", "exact")
+    ),
+    "no law of factors": Mutation("witness.py", "if wrong:", "if False:", (REDUCERS, "-k", "law_of_factors")),
+    "factors of other sizes are trusted": Mutation(
+        "transforms.py",
+        "self._due(outcome.sizes not in checked.factored)",
+        "self._due(not checked.factored)",
+        (PAIRS, "-k", "verified_once"),
+    ),
+    # inner products of factors
+    "every row the same": Mutation(
+        "contract.py", "same = one.index", "same = 0 * one.index", (CONTRACT, "-k", "exact")
+    ),
+    "outer products meet the first row": Mutation(
+        "contract.py", "index = other.index", "index = 0 * other.index", (CONTRACT, "-k", "exact")
+    ),
+    "cross terms once": Mutation("contract.py", "if i == j else 2", "if i == j else 1", (CONTRACT, "-k", "exact")),
+    "any positions as one": Mutation(
+        "contract.py",
+        "isinstance(uses[0], Outer) and uses[0].positions ==",
+        "isinstance(uses[0], Outer) and uses[0].positions >=",
+        (CONTRACT, "-k", "exact"),
+    ),
+    "the last samples of a slice": Mutation(
+        "contract.py", "range(0, b, together)", "range(0, max(b - 1, 1), together)", (CONTRACT, "-k", "exact")
+    ),
+    "what is kept is written to": Mutation(
+        "contract.py", "or not isinstance(use, Dense)", "or True", (CONTRACT, "-k", "exact")
+    ),
+    "blocks of another order": Mutation(
+        "contract.py",
+        "use.form.plain and use.form.blocks == blocks",
+        "use.form.blocks == blocks",
+        (CONTRACT, "-k", "low_rank"),
+    ),
+    "reduced at the first use": Mutation(
+        "ledger.py", "if not self.pending[index] and not self.keep", "if not self.keep", (PAIRS, "-k", "quadratic")
+    ),
+    "scaled as if linear": Mutation("ledger.py", "self.scale**task.degree", "self.scale", (PAIRS, "-k", "quadratic")),
+    "axes the other way round": Mutation(
+        "ledger.py",
+        "tuple(axes[i] for i in part)",
+        "tuple(back[i] for i in part)",
+        (REDUCERS, "-k", "test_op and cycled"),
+    ),
+    "dense axes the other way round": Mutation(
+        "ledger.py",
+        "permute(0, *(1 + i for i in back))",
+        "permute(0, *(1 + i for i in axes))",
+        (REDUCERS, "-k", "test_op and cycled"),
+    ),
+    "activations among the sources": Mutation(
+        "shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "a_weight_meets")
+    ),
+    # reducers, directions and the head
+    "the bound is rounded down": Mutation(
+        "lowrank.py", "rounded.double() < raised", "rounded.double() > raised", (LOWRANK, "-k", "rounded_up")
+    ),
+    "the bound of the last leaf": Mutation(
+        "lowrank.py", "total = total + torch.where(", "total = torch.where(", (LOWRANK, "-k", "bound_is_the_sum")
+    ),
+    "one projection for all names": Mutation(
+        "projections.py",
+        "self._of_use(seed_of(self.seed, name)",
+        "self._of_use(seed_of(self.seed, '')",
+        (PROJECTIONS, "-k", "every_name"),
+    ),
+    "two sides with the same signs": Mutation(
+        "projections.py", 'seed_of(seed, f"{side}")', 'seed_of(seed, "0")', (PROJECTIONS, "-k", "kronecker")
+    ),
+    "every slice is the first": Mutation(
+        "projections.py",
+        "torch.arange(at * n, stop * n",
+        "torch.arange(0, (stop - at) * n",
+        (PROJECTIONS, "-k", "no_split"),
+    ),
+    "what is left out is of the first segment": Mutation(
+        "positions.py", "self.segments, ids)", "0, ids)", (POSITIONS, "-k", "segments")
+    ),
+    "ignored tokens have a loss": Mutation(
+        "functional.py",
+        "losses = torch.where(valid, losses.reshape(targets.shape), 0)",
+        "losses = losses.reshape(targets.shape)",
+        (HEAD, "-k", "values_and_gradients"),
+    ),
+    "ignored tokens are counted": Mutation(
+        "functional.py",
+        "losses / valid.sum(axes)",
+        "losses / torch.ones_like(valid).sum(axes)",
+        (HEAD, "-k", "reductions"),
+    ),
+    "first derivatives once for all": Mutation(
+        "head.py", "if kept and not torch.is_grad_enabled():", "if kept:", (HEAD, "-k", "hessians or second_order")
+    ),
+    "a softmax without curvature": Mutation(
+        "head.py", "(q - (p * q).sum(1, keepdim=True))", "q", (HEAD, "-k", "hessians or second_order")
+    ),
+    # drawn values
+    "layouts at the very values": Mutation(
+        "trace.py",
+        "if self.generic and in_general",
+        "if False and in_general",
+        (AWKWARD, "-k", "chosen_from or starts_at_zero"),
+    ),
+    "what is written at the very values": Mutation(
+        "trace.py",
+        "if self.generic is None or not writes",
+        "if self.generic or not writes",
+        (AWKWARD, "-k", "in_place or overwritten"),
+    ),
+    "another version of what is written": Mutation(
+        "generic.py",
+        "with _unsafe_preserve_version_counter(true):",
+        "if True:",
+        (AWKWARD, "-k", "in_place or overwritten"),
+    ),
+    "what is overwritten is gone": Mutation(
+        "generic.py", "if call.op in OVERWRITES:", "if False:", (AWKWARD, "-k", "overwritten")
+    ),
     # the law, and the wrappers
     "no law": Mutation(
         "verify.py",
@@ -258,7 +436,7 @@ MUTATIONS: dict[str, Mutation] = {
         "verify.py", "boost = min(largest / max(norm, 1e-30), 1e3)", "boost = min(1.0, 1e3)", (VERIFY, "-k", "missed")
     ),
     "memory is not put back": Mutation(
-        "state.py", "storage.copy_(copy)", "storage.copy_(storage)", (MODES, AWKWARD, "-k", "buffers or bank")
+        "state.py", "memory.copy_(copy)", "memory.copy_(memory)", (MODES, AWKWARD, "-k", "buffers or bank")
     ),
     "directions and members swapped": Mutation(
         "lifting.py",

@@ -1,5 +1,6 @@
 """Inner products of factored gradients: every route, budget and mix of factors against the gradients themselves."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -17,6 +18,7 @@ import funcghost as fg
 from funcghost.contract import along, inner_products, squared_norms, weighted_sum
 from funcghost.cost import Means, choose, routes, sketch
 from funcghost.factors import Dense, Factor, Form, Lookup, Outer, dense, matrix_form, samples
+from funcghost.lowrank import LowRank
 from funcghost.testing import assert_matches_naive, pairs
 
 Uses = Sequence[Factor]
@@ -108,6 +110,27 @@ def test_along_and_weighted_sum(kept: fg.Pairs, seed: int) -> None:
             rows = flat([use])
             assert torch.equal(along(use, direction), rows @ direction.flatten())
             assert torch.equal(weighted_sum(use, weights), (weights @ rows).view(shape))
+
+
+def test_along_a_low_rank_direction_for_every_form() -> None:
+    """Also where its blocks have the sizes of the factor's, and are others."""
+
+    def whole(*sizes: int) -> Tensor:
+        return torch.randint(-3, 4, sizes).double()
+
+    shape, axes = (2, 2, 2), ((), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+    forms = [
+        Form(shape, shape, (q, m, n)) for q, m, n in itertools.product(axes, repeat=3) if sorted(q + m + n) == [0, 1, 2]
+    ]
+    assert len({form.plain for form in forms}) == 2
+    leaves = [LowRank(whole(q, m, 2), whole(q, n, 2), shape, torch.zeros(())) for q, m, n in ((1, 2, 4), (2, 2, 2))]
+    uses: list[Factor] = [Dense(whole(3, *shape)), Lookup(torch.randint(0, 2, (3, 5)), whole(3, 5, 4), shape)]
+    for form in forms:
+        q, m, n = form.blocks
+        uses.append(Outer(whole(3, 5, q, m), whole(3, 5, q, n), form))
+    for use in uses:
+        for leaf in leaves:
+            assert torch.equal(along(use, leaf), flat([use]) @ leaf.dense().flatten()), use
 
 
 # -- precision ----------------------------------------------------------------------------------------------

@@ -92,6 +92,14 @@ def test_size_and_sign_of_what_is_drawn(dtype: torch.dtype, shape: tuple[int, ..
         assert bool((drawn < 0).any())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_largest_numbers_have_their_size(dtype: torch.dtype) -> None:
+    value = torch.full((7, 9), torch.finfo(dtype).min, dtype=dtype)  # as masks of attention are filled
+    drawn = drawn_for(value)
+    assert bool(drawn.isfinite().all())
+    assert float(drawn.double().abs().max()) > 0.5 * torch.finfo(dtype).max
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_values_have_their_size(dtype: torch.dtype) -> None:
     value = torch.complex(normal(9, 9), 40 * normal(9, 9, seed=1)).to(dtype)
@@ -219,6 +227,28 @@ def test_few_entries_use_both_derivatives(size: int, slope: float) -> None:
     _, drawn = generic(flat_elsewhere(value.detach()), value)
     [gradient] = torch.autograd.grad(drawn.sum(), value)
     assert torch.equal(gradient, torch.full_like(gradient, slope))
+
+
+ROWS, OTHERS = torch.arange(4), normal(4, 3, seed=2)
+OVERWRITING: dict[str, tuple[Op, tuple[Any, ...]]] = {
+    "index_copy": (torch.index_copy, (0, ROWS, OTHERS)),
+    "index_fill": (Tensor.index_fill, (0, ROWS, 0.0)),
+    "index_put": (torch.index_put, ((ROWS,), OTHERS)),
+    "masked_scatter": (Tensor.masked_scatter, (torch.ones(4, 1) > 0, OTHERS)),
+    "scatter": (torch.scatter, (0, ROWS[:, None].expand(4, 3), OTHERS)),
+    "scatter of a number": (Tensor.scatter, (0, ROWS[:, None].expand(4, 3), 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_what_is_overwritten_keeps_a_derivative(name: str) -> None:
+    op, others = OVERWRITING[name]
+    value = normal(4, 3).requires_grad_()
+    found, drawn = generic(op, value, *others)
+    assert torch.equal(drawn, found)
+    slopes = [torch.autograd.grad(out.sum(), value, retain_graph=True)[0] for out in (found, drawn)]
+    assert not bool(slopes[0].any())
+    assert torch.equal(slopes[1], torch.full_like(value, 1 / (TRUE + 1)))
 
 
 # Ops that refuse drawn values
@@ -359,7 +389,7 @@ def seen_while_planned(losses: Callable[[Params, Any], Tensor], monkeypatch: pyt
     return names
 
 
-def test_views_writes_and_what_is_of_parameters_alone_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_and_what_is_of_parameters_alone_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(p: Params, x: Tensor) -> Tensor:
         h = x @ (p["w"] * p["w"]).exp()
         h.mul_(p["v"])
@@ -367,7 +397,7 @@ def test_views_writes_and_what_is_of_parameters_alone_are_not_drawn(monkeypatch:
         return h.view(-1, 2).t().tanh().square().sum(0)
 
     names = seen_while_planned(losses, monkeypatch)
-    assert names == ["matmul", "mul", "tanh", "square", "sum"]
+    assert names == ["matmul", "mul_", "mul", "__setitem__", "tanh", "square", "sum"]
 
 
 def test_what_the_losses_draw_is_as_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -165,11 +166,33 @@ def test_samples_added_up_are_not_taken_for_one() -> None:
         assert_scores(score(params, batch, fg.dot(direction)), expected(losses, params, batch, direction))
 
 
-def test_a_gate_that_starts_at_zero_hides_nothing() -> None:
+class Gate(torch.autograd.Function):
+    """A product that no mode sees."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(value, gate)
+        return value * gate
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        value, gate = ctx.saved_tensors
+        return gradient * gate, (gradient * value).sum(1, keepdim=True)
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": torch.mul,
+    "in place": lambda value, gate: value.mul_(gate),
+    "out of sight": Gate.apply,
+}
+
+
+@pytest.mark.parametrize("how", GATES)
+def test_a_gate_that_starts_at_zero_hides_nothing(how: str) -> None:
     def losses(p: Params, x: Tensor) -> Tensor:
         h = x @ p["a"]
         mixed = h @ p["b"]
-        return h.add((mixed - mixed.mean(0)) * p["gate"]).square().sum(1)
+        return h.add(GATES[how](mixed - mixed.mean(0), x[:, :1] * p["gate"])).square().sum(1)
 
     params = {"a": normal(WIDTH, 4), "b": normal(4, 4, seed=1), "gate": torch.zeros((), dtype=torch.float64)}
     direction, x = {k: normal(*p.shape, seed=2) for k, p in params.items()}, normal(6, WIDTH, seed=3)

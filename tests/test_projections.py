@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 from hypothesis import given
@@ -88,6 +89,19 @@ def test_a_function_of_the_name_and_not_of_the_place_in_the_tree(kind: Any) -> N
     others = fg.reduce(among)({"a": zero, "w": value, "z": {"w": value.clone()}}, x, reducer)
     assert torch.equal(found["w"], others["w"])
     assert torch.equal(others["z.w"], torch.zeros_like(found["w"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_name_has_numbers_of_its_own(kind: Any) -> None:
+    """Gradients of opposite sign in two parameters do not cancel."""
+    value, dim = torch.randn(1, 6, 5, dtype=torch.float64), 4096
+    nest: Any = {"u": 0, "w": 0}
+    kept = fg.Pairs({"u": (Dense(value),), "w": (Dense(-value),)}, SAME, optree.tree_structure(nest))
+    found = fg.apply(fg.project(dim, kind=kind), kept).square().sum()
+    assert 0.5 < float(found / fg.apply(fg.squared_norm(), kept).sum()) < 2
+
+
+SAME = (("u", (6, 5), torch.float64), ("w", (6, 5), torch.float64))
 
 
 @given(pairs(4, integers=True), st.sampled_from(KINDS), st.integers(1, 40), st.integers(-5, 5))

@@ -172,6 +172,8 @@ OPS: dict[str, tuple[Losses, dict[str, tuple[int, ...]], tuple[int, ...]]] = {
         (3, 5, 2),
     ),
     "transposed": (lambda p, x: torch.tanh(x @ p["w"]) @ p["w"].T, {"w": (2, 4)}, (3, 5, 2)),
+    "cycled matrices": (lambda p, x: x @ p["w"].permute(1, 2, 0), {"w": (4, 5, 2)}, (3, 5, 1, 2)),
+    "cycled scale": (lambda p, x: x * p["w"].permute(1, 2, 0), {"w": (4, 5, 2)}, (3, 5, 2, 4)),
     "cat": (lambda p, x: x @ torch.cat([p["u"], p["v"]], 1), {"u": (2, 1), "v": (2, 3)}, (3, 5, 2)),
     "merged": (lambda p, x: F.linear(x, p["w"] + p["u"] @ p["v"]), {"w": (4, 2), "u": (4, 1), "v": (1, 2)}, (3, 5, 2)),
     "apart": (lambda p, x: F.linear(F.linear(x, p["v"]), p["u"]), {"u": (4, 1), "v": (1, 2)}, (3, 5, 2)),
@@ -498,3 +500,16 @@ def test_tied_reused_and_disguised_at_once() -> None:
     params = dict(module.named_parameters()) | {"table": table}
     for route in ("ghost", "materialise"):
         assert_matches_naive(losses, params, torch.randint(0, 4, (3, 5)), options=fg.Options(route=route))
+
+
+def test_a_weight_meets_what_it_made_itself_where_samples_have_no_axis() -> None:
+    """The way through the activations is scored where they are made, and not once more."""
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        h = torch.tanh(x * p["s"])
+        ragged = torch.cat([row[:length] for row, length in zip(h, (2, 4, 1), strict=True)]) * p["s"]
+        return torch.stack([part.sin().sum() for part in ragged.split([2, 4, 1])])
+
+    params, x = {"s": normal()}, normal(3, 4)
+    assert [site.action for site in fg.plan(losses, params, x).sites[:2]] == ["tap", "carry"]
+    assert_matches_naive(losses, params, x, fg.project(4))
