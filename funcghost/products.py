@@ -13,6 +13,7 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from funcghost.rules import Op, find_rule
 from funcghost.tangent import Call, covered_by_rule, is_float, pushforward
@@ -28,7 +29,8 @@ class Product:
     """`out = scale * sum coefficient * param`.
 
     `values` gives the coefficient from the tensors in the slots `needed`; without one (None) it is 1. With `groups`,
-    an axis of the output and the first of the parameter are each two: groups and what is in them.
+    an axis of the output and the first of the parameter are each two: groups and what is in them. `gradients`, if there
+    are any, gives the per-sample gradients themselves from these tensors and the output's gradient, samples in front.
     """
 
     param: Letters
@@ -39,6 +41,7 @@ class Product:
     scale: float = 1.0
     groups: int = 1
     base: tuple[int, ...] | None = None
+    gradients: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +261,7 @@ def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> 
     if name != "weight":
         return None
     stride, dilation = (_each(a.get(key, 1), n) for key in ("stride", "dilation"))
-    groups, kernel = a.get("groups", 1), tuple(weight.shape[2:])
+    groups, weight_shape, kernel = a.get("groups", 1), tuple(weight.shape), tuple(weight.shape[2:])
     padding = a.get("padding", 0)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -267,11 +270,23 @@ def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> 
         pads = [(size, size) for size in _each(0 if padding == "valid" else padding, n)]
     flat = [size for pair in reversed(pads) for size in pair]
 
+    by_weight = (conv1d_weight, conv2d_weight, conv3d_weight)[n - 1]
+
+    def gradients(saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        """Those of a convolution in which every sample is a group of its own."""
+        x = F.pad(saved[0], flat) if any(flat) else saved[0]
+        b, shape = len(x), (len(x) * weight_shape[0], *weight_shape[1:])
+        apart = (value.reshape(1, -1, *value.shape[2:]) for value in (x, g))
+        found: Tensor = by_weight(next(apart), shape, next(apart), stride, 0, dilation, b * groups)
+        return found.view(b, *weight_shape)
+
     def values(saved: Sequence[Tensor]) -> Tensor:
         patches = F.pad(saved[0], flat) if any(flat) else saved[0]
         first = patches.dim() - n
         for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
             patches = patches.unfold(first + axis, d * (k - 1) + 1, s)[..., ::d]
+        # Copied in an order in which rows of the input stay rows: positions last.
+        patches = patches.movedim(tuple(range(-n, 0)), tuple(range(first, first + n))).contiguous()
         return patches.unflatten(first - 1, (groups, -1)) if groups > 1 else patches
 
     offsets: Letters = tuple(f"k{axis}" for axis in range(n))
@@ -280,12 +295,13 @@ def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> 
     base = (groups, weight.shape[0] // groups, *weight.shape[1:]) if groups > 1 else tuple(weight.shape)
     return Product(
         param=(*outside, "c", *offsets),
-        coefficient=(*lead, *inside, *where, *offsets),
+        coefficient=(*lead, *inside, *offsets, *where),
         out=(*lead, *outside, *where),
         needed=(slots["input"],),
         values=values,
         groups=groups,
         base=base,
+        gradients=gradients if lead else None,
     )
 
 

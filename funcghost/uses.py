@@ -147,13 +147,17 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
     a, form = arranged, arranged.form
     q, *sides = form.blocks
     left_size, right_size = (sides[1], sides[0]) if a.swapped else sides
-    outward = axes_of(a.out, a.positions, (*a.blocks, *a.rows))
+    outward, in_front = axes_of(a.out, a.positions, (*a.blocks, *a.rows)), layout == Layout(0)
 
     def factors(
         saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
     ) -> list[Factor]:
         g = gradients[0]
         assert g is not None
+        if product.gradients is not None and in_front and not levels:
+            positions = g.numel() // (batch * left_size * q)
+            if q * left_size * right_size <= positions * q * (left_size + right_size):
+                return [Dense(product.gradients([wide(value) for value in saved], wide(g)))]
         if product.groups > 1:
             g = g.unflatten(a.out.index("g"), (product.groups, -1))
         sizes = dict(zip(a.out, g.shape, strict=True))

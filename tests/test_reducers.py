@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import funcghost as fg
+from funcghost.factors import Dense, Outer
 from funcghost.oracle import per_sample_gradients
 from funcghost.products import _PRODUCTS
 from funcghost.testing import assert_matches_naive
@@ -94,13 +95,18 @@ CONVOLUTIONS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("route", ["ghost", "materialise"])
-def test_convolution(name: str, route: Any) -> None:
+@pytest.mark.parametrize("channels", [4, 40])
+def test_convolution(name: str, channels: int, route: Any) -> None:
     dims, given = CONVOLUTIONS[name]
     layer: Callable[..., nn.Module] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-    module = layer(4, 4, **{"kernel_size": 3, **given}).double()
-    losses = fg.module_losses(module, lambda out, _: squares(out.sin()))
-    x = normal(3, 4, *[5, 6, 4][:dims])
-    assert_matches_naive(losses, dict(module.named_parameters()), x, fg.project(4), options=fg.Options(route=route))
+    module = layer(channels, channels, **{"kernel_size": 3, **given}).double()
+    losses, x = fg.module_losses(module, lambda out, _: squares(out.sin())), normal(3, channels, *[5, 6, 4][:dims])
+    params = dict(module.named_parameters())
+    assert_matches_naive(losses, params, x, fg.project(4), options=fg.Options(route=route))
+    # Patches and output gradients are kept where they are smaller than the gradient.
+    (use,) = fg.pairs(losses)(params, x).uses["weight"]
+    smaller = name == "1d, valid" or (channels == 40 and name not in ("2d, each channel", "2d, replicated"))
+    assert isinstance(use, Outer if smaller else Dense)
 
 
 EQUATIONS = {
@@ -273,7 +279,7 @@ def test_every_description_of_a_product_is_met(monkeypatch: pytest.MonkeyPatch) 
     for name in OPS:
         test_op(name, "ghost")
     for name in ("1d, same", "2d, all", "3d, all"):
-        test_convolution(name, "ghost")
+        test_convolution(name, 40, "ghost")
     test_einsum("btd,pd->btp", False)
     for name in MORE:
         test_op_called_otherwise(name)
