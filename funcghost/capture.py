@@ -1,34 +1,26 @@
 """The mode that is active while planned losses run: it knows parameters by identity, taps, and carries tangents."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import optree
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcghost.collector import Collector, collecting
-from funcghost.contract import in_dtype
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
-from funcghost.layout import Layout, Placed, Rows
 from funcghost.ledger import Ledger
-from funcghost.lowrank import Direction, Leaf, LowRank, as_dense
+from funcghost.lowrank import Direction, LowRank
 from funcghost.moves import MOVES, Maps, Move
-from funcghost.plans import OutputLayout, Plan, Site
+from funcghost.plans import Plan, Site
 from funcghost.shadows import Shadow, followed, of_parameters
 from funcghost.state import RandomState, random_state, replaying
 from funcghost.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward, swap
-from funcghost.tap import Scorer, tap
-from funcghost.uses import Where, find_uses
-
-Tangents = tuple[Leaf | None, ...]
-"""One tangent per direction, None for zero; that of a parameter may be low-rank."""
+from funcghost.tapping import Planned, Tangents, Taps, filled
 
 
 class Choose(Protocol):
@@ -70,7 +62,8 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
-        self.ledger, self.dtype = ledger, dtype
+        low_rank = any(isinstance(leaf, LowRank) for direction in directions for leaf in direction)
+        self.taps = Taps(probe, ledger, dtype, low_rank)
         self.shadows: dict[int, Shadow] = {}
         self.traced = standins is not None
         self.params, self.originals, self.directions = params, originals, directions
@@ -84,7 +77,6 @@ class Capture(TorchFunctionMode):
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
         self._follow(params)
-        self.low_rank = any(isinstance(leaf, LowRank) for direction in directions for leaf in direction)
         if ledger is not None and ledger.wants_factors:
             self.shadows.update(zip(map(id, params), of_parameters(params), strict=True))
 
@@ -174,9 +166,9 @@ class Capture(TorchFunctionMode):
 
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
-        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins, self.ledger, self.dtype)
+        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
         again.originals, again.directions, again.ended = self.originals, self.directions, True
-        again.low_rank = self.low_rank
+        again.taps = self.taps
         again.position, again.calls, again.maps = self.position, self.calls, self.maps
         for key, tangents in self.tangents.items():
             reference = self.references[key]
@@ -238,22 +230,6 @@ class Capture(TorchFunctionMode):
                 slopes.append(push.evaluate(saved, filled(call, along)))
         return slopes
 
-    def _placed(
-        self, index: int, site: Site, value: Tensor, layout: OutputLayout
-    ) -> Layout | Placed | Literal["unused"]:
-        """Where the samples of an output are in this run."""
-        shape = batched_shape(value)
-        if isinstance(layout, Layout):
-            if layout.fits(shape, self.probe.shape[0]):
-                return layout
-        elif layout == "unused":
-            return layout
-        elif isinstance(layout, Rows):
-            rows = self.maps.get((layout.call, layout.output))
-            if rows is not None and layout.axis < len(shape) and shape[layout.axis] == len(rows):
-                return Placed(layout.axis, rows.long())
-        raise MismatchError(f"site {index}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}.")
-
     def _follow_move(self, op: Any, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:
         """Notes where an op moves the samples, if the plan says that it does so by data."""
         moved, self.calls = self.moves.get(self.calls), self.calls + 1
@@ -297,123 +273,9 @@ class Capture(TorchFunctionMode):
 
     def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
         """The outputs behind a tap, by the id of what they replace."""
-        chosen = site.smooth
-        layouts = tuple([self._placed(index, site, found[i], site.layouts[i]) for i in chosen])
-        around, name = ambient(found[chosen[0]].device.type, drawn), f"site {index} ({site.op})"
-        positions = self._positions(name, [found[i] for i in chosen], layouts)
-        collector = self._collector(call, layouts, found[chosen[0]], chosen, positions)
-        low: Mapping[tuple[int, int], Any] = {} if collector is None else collector.low
-        tangents = self._along(call)
-        if low:
-            tangents = [
-                tuple(None if (slot, k) in low else tangent for k, tangent in enumerate(known))
-                for slot, known in zip(call.tracked, tangents, strict=True)
-            ]
-        columns = tuple(
-            k for k, along in enumerate(zip(*tangents, strict=True)) if any(tangent is not None for tangent in along)
-        )
-        if not columns and collector is None:
-            return {}
-        push, count = self._push(index, call, site) if columns else None, len(call.tracked)
-        saved = [call.leaves[slot].detach() for slot in push.needed] if push else []
-        along = [tangent for k in columns for tangent in filled(call, [known[k] for known in tangents])]
-        rounded = in_dtype(self.dtype) if self.dtype is not None and site.way == "rule" and site.flops else None
-        every = len(chosen) == len(site.layouts)
-
-        def slopes(*tensors: Tensor) -> list[Outputs]:
-            assert push is not None
-            if rounded is not None:
-                tensors = tuple(map(rounded, tensors))
-            own, flat = tensors[: len(push.needed)], tensors[len(push.needed) :]
-            pushed = []
-            for start in range(0, len(flat), count):
-                with around():
-                    pushed.append(push.evaluate(own, flat[start : start + count]))
-            return pushed if every else [tuple(slope[i] for i in chosen) for slope in pushed]
-
-        kept = [call.leaves[slot].detach() for slot in collector.needed] if collector else []
-        scorer = Scorer(
-            name=name,
-            slopes=slopes,
-            columns=columns,
-            layouts=layouts,
-            ready=lambda: self.ended,
-            collect=partial(collector.collect, around) if collector else None,
-            kept=len(kept),
-            positions=positions,
-        )
-        tapped = tap(self.probe, scorer, [found[i] for i in chosen], [*kept, *saved, *along])
-        return {id(found[i]): value for i, value in zip(chosen, tapped, strict=True)}
-
-    def _positions(
-        self, name: str, values: Sequence[Tensor], layouts: Sequence[Where]
-    ) -> dict[int, Callable[[int, Tensor], None]]:
-        """Where scores by position go, for the columns of which these are wanted."""
-        if self.ledger is None or not self.ledger.positions:
-            return {}
-        for value, layout in zip(values, layouts, strict=True):
-            self.ledger.check_positions(name, layout, batched_shape(value), len(self.probe))
-        return dict.fromkeys(self.ledger.positions, self.ledger.add_positions)
-
-    def _collector(
-        self,
-        call: Call,
-        layouts: Sequence[Where],
-        first: Tensor,
-        chosen: tuple[int, ...],
-        positions: Mapping[int, Any],
-    ) -> Collector | None:
-        """What takes the factors of the gradients of what went into a call, if they are asked for."""
-        if not self.low_rank and not self.shadows:
-            return None
-        tangents = self._along(call)
-        columns = [k for k, leaves in enumerate(zip(*tangents, strict=True)) if any(type(v) is LowRank for v in leaves)]
-        low: dict[tuple[int, int], Leaf] = {
-            (slot, k): leaf
-            for slot, known in zip(call.tracked, tangents, strict=True)
-            for k in columns
-            if (leaf := known[k]) is not None and k not in positions
-        }
-        if not low and not self.shadows:
-            return None
-        uses = find_uses(call, layouts, chosen, len(batched_shape(first)) - first.dim())
         targets = {slot: self.shadows[id(call.leaves[slot])] for slot in call.tracked} if self.shadows else {}
-        return collecting(
-            uses, low, layouts, len(self.probe), self.ledger, targets, expected=not self.ended, dtype=self.dtype
-        )
-
-
-def batched_shape(value: Tensor) -> tuple[int, ...]:
-    """The shape with all vmapped axes in front, the outer before the inner: that of the gradients a tap sees."""
-    if torch._C._functorch.maybe_current_level() is None:
-        return value.shape
-    vmapped, inner = list[int](), value
-    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-        axis, inner = torch._C._functorch.maybe_get_bdim(inner), torch._C._functorch.get_unwrapped(inner)
-        if axis >= 0:
-            vmapped.insert(0, inner.shape[axis])
-    return (*vmapped, *value.shape)
-
-
-def filled(call: Call, along: Sequence[Leaf | None]) -> list[Tensor]:
-    """The tangents of a call in one direction, with zeros where some of them are."""
-    slots = zip(call.tracked, along, strict=True)
-    return [torch.zeros_like(call.leaves[slot]) if tangent is None else as_dense(tangent) for slot, tangent in slots]
-
-
-def ambient(device: str, drawn: RandomState | None) -> Callable[[], AbstractContextManager[None]]:
-    """A context for the backward that repeats what surrounded the forward: autocast, and the random numbers drawn."""
-    autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
-    if not autocast and drawn is None:
-        return nullcontext
-    dtype = torch.get_autocast_dtype(device) if autocast else None
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        with torch.autocast(device, dtype, enabled=autocast), replaying(drawn):
-            yield
-
-    return around
+        planned = Planned(index, site, call, found, self._along(call), targets, drawn)
+        return self.taps.put(planned, self.maps, self._push, lambda: self.ended)
 
 
 def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -132,13 +132,13 @@ MUTATIONS: dict[str, Mutation] = {
         (AWKWARD, "-k", "noise or dropout"),
     ),
     "other draws in the backward": Mutation(
-        "capture.py",
+        "tapping.py",
         "enabled=autocast), replaying(drawn):",
         "enabled=autocast):",
         (AWKWARD, LAYERS, "-k", "noise or dropout"),
     ),
     "full precision in the backward": Mutation(
-        "capture.py",
+        "tapping.py",
         "torch.autocast(device, dtype, enabled=autocast)",
         "torch.autocast(device, dtype, enabled=False)",
         (MODES, WRAPPERS, "-k", "autocast"),
@@ -150,7 +150,7 @@ MUTATIONS: dict[str, Mutation] = {
         (AWKWARD, "-k", "by_a_flag"),
     ),
     "zero is one": Mutation(
-        "capture.py",
+        "tapping.py",
         "torch.zeros_like(call.leaves[slot]) if tangent is None",
         "torch.ones_like(call.leaves[slot]) if tangent is None",
         (AWKWARD, "-k", "tied or norms or recursion"),

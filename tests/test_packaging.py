@@ -44,6 +44,7 @@ ORDER = (
     "collector",
     "digest",
     "tap",
+    "tapping",
     "capture",
     "run",
     "requests",
