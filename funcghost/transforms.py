@@ -14,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
 from funcghost.lifting import lifted
 from funcghost.pairs import Pairs
-from funcghost.planning import Options, check_options, make_plan, means_of, verify_plan
+from funcghost.planning import Options, check_options, make_plan, means_of
 from funcghost.plans import Plan
 from funcghost.reducers import split_reducers
+from funcghost.rehearsal import verify_plan
 from funcghost.requests import Request, requested
 from funcghost.run import Losses, Outcome, Problem, Reduction, run, run_plain
 from funcghost.state import undone_on_failure

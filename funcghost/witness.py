@@ -16,9 +16,10 @@ from funcghost.cost import Means, Sketch
 from funcghost.errors import ConservationError
 from funcghost.factors import Factor
 from funcghost.ledger import Ledger
-from funcghost.planning import Options, means_of, together
+from funcghost.planning import Options, means_of
 from funcghost.plans import Contraction, Plan
 from funcghost.reducers import Additive
+from funcghost.rehearsal import together
 from funcghost.run import Problem, backward, run
 from funcghost.state import untouched
 from funcghost.verify import sample_weights, witness

@@ -57,6 +57,7 @@ ORDER = (
     "functional",
     "losses",
     "verify",
+    "rehearsal",
     "planning",
     "witness",
     "pairs",

@@ -52,7 +52,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(len(made))
         check_conservation(*args, **kwargs)
 
-    monkeypatch.setattr("funcghost.planning.check_conservation", counting)
+    monkeypatch.setattr("funcghost.rehearsal.check_conservation", counting)
     return made
 
 
