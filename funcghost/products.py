@@ -6,17 +6,14 @@ of the per-sample gradients (see `funcghost.uses`). A description is never neede
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optree
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from funcghost.rules import Op, find_rule
-from funcghost.tangent import Call, covered_by_rule, is_float, pushforward
+from funcghost.tangent import Call, is_float
 
 Letter = int | str
 Letters = tuple[Letter | None, ...]
@@ -60,12 +57,6 @@ Arguments = dict[str, Any]
 Describe = Callable[[Call, dict[str, int], Arguments, str], Product | Table | None]
 Description = tuple[tuple[str, ...], Describe]
 """The names of an op's arguments, and what describes a call of it."""
-_PRODUCTS: dict[Op, Description] = {}
-
-
-def description(op: Op) -> Description | None:
-    """That of an op, if it has one."""
-    return _PRODUCTS.get(op)
 
 
 def describe(call: Call, described: Description, slot: int) -> Product | Table | None:
@@ -95,13 +86,14 @@ def _plain(call: Call) -> bool:
     return not call.written and not any(leaf.is_complex() or leaf.layout is not torch.strided for leaf in floats)
 
 
-def _spread(letters: Letters, tensor: Tensor, sizes: dict[Letter, int]) -> Letters:
+def spread(letters: Letters, tensor: Tensor, sizes: dict[Letter, int]) -> Letters:
     """The letters without those of axes of size 1 that are broadcast to another size."""
     pairs = zip(letters, tensor.shape, strict=True)
     return tuple(None if size == 1 and letter in sizes and sizes[letter] != 1 else letter for letter, size in pairs)
 
 
-def _sizes(*operands: tuple[Letters, Tensor]) -> dict[Letter, int]:
+def sizes_of(*operands: tuple[Letters, Tensor]) -> dict[Letter, int]:
+    """How far each axis goes; 0 where one is empty."""
     found: dict[Letter, int] = {}
     for letters, tensor in operands:
         for letter, size in zip(letters, tensor.shape, strict=True):
@@ -110,7 +102,7 @@ def _sizes(*operands: tuple[Letters, Tensor]) -> dict[Letter, int]:
     return found
 
 
-def _two(
+def product_of_two(
     slots: dict[str, int],
     first: tuple[str, Letters, Tensor],
     second: tuple[str, Letters, Tensor],
@@ -120,10 +112,10 @@ def _two(
 ) -> Product | None:
     """A product of two tensors, as one in the one of this name."""
     own, other = (first, second) if name == first[0] else (second, first)
-    sizes = _sizes(first[1:], second[1:])
+    sizes = sizes_of(first[1:], second[1:])
     if 0 in sizes.values():
         return None
-    param, coefficient = _spread(own[1], own[2], sizes), _spread(other[1], other[2], sizes)
+    param, coefficient = spread(own[1], own[2], sizes), spread(other[1], other[2], sizes)
     return Product(param, coefficient, out, (slots[other[0]],), _first, scale)
 
 
@@ -131,240 +123,6 @@ def _first(saved: Sequence[Tensor]) -> Tensor:
     return saved[0]
 
 
-def _from_right(dims: int) -> Letters:
+def from_right(dims: int) -> Letters:
     """Axes counted from the last."""
     return tuple(range(-dims, 0))
-
-
-def _linear(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-    x, weight = a["input"], a["weight"]
-    lead = tuple(range(x.dim() - 1))
-    last: Letters = ("p",) if weight.dim() == 2 else ()
-    if name == "bias":
-        return Product(last if a["bias"].dim() else (), (), (*lead, *last))
-    return _two(slots, ("input", (*lead, "d"), x), ("weight", (*last, "d"), weight), (*lead, *last), name)
-
-
-def _matmul_letters(x: Tensor, y: Tensor) -> tuple[Letters, Letters, Letters]:
-    """Those of two matrices (or vectors) with leading axes, and of their product."""
-    xs, ys = _from_right(max(x.dim() - 2, 0)), _from_right(max(y.dim() - 2, 0))
-    row: Letters = ("m",) if x.dim() > 1 else ()
-    col: Letters = ("p",) if y.dim() > 1 else ()
-    return (*xs, *row, "d"), (*ys, "d", *col), (*max(xs, ys, key=len), *row, *col)
-
-
-def _matmul(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-    x, y = a["input"], a["other"]
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return None
-    one, two, out = _matmul_letters(x, y)
-    return _two(slots, ("input", one, x), ("other", two, y), out, name)
-
-
-def _addmm(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-    x, y = a["mat1"], a["mat2"]
-    one, two, out = _matmul_letters(x, y)
-    scale = a.get("beta" if name == "input" else "alpha", 1)
-    if isinstance(scale, Tensor):
-        return None
-    if name == "input":
-        aligned = out[len(out) - a["input"].dim() :]
-        found = _spread(aligned, a["input"], _sizes((one, x), (two, y)))
-        return Product(found, (), out, scale=scale)
-    return _two(slots, ("mat1", one, x), ("mat2", two, y), out, name, scale)
-
-
-def _einsum(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-    tensors = [slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
-    equation = call.leaves[0]
-    if not isinstance(equation, str) or len(tensors) != 2:
-        return None
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != 2:
-        return None
-    letters = []
-    for term, slot in zip(terms, tensors, strict=True):
-        before, dots, after = term.partition("...")
-        rest = _from_right(call.leaves[slot].dim() - len(before) - len(after)) if dots else ()
-        letters.append((*before, *rest, *after))
-    most = max((tuple(x for x in term if isinstance(x, int)) for term in letters), key=len)
-    if arrow:
-        before, dots, after = right.partition("...")
-        out: Letters = (*before, *(most if dots else ()), *after)
-    else:
-        once = sorted(x for x in set(left) if x.isalpha() and left.count(x) == 1)
-        out = (*most, *once)
-    if any(len(set(term)) < len(term) for term in (*letters, out)):
-        return None
-    one, two = ((str(slot), term, call.leaves[slot]) for slot, term in zip(tensors, letters, strict=True))
-    return _two({str(slot): slot for slot in tensors}, one, two, out, str(slots[name]))
-
-
-def _mul(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-    x, y = a["input"], a["other"]
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        own = x if isinstance(x, Tensor) else y
-        number = y if own is x else x
-        letters = _from_right(own.dim())
-        return None if isinstance(number, complex) else Product(letters, (), letters, scale=number)
-    out = max(_from_right(x.dim()), _from_right(y.dim()), key=len)
-    return _two(slots, ("input", _from_right(x.dim()), x), ("other", _from_right(y.dim()), y), out, name)
-
-
-def _add(sign_of_input: float, sign_of_other: float) -> Describe:
-    def shift(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-        x, y, alpha = a["input"], a["other"], a.get("alpha", 1)
-        if isinstance(alpha, Tensor | complex):
-            return None
-        scale = sign_of_input if name == "input" else sign_of_other
-        # The argument that alpha multiplies: `self` in a reflected subtraction, `other` elsewhere.
-        scale = scale * (alpha if scale < 0 or (name == "other" and sign_of_input > 0) else 1)
-        own = a[name]
-        sizes = _sizes(*((_from_right(v.dim()), v) for v in (x, y) if isinstance(v, Tensor)))
-        out = max((_from_right(v.dim()) for v in (x, y) if isinstance(v, Tensor)), key=len)
-        return Product(_spread(_from_right(own.dim()), own, sizes), (), out, scale=scale)
-
-    return shift
-
-
-def _norm(channel: bool) -> Describe:
-    """Scale and shift of normalised values, whose axes are the last ones or the second, the channel."""
-
-    def scale(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-        x, own = a["input"], a[name]
-        letters = tuple(range(x.dim()))
-        param = (letters[1],) if channel else letters[x.dim() - own.dim() :]
-        if name == "bias":
-            return Product(param, (), letters)
-        if not covered_by_rule(call):
-            return None
-        alone = replace(call, tracked=(slots[name],))
-        push = pushforward(alone, "rule")
-        shape, dtype = own.shape, own.dtype
-
-        def values(saved: Sequence[Tensor]) -> Tensor:
-            return push.evaluate(saved, [saved[0].new_ones(shape, dtype=dtype)])[0]
-
-        return Product(param, letters, letters, push.needed, values)
-
-    return scale
-
-
-def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:
-    x, weight = a["input"], a["weight"]
-    n = weight.dim() - 2
-    lead: Letters = ("b",) if x.dim() == n + 2 else ()
-    where: Letters = tuple(range(n))
-    if name == "bias":
-        return Product(("p",), (), (*lead, "p", *where))
-    if name != "weight":
-        return None
-    stride, dilation = (_each(a.get(key, 1), n) for key in ("stride", "dilation"))
-    groups, weight_shape, kernel = a.get("groups", 1), tuple(weight.shape), tuple(weight.shape[2:])
-    padding = a.get("padding", 0)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(size // 2, size - size // 2) for size in total]
-    else:
-        pads = [(size, size) for size in _each(0 if padding == "valid" else padding, n)]
-    flat = [size for pair in reversed(pads) for size in pair]
-
-    by_weight = (conv1d_weight, conv2d_weight, conv3d_weight)[n - 1]
-
-    def gradients(saved: Sequence[Tensor], g: Tensor) -> Tensor:
-        """Those of a convolution in which every sample is a group of its own."""
-        x = F.pad(saved[0], flat) if any(flat) else saved[0]
-        b, shape = len(x), (len(x) * weight_shape[0], *weight_shape[1:])
-        apart = (value.reshape(1, -1, *value.shape[2:]) for value in (x, g))
-        found: Tensor = by_weight(next(apart), shape, next(apart), stride, 0, dilation, b * groups)
-        return found.view(b, *weight_shape)
-
-    def values(saved: Sequence[Tensor]) -> Tensor:
-        patches = F.pad(saved[0], flat) if any(flat) else saved[0]
-        first = patches.dim() - n
-        for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-            patches = patches.unfold(first + axis, d * (k - 1) + 1, s)[..., ::d]
-        # Copied in an order in which rows of the input stay rows: positions last.
-        patches = patches.movedim(tuple(range(-n, 0)), tuple(range(first, first + n))).contiguous()
-        return patches.unflatten(first - 1, (groups, -1)) if groups > 1 else patches
-
-    offsets: Letters = tuple(f"k{axis}" for axis in range(n))
-    inside: Letters = ("g", "c") if groups > 1 else ("c",)
-    outside: Letters = ("g", "p") if groups > 1 else ("p",)
-    base = (groups, weight.shape[0] // groups, *weight.shape[1:]) if groups > 1 else tuple(weight.shape)
-    return Product(
-        param=(*outside, "c", *offsets),
-        coefficient=(*lead, *inside, *offsets, *where),
-        out=(*lead, *outside, *where),
-        needed=(slots["input"],),
-        values=values,
-        groups=groups,
-        base=base,
-        gradients=gradients if lead else None,
-    )
-
-
-def _each(value: Any, n: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, tuple | list) else (value,)
-    return values * n if len(values) == 1 else values
-
-
-def _embedding(index_name: str) -> Describe:
-    def lookup(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
-        rule = find_rule(call.op)
-        if name != "weight" or rule is None or not covered_by_rule(call):
-            return None
-        factor, arguments = rule.factor, {k: v for k, v in a.items() if not isinstance(v, Tensor)}
-        shape, dtype = a["weight"].shape, a["weight"].dtype
-
-        def values(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            index = saved[0]
-            # The weight is asked for its length and its dtype alone.
-            blank = index.new_zeros((), dtype=dtype).expand(shape)
-            scale = factor({**arguments, index_name: index, "weight": blank}) if factor else None
-            return (index,) if scale is None else (index, scale)
-
-        return Table((slots[index_name],), a[index_name].dim(), values)
-
-    return lookup
-
-
-def _rows(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
-    """Indexing the first axis by one tensor of numbers."""
-    index = a["index"]
-    if name != "input" or not isinstance(index, Tensor) or index.dtype != torch.int64 or a.get("dim", 0) != 0:
-        return None
-    size = a["input"].shape[0]
-    return Table((slots["index"],), index.dim(), lambda saved: (saved[0] % size,))
-
-
-def _describe(names: tuple[str, ...], product: Describe, *ops: Op) -> None:
-    for op in ops:
-        _PRODUCTS[op] = (names, product)
-
-
-T: Any = torch.Tensor
-_describe(("input", "weight", "bias"), _linear, F.linear)
-_describe(("input", "other"), _matmul, torch.matmul, T.matmul, torch.mm, T.mm, torch.bmm, T.bmm, torch.mv, T.mv)
-_describe(("other", "input"), _matmul, T.__rmatmul__)
-_describe(("input", "mat1", "mat2"), _addmm, torch.addmm, T.addmm)
-_describe(("input", "mat1", "mat2"), _addmm, torch.baddbmm, T.baddbmm)
-_describe(("equation", "first", "second"), _einsum, torch.einsum)
-_describe(("input", "other"), _mul, torch.mul, T.mul)
-_describe(("input", "other"), _add(1, 1), torch.add, T.add)
-_describe(("input", "other"), _add(1, -1), torch.sub, T.sub)
-_describe(("input", "other"), _add(-1, 1), T.__rsub__)
-_describe(("input", "normalized_shape", "weight", "bias"), _norm(channel=False), F.layer_norm, torch.layer_norm)
-_describe(("input", "normalized_shape", "weight"), _norm(channel=False), F.rms_norm, torch.rms_norm)
-_describe(("input", "num_groups", "weight", "bias"), _norm(channel=True), F.group_norm, torch.group_norm)
-_describe(("input", "running_mean", "running_var", "weight", "bias"), _norm(channel=True), F.batch_norm)
-_describe(
-    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    _convolution,
-    *(F.conv1d, F.conv2d, F.conv3d),
-)
-_describe(("input", "weight", "padding_idx"), _embedding("input"), F.embedding)
-_describe(("weight", "indices", "padding_idx", "scale_grad_by_freq"), _embedding("indices"), torch.embedding)
-_describe(("input", "index"), _rows, T.__getitem__)
-_describe(("input", "dim", "index"), _rows, torch.index_select, T.index_select)

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from funcghost.descriptions import description
 from funcghost.factors import Dense, Factor, Form, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
-from funcghost.products import Description, Letter, Letters, Product, Table, describe, description
+from funcghost.products import Description, Letter, Letters, Product, Table, describe
 from funcghost.tangent import Call, Outputs, physical, remembered
 
 Where = Layout | Placed | Literal["unused"]

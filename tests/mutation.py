@@ -279,31 +279,31 @@ MUTATIONS: dict[str, Mutation] = {
         (REDUCERS, "-k", "test_awkward_model and (experts or sorted)"),
     ),
     "padding on the wrong side": Mutation(
-        "products.py",
+        "descriptions.py",
         "(size // 2, size - size // 2)",
         "(size - size // 2, size // 2)",
         (REDUCERS, "-k", "test_convolution and 1d"),
     ),
     "padding of the wrong axis": Mutation(
-        "products.py", "for pair in reversed(pads)", "for pair in pads", (REDUCERS, "-k", "test_convolution and 2d")
+        "descriptions.py", "for pair in reversed(pads)", "for pair in pads", (REDUCERS, "-k", "test_convolution and 2d")
     ),
     "alpha in place of beta": Mutation(
-        "products.py",
+        "descriptions.py",
         '"beta" if name == "input" else "alpha"',
         '"alpha" if name == "input" else "beta"',
         (REDUCERS, "-k", "test_op and addmm"),
     ),
     "reflected subtraction": Mutation(
-        "products.py", "_add(-1, 1), T.__rsub__", "_add(1, -1), T.__rsub__", (REDUCERS, "-k", "shift or rsub")
+        "descriptions.py", "_add(-1, 1), T.__rsub__", "_add(1, -1), T.__rsub__", (REDUCERS, "-k", "shift or rsub")
     ),
     "alpha of the other argument": Mutation(
-        "products.py",
+        "descriptions.py",
         '(name == "other" and sign_of_input > 0)',
         '(name == "input" and sign_of_input > 0)',
         (REDUCERS, "-k", "test_op and shift"),
     ),
     "rows from the start alone": Mutation(
-        "products.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
+        "descriptions.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
     ),
     "first row of a slice": Mutation(
         "factors.py", "(factor.index >= start)", "(factor.index > start)", (CONTRACT, "-k", "exact")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcghost as fg
-from funcghost import compare, contract, products, progress
+from funcghost import compare, contract, descriptions, progress
 from funcghost.__main__ import main
 from funcghost.check import lowest_precision
 from funcghost.layout import Layout
@@ -237,13 +237,13 @@ def test_a_wrong_description_of_a_product_is_found(
     name: str, options: Options | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, note = WRONG_PRODUCTS[name]
-    names, describe = products._PRODUCTS[F.linear]
+    names, describe = descriptions._DESCRIPTIONS[F.linear]
 
     def changed(*given: Any) -> Any:
         product = describe(*given)
         return change(product) if isinstance(product, Product) else product
 
-    monkeypatch.setitem(products._PRODUCTS, F.linear, (names, changed))
+    monkeypatch.setitem(descriptions._DESCRIPTIONS, F.linear, (names, changed))
     report = fg.check(*net(), {"gram": fg.gram()}, options=options)
     assert report.ok == (not note)
     assert {row["note"] for row in report.rows if row["kind"] != "reducer"} == {note}

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.cost import Means
+from funcghost.descriptions import _DESCRIPTIONS
 from funcghost.factors import Factor, Lookup, Outer, dense
 from funcghost.lowrank import Direction
-from funcghost.products import _PRODUCTS, Product
+from funcghost.products import Product
 from funcghost.reducers import Directional, Reducer, SquaredNorm, register
 from funcghost.testing import (
     Model,
@@ -271,13 +272,13 @@ def test_a_mismatch_with_naive_gradients_is_caught(broken: str, monkeypatch: pyt
     if broken == "rule":
         fg.register_rule(F.linear, linear=[["weight"], ["bias"]], arguments=["input", "weight", "bias"])
     elif broken == "description":
-        names, describe = _PRODUCTS[F.linear]
+        names, describe = _DESCRIPTIONS[F.linear]
 
         def half(*given: Any) -> Any:
             found = describe(*given)
             return replace(found, scale=0.5) if isinstance(found, Product) else found
 
-        monkeypatch.setitem(_PRODUCTS, F.linear, (names, half))
+        monkeypatch.setitem(_DESCRIPTIONS, F.linear, (names, half))
         wanted = "squared_norm|materialize"
     else:
         monkeypatch.setattr(SquaredNorm, "result", lambda self, parts: parts["w"])

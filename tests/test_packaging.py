@@ -31,6 +31,7 @@ ORDER = (
     "layout",
     "moves",
     "products",
+    "descriptions",
     "uses",
     "shadows",
     "codec",

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import funcghost as fg
+from funcghost.descriptions import _DESCRIPTIONS
 from funcghost.factors import Dense, Outer
 from funcghost.oracle import per_sample_gradients
-from funcghost.products import _PRODUCTS
 from funcghost.testing import assert_matches_naive
 from tests.architectures import ARCHITECTURES
 from tests.awkward import CASES
@@ -274,8 +274,8 @@ def test_every_description_of_a_product_is_met(monkeypatch: pytest.MonkeyPatch) 
 
         return description
 
-    for op, (names, describe) in list(_PRODUCTS.items()):
-        monkeypatch.setitem(_PRODUCTS, op, (names, watched(op, describe)))
+    for op, (names, describe) in list(_DESCRIPTIONS.items()):
+        monkeypatch.setitem(_DESCRIPTIONS, op, (names, watched(op, describe)))
     for name in OPS:
         test_op(name, "ghost")
     for name in ("1d, same", "2d, all", "3d, all"):
@@ -283,7 +283,7 @@ def test_every_description_of_a_product_is_met(monkeypatch: pytest.MonkeyPatch) 
     test_einsum("btd,pd->btp", False)
     for name in MORE:
         test_op_called_otherwise(name)
-    assert [op for op in _PRODUCTS if op not in met] == []
+    assert [op for op in _DESCRIPTIONS if op not in met] == []
 
 
 @pytest.mark.parametrize("op", [F.linear, torch.einsum, F.embedding, F.conv1d, torch.mul], ids=lambda op: op.__name__)
@@ -297,7 +297,7 @@ def test_the_law_of_factors_catches_a_wrong_description(op: Any, monkeypatch: py
 
     tokens, own = torch.randint(0, 6, (3, 5)), {F.linear: "w", F.embedding: "table", F.conv1d: "k", torch.mul: "s"}
     assert_matches_naive(losses, params, tokens)
-    names, describe = _PRODUCTS[op]
+    names, describe = _DESCRIPTIONS[op]
 
     def wrong(call: Any, slots: Any, arguments: Any, name: str) -> Any:
         found = describe(call, slots, arguments, name)
@@ -309,7 +309,7 @@ def test_the_law_of_factors_catches_a_wrong_description(op: Any, monkeypatch: py
         object.__setattr__(moved, "values", shifted)
         return moved
 
-    monkeypatch.setitem(_PRODUCTS, op, (names, wrong))
+    monkeypatch.setitem(_DESCRIPTIONS, op, (names, wrong))
     with pytest.raises(fg.ConservationError, match=f"factored.*'{own.get(op, 'e')}'"):
         fg.reduce(losses)(params, tokens, fg.squared_norm())
     with pytest.raises(fg.ConservationError):
