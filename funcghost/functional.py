@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from funcghost.chunks import wide
 from funcghost.errors import InputError
-from funcghost.head import head_losses, traced_head_losses, wide
+from funcghost.head import head_losses, traced_head_losses
 
 ENTRIES = 2**23
 """How many logits a chunk has by default: 32 MiB in float32."""

@@ -401,7 +401,7 @@ MUTATIONS: dict[str, Mutation] = {
         "head.py", "if kept and not torch.is_grad_enabled():", "if kept:", (HEAD, "-k", "hessians or second_order")
     ),
     "a softmax without curvature": Mutation(
-        "head.py", "(q - (p * q).sum(1, keepdim=True))", "q", (HEAD, "-k", "hessians or second_order")
+        "chunks.py", "(q - (p * q).sum(1, keepdim=True))", "q", (HEAD, "-k", "hessians or second_order")
     ),
     # drawn values
     "layouts at the very values": Mutation(

@@ -54,6 +54,7 @@ ORDER = (
     "trace",
     "sites",
     "batching",
+    "chunks",
     "head",
     "functional",
     "losses",
