@@ -27,7 +27,8 @@ from funcghost.quadratic import cross, gram, squared_norm
 from funcghost.reducers import Reducer, dot, per_param
 from funcghost.report import Report
 from funcghost.rules import register_rule
-from funcghost.transforms import Step, grad_and_reduce, pairs, plan, reduce
+from funcghost.steps import Step
+from funcghost.transforms import grad_and_reduce, pairs, plan, reduce
 
 __all__ = [
     "CheckError",

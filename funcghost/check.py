@@ -16,7 +16,7 @@ from funcghost.plans import Plan
 from funcghost.reducers import Additive, Directional, split_reducers
 from funcghost.report import Report, Row
 from funcghost.run import Losses, Problem
-from funcghost.transforms import uncompiled
+from funcghost.steps import uncompiled
 from funcghost.trees import Tree, split_params
 
 FEW = 16

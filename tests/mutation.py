@@ -310,7 +310,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "no law of factors": Mutation("witness.py", "if wrong:", "if False:", (REDUCERS, "-k", "law_of_factors")),
     "factors of other sizes are trusted": Mutation(
-        "transforms.py",
+        "steps.py",
         "self._due(outcome.sizes not in checked.factored)",
         "self._due(not checked.factored)",
         (PAIRS, "-k", "verified_once"),

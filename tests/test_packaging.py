@@ -64,6 +64,7 @@ ORDER = (
     "witness",
     "pairs",
     "algebra",
+    "steps",
     "transforms",
     "oracle",
     "progress",

@@ -255,7 +255,7 @@ def test_what_pairs_cannot_be_asked() -> None:
 
 @pytest.mark.parametrize("verify", ["first", "always", "never"])
 def test_factors_are_verified_once_for_each_size(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = sys.modules["funcghost.transforms"]
+    module: Any = sys.modules["funcghost.steps"]
     verified, check = list[int](), module.verify_factors
 
     def counted(*given: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcghost as fg
-from funcghost import plans, transforms
+from funcghost import plans, steps
 from funcghost.codec import DTYPES, MalformedError, decode, encode
 from funcghost.layout import Layout, Rows
 from funcghost.moves import Moved
@@ -120,8 +120,8 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("planned or verified again")
 
-    monkeypatch.setattr(transforms, "make_plan", refuse)
-    monkeypatch.setattr(transforms, "verify_plan", refuse)
+    monkeypatch.setattr(steps, "make_plan", refuse)
+    monkeypatch.setattr(steps, "verify_plan", refuse)
 
 
 def there_and_back(plan: fg.Plan) -> fg.Plan:
@@ -168,7 +168,7 @@ def test_the_models_reach_every_kind_of_layout() -> None:
 ELSEWHERE = """
 import sys
 import funcghost as fg
-from funcghost import transforms
+from funcghost import steps, transforms
 from tests.naive import assert_scores, expected
 from tests.small import like
 from tests.test_plan_json import MODELS
@@ -181,7 +181,7 @@ name, text = sys.argv[1], sys.stdin.read()
 torch.manual_seed(0)
 losses, params, batch = MODELS[name]()
 assert fg.plan(losses, params, batch).to_json() == text
-transforms.make_plan = transforms.verify_plan = refuse
+steps.make_plan = steps.verify_plan = transforms.make_plan = refuse
 direction = like(params)
 score = fg.reduce(losses, plan=fg.Plan.from_json(text))
 assert_scores(score(params, batch, fg.dot(direction)), expected(losses, params, batch, direction))

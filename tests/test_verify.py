@@ -454,7 +454,7 @@ def test_a_vmap_of_the_losses_own_is_planned_once(monkeypatch: pytest.MonkeyPatc
         return torch.tanh(shifted @ p["w"]).square().flatten(1).sum(1)
 
     plan = fg.plan(losses, params, x)
-    monkeypatch.setattr("funcghost.transforms.make_plan", None)
+    monkeypatch.setattr("funcghost.steps.make_plan", None)
     direction = {"w": torch.randn_like(params["w"])}
     scores = fg.reduce(losses, plan=plan)(params, x, fg.dot(direction))
     wanted = torch.func.jvp(lambda p: losses(p, x), (params,), (direction,))[1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
-from funcghost import clipping, transforms, weighting
+from funcghost import clipping, steps, weighting
 from funcghost.oracle import per_sample_gradients
 from tests.naive import assert_close, dots
 from tests.programs import Program, programs
@@ -115,7 +115,7 @@ def test_layers_are_those_of_modules() -> None:
 
 def test_one_backward_and_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     made, passes = list[int](), list[int]()
-    module: Any = transforms  # it exports neither
+    module: Any = steps  # it exports neither
     make, run = module.make_plan, module.run
 
     def counted(calls: list[int], function: Any) -> Any:
@@ -125,8 +125,8 @@ def test_one_backward_and_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return count
 
-    monkeypatch.setattr(transforms, "make_plan", counted(made, make))
-    monkeypatch.setattr(transforms, "run", counted(passes, run))
+    monkeypatch.setattr(steps, "make_plan", counted(made, make))
+    monkeypatch.setattr(steps, "run", counted(passes, run))
     _, losses, params = small_gpt()
     step = clipping.clipped_gradient(losses)
     weigh = weighting.weighted_gradient(losses, weighting.rectified)

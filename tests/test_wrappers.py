@@ -413,7 +413,7 @@ def test_any_split_into_microbatches_is_the_whole_batch(sizes: list[int], seed: 
     direction, x = {k: integers(*p.shape) for k, p in params.items()}, integers(sum(sizes), 3)
     plan = fg.plan(integer_losses, params, integers(3, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("funcghost.transforms.make_plan", unwanted)
+        patch.setattr("funcghost.steps.make_plan", unwanted)
         step = fg.grad_and_reduce(integer_losses, reduction="sum", plan=plan)
         whole = step(params, x, fg.dot(direction))
         parts = [step(params, part, fg.dot(direction)) for part in x.split(sizes)]

@@ -29,8 +29,9 @@ from funcghost.planning import Options
 from funcghost.plans import Plan
 from funcghost.reducers import dot
 from funcghost.run import Losses, Problem, Reduction, backward, run_plain
+from funcghost.steps import Step
 from funcghost.tangent import differentiable_kernels
-from funcghost.transforms import Step, grad_and_reduce, reduce
+from funcghost.transforms import grad_and_reduce, reduce
 from funcghost.trees import Params, Tree, match_direction, split_params
 
 
