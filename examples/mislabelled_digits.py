@@ -12,17 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from digits import Digits, load
 from funcghost.attribution import in_run
 
 VALIDATION_SIZE = 300
@@ -30,13 +29,6 @@ FLIPPED_SHARE = 0.1
 BATCH_SIZE = 32
 LEARNING_RATE = 0.2
 SHEET_ROWS, SHEET_COLUMNS = 4, 10
-
-
-class Digits(NamedTuple):
-    """Images [n, 1, 8, 8] with values in [0, 1], and labels [n]."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,16 +41,6 @@ class Summary:
     validation_accuracy: float
     sheet: Path
     seconds: float
-
-
-def load(generator: torch.Generator) -> tuple[Digits, Digits]:
-    """Training and validation digits, shuffled."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=generator)
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)[order] / 16
-    labels = torch.tensor(digits.target)[order]
-    split = VALIDATION_SIZE
-    return Digits(images[split:], labels[split:]), Digits(images[:split], labels[:split])
 
 
 def flip(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -95,7 +77,7 @@ def values_in_run(train: Digits, validation: Digits, epochs: int, generator: tor
     values = torch.zeros(len(train.labels))
     for _ in tqdm(range(epochs), desc="epochs", leave=False):
         for rows in torch.randperm(len(train.labels), generator=generator).split(BATCH_SIZE):
-            batch = Digits(train.images[rows], train.labels[rows])
+            batch = train.take(rows)
             result = step(params, batch, lr=LEARNING_RATE, validation=[validation])
             values[rows] += result.values
             params = {name: weight - LEARNING_RATE * result.grads[name] for name, weight in params.items()}
@@ -147,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> Summary:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
 
-    clean, validation = load(generator)
+    clean, validation = load(VALIDATION_SIZE, generator)
     given, flipped = flip(clean.labels, generator)
     train = Digits(clean.images, given)
     values, accuracy = values_in_run(train, validation, args.epochs, generator)

@@ -11,15 +11,14 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import funcghost as fg
+from digits import Digits, load
 from funcghost import clipping, geometry
 from funcghost.oracle import per_sample_gradients
 
@@ -36,17 +35,6 @@ model = nn.Sequential(
 )
 
 
-class Digits(NamedTuple):
-    """Images [n, 1, 8, 8] with values in [0, 1], and labels [n]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def take(self, rows: Tensor) -> "Digits":
-        """Some of them."""
-        return Digits(self.images[rows], self.labels[rows])
-
-
 @dataclass(frozen=True)
 class Summary:
     """What the run found; `error` is that of a clipped sum against gradients taken one by one, relative to its norm."""
@@ -61,16 +49,6 @@ class Summary:
 def losses(params: Params, batch: Digits) -> Tensor:
     """One loss per image."""
     return F.cross_entropy(functional_call(model, params, (batch.images,)), batch.labels, reduction="none")
-
-
-def load() -> tuple[Digits, Digits]:
-    """Training and test digits."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target))
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)[order] / 16
-    whole = Digits(images, torch.tensor(digits.target)[order])
-    train, test = torch.arange(len(order)).split([len(order) - TEST_SIZE, TEST_SIZE])
-    return whole.take(train), whole.take(test)
 
 
 def train_privately(train: Digits, noise: float) -> tuple[Params, float]:
@@ -111,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Summary:
         parser.error(f"--noise must be zero or more, found {args.noise}")
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    train, test = load()
+    train, test = load(TEST_SIZE)
     params, clipped = train_privately(train, args.noise)
     start_of_run = {name: weight.detach() for name, weight in model.named_parameters()}
     out = fg.grad_and_reduce(losses)(start_of_run, train, fg.squared_norm())

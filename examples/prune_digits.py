@@ -10,15 +10,14 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import funcghost as fg
+from digits import Digits, load
 from funcghost import geometry, pruning
 
 Params = dict[str, Tensor]
@@ -29,18 +28,7 @@ BATCH_SIZE = 32
 LEARNING_RATE = 0.3
 STEPS = 300
 
-model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
-class Digits(NamedTuple):
-    """Images [n, 64] with values in [0, 1], and labels [n]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def take(self, rows: Tensor) -> "Digits":
-        """Some of them."""
-        return Digits(self.images[rows], self.labels[rows])
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 @dataclass(frozen=True)
@@ -86,11 +74,7 @@ def main(argv: Sequence[str] | None = None) -> Summary:
     args = parser.parse_args(argv)
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    digits = load_digits()
-    order = torch.randperm(len(digits.target))
-    images = torch.tensor(digits.images, dtype=torch.float32).flatten(1)[order] / 16
-    whole = Digits(images, torch.tensor(digits.target)[order])
-    test, train = (whole.take(rows) for rows in torch.arange(len(order)).split([TEST_SIZE, len(order) - TEST_SIZE]))
+    train, test = load(TEST_SIZE)
 
     epoch = len(train.labels) // BATCH_SIZE
     early = [trained(train, epoch, args.seed + run) for run in range(RUNS)]
