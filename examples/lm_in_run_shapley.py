@@ -9,8 +9,8 @@ first and to second order, and the run asserts that
 - the values are those of per-sample gradients taken one by one,
 - a direction of low rank changes no score by more than its certified bound.
 
-The validation gradient may be kept for some steps (`--refresh`), averaged (`--ema`) and cut to low rank (`--rank`);
-what that costs in the scores is measured beside the run, and reported.
+The validation gradient is taken at every step. It may be kept for some instead (`--refresh`), averaged (`--ema`) and
+cut to low rank (`--rank`); what that costs in the scores is measured beside the run, and reported.
 
     python examples/lm_in_run_shapley.py --out runs/lm
 
@@ -137,9 +137,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
     parser.add_argument("--layers", type=whole(1), default=2)
     parser.add_argument("--dropout", type=number(0.0, 1.0), default=0.0)
     parser.add_argument("--lr", type=number(1e-9, math.inf), default=3e-5)
-    parser.add_argument("--refresh", type=whole(1), default=10, help="steps for which a validation gradient is kept")
+    parser.add_argument("--refresh", type=whole(1), default=1, help="steps for which a validation gradient is kept")
     parser.add_argument("--ema", type=number(0.0, 1.0), default=0.0, help="what its average keeps at each of these")
     parser.add_argument("--rank", type=whole(0), default=0, help="to which it is cut for the scores; 0 for not at all")
+    parser.add_argument("--check", type=whole(1), default=10, help="steps between checks of the values' sums")
     parser.add_argument("--compare", type=whole(1), default=21, help="steps between comparisons with fresh scores")
     parser.add_argument("--flush", type=whole(1), default=10, help="steps between two parts of scores and checkpoints")
     parser.add_argument("--threads", type=whole(1), default=1, help="more gain little here, and lose on shared cores")
@@ -206,7 +207,7 @@ class Run:
         validation = Batch(validation_tokens(corpus.validation, args.context, args.validation_windows))
         keeping = Keeping(args.refresh, args.ema, args.rank)
         plan = fg.plan(losses, self.params, self.batch(0))
-        self.trainer = Trainer(losses, Optimizer(args.lr), [validation], keeping, args.compare, plan)
+        self.trainer = Trainer(losses, Optimizer(args.lr), [validation], keeping, args.check, args.compare, plan)
 
     def batch(self, step: int) -> Batch:
         """The windows of a step, with dropout if the run has it."""

@@ -55,7 +55,7 @@ $domains
 <h2>Clean and corrupted documents</h2>
 $documents
 <h2>Sum of values against the actual change of the validation loss</h2>
-<p>At the steps for which the validation gradient was taken anew; values are those along this fresh gradient.</p>
+<p>At some steps; values are those along the validation gradient of the step itself.</p>
 $changes
 <h2>What a kept direction costs</h2>
 <p>First-order scores of a batch along a validation gradient that was taken some steps before, averaged, or cut to low

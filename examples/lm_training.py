@@ -110,11 +110,11 @@ class Log:
 
 
 class Trainer:
-    """Takes scored steps: second-order values of every batch, along a validation gradient that is kept for a while.
+    """Takes scored steps: second-order values of every batch, along a validation gradient that may be kept for a while.
 
-    Where the validation gradient is due, the step is checked against the truth. Every `compare_every` steps, what
-    keeping it costs is measured: choose a number without common factors with the numbers of steps that it is kept for,
-    and the comparisons will meet it at every age.
+    Every `check_every` steps, values along a fresh validation gradient are checked against the truth. Every
+    `compare_every` steps, what keeping one costs is measured: choose a number without common factors with the numbers
+    of steps that it is kept for, and the comparisons will meet it at every age.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Trainer:
         optimizer: Optimizer,
         validation: Sequence[Batch],
         keeping: Keeping,
+        check_every: int,
         compare_every: int,
         plan: fg.Plan,
     ) -> None:
@@ -130,6 +131,7 @@ class Trainer:
         self.optimizer = optimizer
         self.validation = list(validation)
         self.keeping = keeping
+        self.check_every = check_every
         self.compare_every = compare_every
         self.first_order = in_run.first_order(losses, compress=keeping.narrow, plan=plan)
         self.second_order = in_run.second_order(losses, compress=keeping.narrow, plan=plan)
@@ -149,9 +151,10 @@ class Trainer:
         """One step: the state after it, and its values. What is measured goes to the log."""
         here, scale, lr = self.optimizer.look_ahead(state), self.optimizer.scale(state), self.optimizer.rate(state.step)
         ways = self.keeping, *BESIDE
+        checking = state.step % self.check_every == 0
         comparing = state.step % self.compare_every == self.compare_every - 1
         kept, fresh = state.kept, None
-        if comparing or any(way.due(state.step) for way in ways):
+        if checking or comparing or any(way.due(state.step) for way in ways):
             fresh = in_run.validation_gradient(self.losses, here, self.validation)
             kept = tuple(way.renew(state.step, old, fresh) for way, old in zip(ways, kept, strict=True))
         keywords = {"lr": lr, "direction": kept[0], "preconditioner": scale}
@@ -162,14 +165,15 @@ class Trainer:
         }
         values = self._call(calls, state.step, log)
         after = self.optimizer.advance(state, here, scale, values.grads, kept)
-        if fresh is not None and self.keeping.due(state.step):
+        if fresh is not None and checking:
             truth = {"lr": lr, "direction": fresh, "preconditioner": scale, "validation": self.validation}
-            exact = self.exact(here, batch, **truth) if self.keeping.decay or self.keeping.rank else values
+            as_it_is = kept[0] is fresh and not self.keeping.rank
+            exact = values if as_it_is else self.exact(here, batch, **truth)
             before = mean_loss(self.losses, here, self.validation)
             change = mean_loss(self.losses, after.params, self.validation) - before
             sums = exact.first.sum().item(), exact.values.sum().item()
             log.checks.append(Check(state.step, values.losses.mean().item(), before, change, *sums))
-            if state.step % (ORACLE_EVERY_CHECKS * self.keeping.refresh) == 0:
+            if state.step % (ORACLE_EVERY_CHECKS * self.check_every) == 0:
                 slow = exact_values(self.losses, here, batch, self.validation, lr, scale)
                 log.oracle.append(OracleStep(documents, exact.values, slow))
         if fresh is not None and comparing:

@@ -79,6 +79,20 @@ def test_direction_is_kept_averaged_and_narrowed() -> None:
     assert all(check.second == pytest.approx(check.change, rel=0.05) for check in log.checks)  # by fresh gradients
 
 
+def test_checks_are_along_fresh_gradients_at_steps_of_their_own() -> None:
+    job, state = begun("--refresh", "3", "--check", "2", "--lr", "1e-3")
+    log, value = Log(), in_run.second_order(job.trainer.losses)
+    for step in range(5):
+        state, values, where = take(job, state, log)
+        if step % 2 == 0:
+            wanted = value(**where)
+            assert log.checks[-1].step == step
+            assert log.checks[-1].first == pytest.approx(float(wanted.first.sum()), rel=1e-5)
+            assert log.checks[-1].second == pytest.approx(float(wanted.values.sum()), rel=1e-5)
+            assert torch.equal(values.values, wanted.values) == (step % 3 == 0)
+    assert [check.step for check in log.checks] == [0, 2, 4]
+
+
 def test_average_forgets_by_its_decay() -> None:
     way, gradients = Keeping(refresh=3, decay=0.75), [{"w": torch.tensor([float(3**k)])} for k in range(10)]
     kept: Tree = {"w": torch.zeros(1)}

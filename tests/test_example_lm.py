@@ -215,6 +215,7 @@ def test_overwrite_replaces_a_run(tmp_path: Path) -> None:
         (["--lr", "nan"], "--lr: must be a number in"),
         (["--ema", "1"], "--ema: must be a number in [0, 1), found '1'"),
         (["--rank", "-1"], "--rank: must be a whole number of at least 0, found '-1'"),
+        (["--check", "0"], "--check: must be a whole number of at least 1, found '0'"),
         (["--compare", "0"], "--compare: must be a whole number of at least 1, found '0'"),
         (["--dropout", "1"], "--dropout: must be a number in [0, 1), found '1'"),
         (["--context", "512"], "--context 512: must be less than 512"),
