@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,15 @@ model = nn.Sequential(
 
 @dataclass(frozen=True)
 class Summary:
-    """What the run found; `error` is that of a clipped sum against gradients taken one by one, relative to its norm."""
+    """What the run found; `error` is that of a clipped sum against gradients taken one by one, relative to its norm.
+
+    `losses` are those of the first and of the last ten batches, which are not private.
+    """
 
     accuracy: float
     error: float
     clipped: float
+    losses: tuple[float, float]
     noise_scale: float
     seconds: float
 
@@ -51,21 +56,23 @@ def losses(params: Params, batch: Digits) -> Tensor:
     return F.cross_entropy(functional_call(model, params, (batch.images,)), batch.labels, reduction="none")
 
 
-def train_privately(train: Digits, noise: float) -> tuple[Params, float]:
-    """The parameters after the run, and the share of gradients that were clipped."""
+def train_privately(train: Digits, noise: float) -> tuple[Params, float, list[float]]:
+    """The parameters after the run, the share of gradients that were clipped, and the mean loss of each batch."""
     params = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     # Batches of a Poisson sample have any size: one plan, verified here, serves them all.
     plan = fg.plan(losses, params, train.take(torch.arange(8)), fg.squared_norm())
     step = clipping.clipped_gradient(losses, options=fg.Options(verify="never"), plan=plan)
     expected, clipped, seen = SAMPLING_RATE * len(train.labels), 0, 0
+    curve = list[float]()
     for _ in range(STEPS):
         batch = train.take((torch.rand(len(train.labels)) < SAMPLING_RATE).nonzero().squeeze(1))
         out = step(params, batch, MAX_NORM)
         clipped, seen = clipped + int((out.weights["all"] < 1).sum()), seen + len(batch.labels)
+        curve.append(float(out.losses.mean()))
         for name, total in out.grads.items():
             noisy = total + noise * MAX_NORM * torch.randn_like(total)
             params[name] = params[name] - LEARNING_RATE / expected * noisy
-    return params, clipped / seen
+    return params, clipped / seen, curve
 
 
 def error_of_clipping(params: Params, batch: Digits) -> float:
@@ -90,17 +97,19 @@ def main(argv: Sequence[str] | None = None) -> Summary:
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     train, test = load(TEST_SIZE)
-    params, clipped = train_privately(train, args.noise)
+    params, clipped, curve = train_privately(train, args.noise)
     start_of_run = {name: weight.detach() for name, weight in model.named_parameters()}
     out = fg.grad_and_reduce(losses)(start_of_run, train, fg.squared_norm())
     summary = Summary(
         accuracy=float((functional_call(model, params, (test.images,)).argmax(1) == test.labels).float().mean()),
         error=error_of_clipping(params, train.take(torch.arange(64))),
         clipped=clipped,
+        losses=(fmean(curve[:10]), fmean(curve[-10:])),
         noise_scale=float(geometry.noise_scale(out.reduced, out.grads).scale),
         seconds=time.perf_counter() - start,
     )
     print(f"test accuracy          {summary.accuracy:.3f}")
+    print(f"loss, first and last   {summary.losses[0]:.3f} {summary.losses[1]:.3f} (to look at, not to publish)")
     print(f"gradients clipped      {summary.clipped:.3f}")
     print(f"error of a clipped sum {summary.error:.1e}")
     print(f"gradient noise scale   {summary.noise_scale:.0f} samples at the start")

@@ -19,7 +19,7 @@ from funcghost.plans import Plan
 from funcghost.quadratic import squared_norm
 from funcghost.reducers import per_param
 from funcghost.run import Losses
-from funcghost.transforms import pairs
+from funcghost.transforms import pairs_and_losses
 from funcghost.trees import Tree, split_params
 
 Groups = Callable[[str], str]
@@ -27,11 +27,12 @@ Groups = Callable[[str], str]
 
 
 class Clipped(NamedTuple):
-    """The sum of clipped gradients, and for each group the norms [b] before and the weights [b] of clipping."""
+    """The sum of clipped gradients, the norms [b] before and weights [b] of clipping by group, and the losses [b]."""
 
     grads: Tree
     norms: dict[str, Tensor]
     weights: dict[str, Tensor]
+    losses: Tensor
 
 
 def together(name: str) -> str:
@@ -60,7 +61,8 @@ def clipped_gradient(
     Law: what is added up has norm at most `max_norm` for each sample and group; a gradient below it is left as it is,
     a zero one is zero. Norms are of all uses of a parameter together (tied, reused), over all parameters of the group.
 
-    Shapes: `grads` is a tree like params; `norms[group]` and `weights[group]` are [b].
+    Shapes: `grads` is a tree like params; `norms[group]`, `weights[group]` and `losses` are [b]. Of these, only the sum
+    of clipped gradients can be made private by noise.
 
     Units: a *sum*, of the gradients of the losses as they were returned: add those of micro-batches, add noise once,
     divide by the expected size of a batch. `max_norm` is in units of the losses per unit of the parameters.
@@ -95,18 +97,19 @@ def clipped_gradient(
     backward; McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models" (arXiv
     1710.06963), for per-layer clipping.
     """
-    kept = pairs(losses, options=options, plan=plan)
+    kept = pairs_and_losses(losses, options=options, plan=plan)
 
     def step(params: Tree, batch: Tree, max_norm: float | Mapping[str, float]) -> Clipped:
         group_of = {name: groups(name) for name in split_params(params).names}
         limits = _limits(max_norm, list(dict.fromkeys(group_of.values())))
-        found = kept(params, batch)
+        found, values = kept(params, batch)
         squares: dict[str, Tensor] = apply(per_param(squared_norm()), found, options=options)
         norms, weights = dict[str, Tensor](), dict[str, Tensor]()
         for group, limit in limits.items():
             norm = torch.stack([squares[name] for name, other in group_of.items() if other == group]).sum(0).sqrt()
             norms[group], weights[group] = norm, torch.where(norm > limit, limit / norm, 1)
-        return Clipped(combine(found, {name: weights[group] for name, group in group_of.items()}), norms, weights)
+        grads = combine(found, {name: weights[group] for name, group in group_of.items()})
+        return Clipped(grads, norms, weights, values)
 
     return step
 

@@ -83,16 +83,16 @@ class Transform:
         with torch.compiler.set_stance("force_eager"):
             return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
 
-    def pairs(self, params: Tree, batch: Tree) -> Pairs:
-        """The function that `pairs` returns."""
+    def pairs(self, params: Tree, batch: Tree) -> tuple[Pairs, Tensor]:
+        """The per-sample gradients in factored form, and the losses [b]."""
         problem = Problem(self.losses, split_params(params), batch, self.has_aux)
         with uncompiled():
-            kept = self._outcome(problem, Request(keep=True), ()).pairs
+            outcome = self._outcome(problem, Request(keep=True), ())
         shapes = tuple(
             (name, tuple(leaf.shape), leaf.dtype)
             for name, leaf in zip(problem.params.names, problem.params.leaves, strict=True)
         )
-        return Pairs(kept, shapes, problem.params.spec)
+        return Pairs(outcome.pairs, shapes, problem.params.spec), outcome.losses
 
     def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
         problem = Problem(self.losses, split_params(params), batch, self.has_aux)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from funcghost.errors import InputError
 from funcghost.pairs import Pairs
 from funcghost.planning import Options, check_options, make_plan
@@ -100,6 +102,14 @@ def pairs(losses: Losses, *, options: Options | None = None, plan: Plan | None =
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    kept = pairs_and_losses(losses, options=options, plan=plan)
+    return lambda params, batch: kept(params, batch)[0]
+
+
+def pairs_and_losses(
+    losses: Losses, *, options: Options | None = None, plan: Plan | None = None
+) -> Callable[[Tree, Tree], tuple[Pairs, Tensor]]:
+    """As `pairs`, along with the losses [b], detached."""
     return Transform(losses, None, False, options, plan).pairs
 
 

@@ -15,16 +15,20 @@ from funcghost.errors import InputError
 from funcghost.planning import Options
 from funcghost.plans import Plan
 from funcghost.run import Losses
-from funcghost.transforms import pairs
+from funcghost.transforms import pairs_and_losses
 from funcghost.trees import Tree
 
 
 class Weighted(NamedTuple):
-    """A weighted gradient (a tree like params), the weights [b] (or by parameter), and what they were made from."""
+    """A weighted gradient (a tree like params), the weights [b] (or by parameter), and what they were made from.
+
+    `losses` [b] are as the user's function returned them, without the weights.
+    """
 
     grads: Tree
     weights: Weights
     reduced: Tree
+    losses: Tensor
 
 
 def weighted_gradient(
@@ -68,13 +72,13 @@ def weighted_gradient(
     Source: Ren, Zeng, Yang, Urtasun, "Learning to Reweight Examples for Robust Deep Learning" (arXiv 1803.09050), where
     the scores are had by differentiating a step of training.
     """
-    kept = pairs(losses, options=options, plan=plan)
+    kept = pairs_and_losses(losses, options=options, plan=plan)
 
     def step(params: Tree, batch: Tree, reducers: Tree) -> Weighted:
-        found = kept(params, batch)
+        found, values = kept(params, batch)
         reduced = apply(reducers, found, options=options)
         weights = weigh(reduced)
-        return Weighted(combine(found, weights), weights, reduced)
+        return Weighted(combine(found, weights), weights, reduced, values)
 
     return step
 

@@ -29,6 +29,7 @@ def test_private_digits_are_learnt(capsys: pytest.CaptureFixture[str]) -> None:
     assert summary.accuracy > 0.85
     assert summary.error < 1e-6
     assert 0.1 < summary.clipped < 0.9
+    assert summary.losses[1] < summary.losses[0] / 2
     assert f"test accuracy          {summary.accuracy:.3f}" in capsys.readouterr().out
 
 

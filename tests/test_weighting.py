@@ -83,6 +83,8 @@ def test_clipping_to_the_last_digit_with_tied_weights() -> None:
     own = norms(truth, params)
     limit = float(own.sort().values[2:4].mean())
     out = clipping.clipped_gradient(losses)(params, batch, limit)
+    assert not out.losses.requires_grad
+    assert_close(out.losses, losses(params, batch).detach(), 1e-12)
     assert_close(out.norms["all"], own, 1e-12)
     assert int((out.weights["all"] == 1).sum()) == 3
     scale = (limit / own).clamp(max=1)
@@ -175,6 +177,7 @@ def test_equal_weights_give_the_mean_gradient() -> None:
         params, batch, fg.dot(like(params))
     )
     mean = fg.grad_and_reduce(losses)(params, batch, ())
+    assert_close(out.losses, mean.losses, 1e-12)
     for name, wanted in mean.grads.items():
         assert_close(out.grads[name], wanted, 1e-10)
 
