@@ -113,6 +113,7 @@ class Transform:
             lambda below, directions: self._planned(below, replace(request, directions=tuple(directions))),
             problem,
             request.directions,
+            linear=not (request.tasks or request.keep or request.positions),
         )
 
     def _run(

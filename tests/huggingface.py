@@ -108,6 +108,12 @@ class Truth:
         assert bool((norms > 0).all())
         return (found - wanted).abs() / norms
 
+    def error_of_gram(self, found: Tensor) -> float:
+        """How far the Gram matrix is off, in units of the norms of which its entries are products."""
+        rows = torch.cat([g.flatten(1).double() for g in self.gradients.values()], 1)
+        norms = rows.square().sum(1).sqrt()
+        return float(((found.double() - rows @ rows.T).abs() / (norms[:, None] * norms)).max())
+
     def check(self, found: Tensor, direction: Params, tolerance: float) -> None:
         errors = self.errors(found, direction)
         assert bool((errors <= tolerance).all()), errors.tolist()
@@ -156,10 +162,11 @@ def seconds(function: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one case: the largest error over five batches, and what planning it takes."""
+    """What came of one case: the largest error of scores over five batches, that of norms, and what planning it takes."""
 
     name: str
     outcome: str
+    norms: str = ""
     tapped: int = 0
     carried: int = 0
     plans: int = 0
@@ -169,7 +176,7 @@ class Row:
         known = (
             [str(self.tapped), str(self.carried), str(self.plans), f"{self.planning:.0f}"] if self.plans else [""] * 4
         )
-        return f"| {' | '.join([self.name, self.outcome, *known])} |"
+        return f"| {' | '.join([self.name, self.outcome, self.norms, *known])} |"
 
 
 def examine(name: str, case: Case) -> Row:
@@ -186,6 +193,9 @@ def examine(name: str, case: Case) -> Row:
                 errors.append(float(truth.errors(step(params, batch, fg.dot(direction)).reduced, direction).max()))
             except fg.GhostError as error:
                 return Row(name, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+    found = fg.reduce(losses)(params, batch, {"norm": fg.squared_norm(), "gram": fg.gram()})
+    off = (found["norm"] - found["gram"].diagonal()).abs() / found["norm"]
+    error = max(truth.error_of_gram(found["gram"]), float(off.max()))
     plan = fg.plan(losses, params, batch)
     plain = median(seconds(lambda: autograd(losses, params, batch)) for _ in range(5))
     planning = median(seconds(lambda: fg.plan(losses, params, batch)) for _ in range(3))
@@ -193,6 +203,7 @@ def examine(name: str, case: Case) -> Row:
     return Row(
         name,
         f"{outcome} ({max(errors):.0e}, {str(case.dtype).removeprefix('torch.')})",
+        f"{'exact' if error <= 4 * case.tolerance else 'WRONG'} ({error:.0e})",
         tapped=sum(site.action == "tap" for site in plan.sites),
         carried=sum(site.action == "carry" for site in plan.sites),
         plans=counted.plans,
@@ -214,8 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     hf.logging.set_verbosity_error()
-    print("| architecture | outcome (error) | tapped | carried | plans for 5 batches | planning in plain steps |")
-    print("|---|---|---|---|---|---|")
+    columns = ["architecture", "scores (error)", "norms and Gram matrix (error)", "tapped", "carried"]
+    print(f"| {' | '.join([*columns, 'plans for 5 batches', 'planning in plain steps'])} |")
+    print("|---|---|---|---|---|---|---|")
     for row in examined(args.names, args.everything):
         print(row, flush=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -665,6 +666,7 @@ class Bilinear:
 
     def __init__(self) -> None:
         self.params, self.x = {"w": normal(6, 3), "b": normal(3)}, normal(4, 6)
+        self.direction, self.cotangent = like(self.params), normal(4, 4)
 
     def losses(self, p: Params, x: Tensor) -> Tensor:
         return (x @ p["w"] + p["b"]).tanh().square().sum(1)
@@ -735,99 +737,167 @@ def test_vmap_over_directions_draws_once() -> None:
     assert not torch.equal(torch.get_rng_state(), state)
 
 
+Score = Callable[[Callable[[Params, Tensor], Tensor], Params, Tensor, Params], Tensor]
+
+
+def ours(losses: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, direction: Params) -> Tensor:
+    return fg.reduce(losses)(params, x, fg.dot(direction))
+
+
+def naive(losses: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, direction: Params) -> Tensor:
+    own = [grad(lambda p, i=i: losses(p, x)[i])(params) for i in range(len(x))]
+    return torch.stack([sum((g[k] * direction[k]).sum() for k in params) for g in own])
+
+
 def under_forward_ad(scores: Callable[..., Tensor], value: Tensor) -> Callable[[], Any]:
     def call() -> Any:
         with forward_ad.dual_level():
-            return scores(forward_ad.make_dual(value, torch.ones_like(value)))
+            return forward_ad.unpack_dual(scores(forward_ad.make_dual(value, torch.ones_like(value)))).tangent
 
     return call
 
 
-def transformed(case: Bilinear) -> dict[str, tuple[str, Callable[[], Any]]]:
-    """What must be refused: the remedy that is named, and the call."""
-    direction, b = like(case.params), case.params["b"]
-    score = fg.reduce(case.losses)
+def transformed(case: Bilinear, score: Score) -> dict[str, Callable[[], Any]]:
+    """What is done to scores."""
+    direction, b = case.direction, case.params["b"]
 
     def of_w(w: Tensor) -> Tensor:
-        return score({"w": w, "b": b}, case.x, fg.dot(direction))
+        return score(case.losses, {"w": w, "b": b}, case.x, direction)
 
     def of_x(x: Tensor) -> Tensor:
-        return score(case.params, x, fg.dot(direction))
+        return score(case.losses, case.params, x, direction)
 
     def of_v(v: Tensor) -> Tensor:
-        return case.scores(v, b)
+        return score(case.losses, case.params, case.x, {"w": v, "b": b})
+
+    def of_all(w: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        return score(case.losses, {"w": w, "b": b}, x, {"w": v, "b": b})
 
     def scaled(a: Tensor, v: Tensor = direction["w"]) -> Tensor:
-        return fg.reduce(lambda p, x: a * case.losses(p, x))(case.params, case.x, fg.dot({"w": v, "b": b}))
+        return score(lambda p, x: a * case.losses(p, x), case.params, case.x, {"w": v, "b": b})
 
     def examples(a: Tensor, v: Tensor) -> Tensor:
         losses = fg.per_example(lambda p, x: a * (x * p["w"].sum(1)).tanh().sum())
-        return fg.reduce(losses)({"w": case.params["w"]}, case.x, fg.dot({"w": v}))
+        return score(losses, {"w": case.params["w"]}, case.x, {"w": v})
 
-    def nothing(a: Tensor) -> Tensor:
-        return fg.grad_and_reduce(case.losses)(case.params, case.x, {}).losses * a
+    def back(v: Tensor) -> Tensor:
+        leaf = v.clone().requires_grad_()
+        (of_v(leaf) * torch.arange(1.0, 5.0, dtype=torch.float64)).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def back_through_vmap(vs: Tensor) -> Tensor:
+        leaf = vs.clone().requires_grad_()
+        (vmap(of_v)(leaf) * case.cotangent).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
 
     w, x, v, one = case.params["w"], case.x, direction["w"], torch.ones((), dtype=torch.float64)
-    vs, ones = torch.stack([v, v, v, v]), one.expand(4)
+    vs, ones = torch.stack([v, 2 * v, v.sin(), w]), torch.arange(1.0, 5.0, dtype=torch.float64)
     return {
-        "vmap over params": ("in a loop", lambda: vmap(of_w)(vs)),
-        "vmap over batches": ("in a loop", lambda: vmap(of_x)(torch.stack([x, x]))),
-        "vmap over params and directions": (
-            "in a loop",
-            lambda: vmap(lambda w: score({"w": w, "b": b}, x, fg.dot({"w": w, "b": b})))(vs),
-        ),
-        "vmap over batches and directions": (
-            "in a loop",
-            lambda: vmap(lambda x, v: score(case.params, x, fg.dot({"w": v, "b": b})))(torch.stack([x] * 4), vs),
-        ),
-        "vmap over nothing": ("in a loop", lambda: vmap(lambda a: a * of_x(x))(ones)),
-        "vmap over no score": ("in a loop", lambda: vmap(nothing)(ones)),
-        "vmap over a scale": ("in a loop", lambda: vmap(scaled)(ones, vs)),
-        "vmap over a scale of examples": ("in a loop", lambda: vmap(examples)(ones, vs)),
-        "grad in params": ("torch.func.jvp", lambda: grad(lambda w: of_w(w).sum())(w)),
-        "grad in the batch": ("in a loop", lambda: grad(lambda x: of_x(x).sum())(x)),
-        "grad in a scale": ("in a loop", lambda: grad(lambda a: scaled(a).sum())(one)),
-        "grad in a scale over vmap": ("in a loop", lambda: grad(lambda a: vmap(lambda v: scaled(a, v))(vs).sum())(one)),
-        "jvp in params": ("torch.func.jvp", lambda: jvp(of_w, (w,), (v,))),
-        "forward AD in params": ("torch.func.jvp", under_forward_ad(of_w, w)),
-        "forward AD in the batch": ("in a loop", under_forward_ad(of_x, x)),
-        "forward AD in the direction": ("the score of t", under_forward_ad(of_v, v)),
-        "jvp in the direction": ("the score of t", lambda: jvp(of_v, (v,), (w,))),
-        "grad in the direction": ("u * losses", lambda: grad(lambda v: of_v(v).sum())(v)),
-        "vmap of grad in the direction": ("u * losses", lambda: vmap(grad(lambda v: of_v(v).sum()))(vs)),
-        "backward to the direction": ("u * losses", lambda: of_v(v.clone().requires_grad_()).sum().backward()),
+        "vmap over params": lambda: vmap(of_w)(vs),
+        "vmap over batches": lambda: vmap(of_x)(torch.stack([x, 2 * x])),
+        "vmap over params and directions": lambda: vmap(lambda w, v: of_all(w, x, v))(vs, vs.flip(0)),
+        "vmap over batches and directions": lambda: vmap(lambda x, v: of_all(w, x, v))(torch.stack([x] * 4), vs),
+        "vmap over nothing": lambda: vmap(lambda a: a * of_x(x))(ones),
+        "vmap over a scale": lambda: vmap(scaled)(ones, vs),
+        "vmap over a scale of examples": lambda: vmap(examples)(ones, vs),
+        "grad in params": lambda: grad(lambda w: of_w(w).square().sum())(w),
+        "grad of grad in params": lambda: grad(lambda w: grad(lambda w: of_w(w).square().sum())(w).square().sum())(w),
+        "grad in the batch": lambda: grad(lambda x: of_x(x).sum())(x),
+        "grad in a scale": lambda: grad(lambda a: scaled(a).sum())(one),
+        "grad in a scale over vmap": lambda: grad(lambda a: vmap(lambda v: scaled(a, v))(vs).sum())(one),
+        "jvp in params": lambda: jvp(of_w, (w,), (v,)),
+        "forward AD in params": under_forward_ad(of_w, w),
+        "forward AD in the batch": under_forward_ad(of_x, x),
+        "forward AD in the direction": under_forward_ad(of_v, v),
+        "jvp in the direction": lambda: jvp(of_v, (v,), (w,)),
+        "grad in the direction": lambda: grad(lambda v: of_v(v).square().sum())(v),
+        "vmap of grad in the direction": lambda: vmap(grad(lambda v: of_v(v).sin().sum()))(vs),
+        "vmap of grad in params": lambda: vmap(grad(lambda w: of_w(w).sin().sum()))(vs),
+        "gradients in all": lambda: grad(lambda w, x, v: of_all(w, x, v).sin().sum(), (0, 1, 2))(w, x, v),
+        "vjp in all": lambda: torch.func.vjp(of_all, w, x, v)[1](ones),
+        "backward to the direction": lambda: back(v),
+        "backward to the directions of a vmap": lambda: back_through_vmap(vs),
     }
 
 
-@pytest.mark.parametrize("what", transformed(Bilinear()))
-def test_other_transforms_are_refused(bilinear: Bilinear, what: str) -> None:
-    remedy, call = transformed(bilinear)[what]
-    with pytest.raises(fg.InputError) as caught:
-        call()
-    assert remedy in str(caught.value)
+EXACT = {
+    *("grad in params", "grad in the batch", "grad in the direction", "gradients in all", "vjp in all"),
+    *("backward to the direction", "backward to the directions of a vmap"),
+}
 
 
-def test_remedies_for_derivatives_of_scores(bilinear: Bilinear) -> None:
-    params, x, losses = bilinear.params, bilinear.x, bilinear.losses
-    direction, other, u = like(params), like(params), normal(4)
-    gradients = per_sample_gradients(losses, params, x)
-    # In the direction: scores are linear, and their gradient is that of the weighted losses.
-    weighted = grad(lambda p: (u * losses(p, x)).sum())
-    for name, found in weighted(params).items():
-        assert_close(found, torch.einsum("b,b...->...", u, gradients[name]), 1e-12)
-    along = fg.reduce(losses)(params, x, fg.dot(other))
-    eps = 1e-6
-    moved = {k: v + eps * other[k] for k, v in direction.items()}
-    difference = bilinear.scores(moved["w"], moved["b"]) - bilinear.scores(direction["w"], direction["b"])
-    assert_close(difference / eps, along, 1e-7)
-    # In params: a Hessian-vector product.
-    product = jvp(weighted, (params,), (direction,))[1]
-    shifted = [
-        (u * fg.reduce(losses)({k: p + s * eps * other[k] for k, p in params.items()}, x, fg.dot(direction))).sum()
-        for s in (1, -1)
-    ]
-    by_hand = sum((product[k] * other[k]).sum() for k in params)
-    assert_close((shifted[0] - shifted[1]) / (2 * eps), by_hand, 1e-7)
+@pytest.mark.parametrize("what", transformed(Bilinear(), naive))
+def test_scores_under_transforms(bilinear: Bilinear, what: str) -> None:
+    call = transformed(bilinear, ours)[what]
+    if what not in EXACT:
+        with pytest.raises(fg.InputError, match="Call the step in a loop"):
+            call()
+        return
+    wanted = transformed(bilinear, naive)[what]()
+    for one, other in zip(optree.tree_leaves(call()), optree.tree_leaves(wanted), strict=True):
+        assert_close(one, other, 1e-12)
+
+
+def test_a_step_under_transforms(bilinear: Bilinear) -> None:
+    """All it gives beside scores has no graph."""
+    params, x, direction = bilinear.params, bilinear.x, like(bilinear.params)
+    step = fg.grad_and_reduce(lambda p, x: (bilinear.losses(p, x), p["w"].sum()), has_aux=True)
+
+    def total(w: Tensor) -> tuple[Tensor, Any]:
+        out = step({**params, "w": w}, x, {"one": fg.dot(direction), "two": fg.per_param(fg.dot(direction))})
+        return out.reduced["one"].sum() + out.losses.sum() + sum(g.sum() for g in out.grads.values()), out
+
+    def alone(w: Tensor) -> Tensor:
+        return naive(bilinear.losses, {**params, "w": w}, x, direction).sum()
+
+    derivative, out = grad(total, has_aux=True)(params["w"])
+    assert_close(derivative, grad(alone)(params["w"]), 1e-12)
+    plain, values = gradient(bilinear.losses, params, x)
+    assert_trees_close(out.grads, plain)
+    assert_close(out.losses, values, 1e-12)
+    assert_close(out.aux, params["w"].sum(), 1e-12)
+    assert_close(sum(out.reduced["two"].values()), out.reduced["one"], 1e-12)
+
+
+def test_attention_and_dropout_under_transforms() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.25, batch_first=True).double()
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    x, direction = normal(3, 5, 8), like(params)
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return squares(functional_call(model, p, (x,)).sin())
+
+    leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
+    state = torch.get_rng_state()
+    with sdpa_kernel(SDPBackend.MATH):
+        first = torch.autograd.grad(losses(leaves, x).sum(), list(leaves.values()), create_graph=True)
+        along = torch.stack([(g * direction[k]).sum() for k, g in zip(leaves, first, strict=True)]).sum()
+        second = torch.autograd.grad(along, list(leaves.values()))
+    torch.set_rng_state(state)
+    found = grad(lambda p: fg.reduce(losses)(p, x, fg.dot(direction)).sum())(params)
+    assert_trees_close(found, dict(zip(leaves, second, strict=True)))
+    # A backward to the direction draws as the forward did.
+    leaf = {k: v.clone().requires_grad_() for k, v in direction.items()}
+    torch.set_rng_state(state)
+    fg.reduce(losses)(params, x, fg.dot(leaf)).sum().backward()
+    found = {k: v.grad for k, v in leaf.items() if v.grad is not None}
+    assert_trees_close(found, {k: g.detach() for k, g in zip(leaves, first, strict=True)})
+
+
+def test_more_than_scores_is_refused_under_transforms(bilinear: Bilinear) -> None:
+    losses, params, x = bilinear.losses, bilinear.params, bilinear.x
+
+    def norm(w: Tensor) -> Tensor:
+        return fg.reduce(losses)({**params, "w": w}, x, {"a": fg.squared_norm(), "b": fg.dot(params)})["a"].sum()
+
+    def kept(w: Tensor) -> Tensor:
+        return fg.pairs(losses)({**params, "w": w}, x).uses["b"][0].tensors[0]
+
+    for call in (lambda: grad(norm)(params["w"]), lambda: vmap(kept)(normal(2, 6, 3))):
+        with pytest.raises(fg.InputError, match="Call the step in a loop"):
+            call()
 
 
 def test_direction_of_parameters_that_require_grad_is_scored(bilinear: Bilinear) -> None:
