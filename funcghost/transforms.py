@@ -29,7 +29,8 @@ def grad_and_reduce(
     `step(params, batch, reducers)` gives a `Step`: `grads` is the gradient of `losses.mean()` or `losses.sum()`, a tree
     like params, equal to autograd's to rounding (zeros for parameters the losses do not depend on); `losses` is [b];
     `reduced` has the structure of `reducers`; `aux` is the second value of the losses with `has_aux=True`. All come
-    detached, but for scores along directions that require gradients, or under `torch.func.grad`. With sample i's gradient meaning that of `losses[i]`, whatever the model does.
+    detached, but for scores along directions that require gradients, or under `torch.func.grad`. With sample i's
+    gradient meaning that of `losses[i]`, whatever the model does.
 
     Units: `reduced` is about the gradients of the losses as the user's function returned them; `reduction` has no
     effect on it.

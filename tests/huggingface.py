@@ -162,7 +162,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one case: the largest error of scores over five batches, that of norms, and what planning it takes."""
+    """What came of one case: the largest error of scores over five batches, that of norms, and what planning takes."""
 
     name: str
     outcome: str
@@ -195,7 +195,7 @@ def examine(name: str, case: Case) -> Row:
                 return Row(name, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
     found = fg.reduce(losses)(params, batch, {"norm": fg.squared_norm(), "gram": fg.gram()})
     off = (found["norm"] - found["gram"].diagonal()).abs() / found["norm"]
-    error = max(truth.error_of_gram(found["gram"]), float(off.max()))
+    of_norms = max(truth.error_of_gram(found["gram"]), float(off.max()))
     plan = fg.plan(losses, params, batch)
     plain = median(seconds(lambda: autograd(losses, params, batch)) for _ in range(5))
     planning = median(seconds(lambda: fg.plan(losses, params, batch)) for _ in range(3))
@@ -203,7 +203,7 @@ def examine(name: str, case: Case) -> Row:
     return Row(
         name,
         f"{outcome} ({max(errors):.0e}, {str(case.dtype).removeprefix('torch.')})",
-        f"{'exact' if error <= 4 * case.tolerance else 'WRONG'} ({error:.0e})",
+        f"{'exact' if of_norms <= 4 * case.tolerance else 'WRONG'} ({of_norms:.0e})",
         tapped=sum(site.action == "tap" for site in plan.sites),
         carried=sum(site.action == "carry" for site in plan.sites),
         plans=counted.plans,
