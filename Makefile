@@ -10,6 +10,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 WORKERS ?= 2
+BENCH ?= --quick
 PROFILE := $(if $(CI),ci,dev)
 
 .DEFAULT_GOAL := help
@@ -45,5 +46,9 @@ lint: $(STAMP) ## ruff
 types: $(STAMP) ## mypy
 	$(BIN)/mypy
 
-bench: $(BENCH_STAMP) ## run every tests/benchmarks/bench_*.py, beside the alternatives of the extra `bench`
-	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(BENCH_STAMP) ## measure, beside the alternatives of the extra `bench`: runs/bench/*.json (BENCH= takes longer)
+	mkdir -p runs/bench
+	set -e; for script in tests/benchmarks/bench_*.py; do \
+		echo "== $$script"; \
+		$(BIN)/python "$$script" $(BENCH) --out "runs/bench/$$(basename "$$script" .py).json"; \
+	done

@@ -444,6 +444,51 @@ MUTATIONS: dict[str, Mutation] = {
         "found.unflatten(1, (k, info.batch_size)).mT, 1",
         (WRAPPERS, "-k", "directions"),
     ),
+    "what is not wanted stays so": Mutation(
+        "sites.py", "meter.wanted = all_of_them or id(meter) in asked", "meter.wanted = id(meter) in asked", (LAYOUT,)
+    ),
+    "a round of measuring is enough": Mutation(
+        "planning.py",
+        "if not all_of_them and clock.batch and not enough_measured(trace.records, len(leaves)):",
+        "if False:",
+        (LAYOUT, "-k", "not_measured"),
+    ),
+    "one draw is enough": Mutation(
+        "generic.py",
+        "1 if is_multilinear(call) else 3 if few else 2 if far else 1",
+        "1",
+        ("tests/test_generic.py", AWKWARD),
+    ),
+    "losses need not repeat": Mutation(
+        "rehearsal.py", "if check and seen.finite and not seen.repeats(outcome.losses):", "if False:", (VERIFY,)
+    ),
+    "calls of a mode's own": Mutation("state.py", "with torch._C.DisableTorchFunction():", "if True:", (VERIFY,)),
+    "other draws for a derivative": Mutation(
+        "lifting.py",
+        """            with untouched(problem.devices()), replaying(drawn):
+                losses""",
+        """            with untouched(problem.devices()):
+                losses""",
+        (WRAPPERS, "-k", "dropout"),
+    ),
+    "derivatives of unweighted losses": Mutation(
+        "lifting.py",
+        "column = column.to(losses.dtype)",
+        "column = torch.ones_like(losses)",
+        (WRAPPERS, "-k", "transforms"),
+    ),
+    "patches where gradients are smaller": Mutation(
+        "uses.py",
+        "if product.gradients is not None and in_front",
+        "if False and in_front",
+        (REDUCERS, "-k", "convolution"),
+    ),
+    "one form for all shapes": Mutation(
+        "tangent.py",
+        "known += (leaf.shape, leaf.dtype, leaf.layout)",
+        "known += (leaf.dtype, leaf.layout)",
+        (REDUCERS, "-k", "test_op or convolution"),
+    ),
     "heads in place of examples": Mutation(
         "batching.py", "if axis is None else operand.movedim(axis, 0)", "if axis is None else operand", (EXAMPLE,)
     ),

@@ -234,7 +234,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; more lose much on shared cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=writable_file, help="write everything to this file")
+    parser.add_argument("--out", type=writable_file, help="write everything to this file")
     parser.add_argument("--plot", type=writable_file, help="draw the ratios, and the curves, to this file (png, svg)")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -244,7 +244,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the tables and gives what --json writes."""
+    """Measures, prints the tables and gives what --out writes."""
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -295,8 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report["overheads"] = [asdict(found) for found in overheads]
     report["promises"] = [asdict(found) | {"verdict": found.words} for found in promises]
     print("\n" + show_verdicts(promises))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         draw(report, args.plot)
     return report

@@ -188,7 +188,7 @@ def show(shape: Shape, rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the tables and gives what --json writes."""
+    """Measures, prints the tables and gives what --out writes."""
     parser = argparse.ArgumentParser(description="Times and weighs reducers of per-sample gradients and alternatives.")
     parser.add_argument("--quick", action="store_true", help="two shapes, no forced routes, no memory")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], help="default all, with --quick two")
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=writable_file, help="write everything to this file")
+    parser.add_argument("--out", type=writable_file, help="write everything to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     quiet()
@@ -218,8 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows = measure(shape, entries, seconds, children)
         report["shapes"][name] = [asdict(row) for row in rows]
         print(show(shape, rows), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
