@@ -6,7 +6,7 @@ Autograd knows nothing of sites. A use of a parameter that was not seen, a wrong
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf, isfinite
+from math import inf, isfinite, prod
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from funcghost.trees import Params
 Scores = Callable[[Sequence[Sequence[Tensor | None]]], Tensor]
 """Maps directions (None for zero) to scores [b, k]."""
 
+PERIOD = 65521
+"""How many numbers are drawn for V; a prime, so that rows of a parameter do not get the same ones."""
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative to the sum of the sizes of the terms: rounding of a deep network, far below one parameter's share."""
 
@@ -64,6 +66,12 @@ def shaken(value: Tensor, size: float, seed: int) -> Tensor:
     return value.detach() * (1 + size * sign)
 
 
+def repeated(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape, filled with the numbers over and over."""
+    copies = -(-prod(shape) // len(numbers))
+    return numbers.expand(copies, -1).reshape(-1)[: prod(shape)].view(tuple(shape))
+
+
 def sample_weights(losses: Tensor) -> Tensor:
     """The weights c [b]: of either sign, of size 1/2 to 3/2, the same for the same b."""
     generator = torch.Generator().manual_seed(losses.shape[0])
@@ -80,10 +88,9 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
     """
     norms = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients]
     largest = max((n for n in norms if 0 < n < inf), default=1.0)
-    direction = []
+    direction, drawn = [], torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu") - 0.5
     for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
-        generator = torch.Generator(gradient.device).manual_seed(index)
-        noise = torch.rand(gradient.shape, generator=generator, device=gradient.device, dtype=torch.float32) - 0.5
+        noise = repeated(drawn.roll(-4001 * index).to(gradient.device), gradient.shape)
         across = max(float(torch.linalg.vector_norm(noise)), 1e-30)
         along = 0.5 + ((index * 7919) % 101) / 101
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
