@@ -18,7 +18,8 @@ def squared_norm() -> SquaredNorm:
     Shapes: [b].
 
     Units: those of the losses squared, per unit of the parameters squared. Cross terms of several uses of a parameter
-    (tied, reused) are part of it.
+    (tied, reused) are part of it. Rounding is relative to the squared sizes of the uses and of the positions: where
+    these cancel to less than a thousandth, float32 has few digits left, and float64 parameters have them.
 
     Cost: per use with t positions, d inputs and p outputs the cheaper of `2 b t^2 (d + p)` FLOPs (ghost: products of
     positions) and `2 b t d p` (the gradients themselves, slice by slice), within `Options.memory_budget` of memory. A
