@@ -5,6 +5,7 @@ is not active yet. A layout measured at such values would not hold later. So whi
 every op is taken at drawn values of the same size, in place of those that come; its outputs are the true ones.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
@@ -54,6 +55,7 @@ class Generic:
         self.normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu")
         self.farthest = float(self.normal.abs().max())
         self.pools: dict[Any, Tensor] = {}
+        self.scales: dict[int, tuple[weakref.ref[Tensor], int, Scale]] = {}
         self.count = 0
 
     def outputs(self, call: Call, found: Outputs) -> Outputs:
@@ -73,7 +75,7 @@ class Generic:
             for slot, leaf in tensors.items()
             if leaf.dtype == torch.bool or is_float(leaf) or call.op in PRODUCTS
         }
-        scales = {slot: scale_of(leaf.detach()) for slot, leaf in varied.items()}
+        scales = {slot: self._scale(leaf) for slot, leaf in varied.items()}
         few = all(leaf.numel() <= FEW for leaf in varied.values())
         far = any(scale.mean and not 1 / FAR < scale.mean < FAR for scale in scales.values())
         terms: list[tuple[float, Outputs]] = []
@@ -93,6 +95,16 @@ class Generic:
             self._back(true, [(w, o[i]) for w, o in terms], i >= unwritten, true.numel() <= FEW)
             for i, true in enumerate(found)
         )
+
+    def _scale(self, leaf: Tensor) -> Scale:
+        """What a tensor's entries are like; many go into several ops."""
+        known = self.scales.get(id(leaf))
+        if known is not None and known[0]() is leaf and known[1] == leaf._version:
+            return known[2]
+        scale = scale_of(leaf.detach())
+        if not leaf.is_inference():
+            self.scales[id(leaf)] = weakref.ref(leaf), leaf._version, scale
+        return scale
 
     def _as_if_kept(self, call: Call, found: Outputs) -> Outputs:
         """The derivative also of what was overwritten: data may say where, and another time leave all of it."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcghost.digest import Digest, op_name
 from funcghost.errors import UnsupportedOpError
@@ -144,7 +145,8 @@ class Trace(TorchFunctionMode):
         drawn = found
         if self.generic and in_general and not fixed and (call.written or not bound):
             after = random_state(self.devices) if drew else []
-            drawn = self.generic.outputs(call, found)
+            with _disable_current_modes():  # what the op writes to has been seen when it ran
+                drawn = self.generic.outputs(call, found)
             set_random_state(after)
         outs, replaced = [], {}
         for original, value in zip(map(id, found), drawn, strict=True):
