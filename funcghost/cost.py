@@ -133,9 +133,12 @@ def _materialise(
     flops = sum(2 * size * use.positions * entries for use, size in uses if use.kind == "outer")
     flops += 0 if diagonal else 2 * rows * columns * entries
     row = entries // max(1, 1 if form is None else form.blocks[1])
-    item = max(use.itemsize for use, _ in uses) * (2 if len(a) > 1 or len(b) > 1 else 1)
+    several, size = len(a) > 1 or len(b) > 1, max(use.itemsize for use, _ in uses)
+    item = size * (2 if several else 1)
     moved = (3 if diagonal else 4) * count * entries * item
-    return Route("materialise", flops, moved, (1 if diagonal else count) * row * item, count * entries * item)
+    # Uses are added up one after the other, first those of a.
+    held = count if not several else 2 * rows if same else max(2 * rows, rows + 2 * columns)
+    return Route("materialise", flops, moved, (1 if diagonal else count) * row * item, held * entries * size)
 
 
 def choose(
