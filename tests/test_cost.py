@@ -60,3 +60,16 @@ def test_the_predicted_memory_of_tiles_is_what_is_allocated(
     predicted = min(chosen.full, budget)
     assert predicted > 2 * MEGABYTE
     assert 0.75 * predicted <= seen.most <= 1.25 * predicted
+
+
+@pytest.mark.parametrize(("train", "validation"), [(8, 4), (3, 9), (6, 6)])
+@pytest.mark.parametrize("make", [tokens, tied])
+def test_the_predicted_memory_of_training_against_validation(
+    make: Callable[..., list[Factor]], train: int, validation: int
+) -> None:
+    means = Means(1 << 40, "materialise")
+    a, b = (make(size, 64, 512, 384) for size in (train, validation))
+    chosen, _ = choose([sketch(use) for use in a], [sketch(use) for use in b], (train, validation), means)
+    with Allocated() as seen:
+        inner_products(a, b, means)
+    assert 0.75 * chosen.full <= seen.most <= 1.25 * chosen.full
