@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcghost.factors import wide_dtype
+
 Head = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Something for each of x [n, d], weight [v, d] and bias [v]; None for zero, or for what there is not."""
-
-
-def wide(value: Tensor) -> torch.dtype:
-    """The dtype for sums over many: float32 at least."""
-    return torch.promote_types(value.dtype, torch.float32)
 
 
 def spans(count: int, chunk: int) -> Iterator[slice]:
@@ -31,7 +28,7 @@ def spans(count: int, chunk: int) -> Iterator[slice]:
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of one chunk, in the precision of the softmax."""
-    return F.linear(x, weight, bias).to(wide(x))
+    return F.linear(x, weight, bias).to(wide_dtype(x.dtype))
 
 
 def _subtract_one(values: Tensor, targets: Tensor) -> Tensor:
@@ -47,7 +44,7 @@ def chunked_losses(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, ascend: bool
 ) -> tuple[Tensor, ...]:
     """The losses [n]; with `ascend` also the gradient of each in its own row of x."""
-    losses, ascent = x.new_empty(len(x), dtype=wide(x)), torch.empty_like(x) if ascend else None
+    losses, ascent = x.new_empty(len(x), dtype=wide_dtype(x.dtype)), torch.empty_like(x) if ascend else None
     for rows in spans(len(x), chunk):
         z = _logits(x[rows], weight, bias)
         total = z.logsumexp(1)
@@ -69,8 +66,8 @@ def chunked_gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients of `<u, losses>` in what is wanted of x, weight and bias; sums are of float32 at least."""
     of_x = torch.empty_like(x) if wants[0] else None
-    of_weight = weight.new_zeros(weight.shape, dtype=wide(x)) if wants[1] else None
-    of_bias = weight.new_zeros(len(weight), dtype=wide(x)) if wants[2] else None
+    of_weight = weight.new_zeros(weight.shape, dtype=wide_dtype(x.dtype)) if wants[1] else None
+    of_bias = weight.new_zeros(len(weight), dtype=wide_dtype(x.dtype)) if wants[2] else None
     for rows in spans(len(x), chunk):
         g = torch.softmax(_logits(x[rows], weight, bias), 1)
         g = _subtract_one(g, targets[rows]).mul_(u[rows].unsqueeze(1))
@@ -91,7 +88,7 @@ def chunked_slopes(
 ) -> tuple[Tensor, Tensor]:
     """The losses [n] and their derivatives [n] along a direction: both, since the losses come with the softmax."""
     of_x, of_weight, of_bias = along
-    losses, slopes = x.new_empty(len(x), dtype=wide(x)), x.new_zeros(len(x), dtype=wide(x))
+    losses, slopes = x.new_empty(len(x), dtype=wide_dtype(x.dtype)), x.new_zeros(len(x), dtype=wide_dtype(x.dtype))
     for rows in spans(len(x), chunk):
         z = _logits(x[rows], weight, bias)
         total = z.logsumexp(1)
@@ -108,7 +105,7 @@ def _moved_logits(x: Tensor, weight: Tensor, along: Head) -> Tensor | None:
     of_x, of_weight, of_bias = along
     terms = [] if of_x is None else [_logits(of_x, weight, None)]
     terms += [] if of_weight is None else [_logits(x, of_weight, None)]
-    terms += [] if of_bias is None else [of_bias.to(wide(x)).expand(len(x), -1)]
+    terms += [] if of_bias is None else [of_bias.to(wide_dtype(x.dtype)).expand(len(x), -1)]
     return None if not terms else terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
 
 
@@ -121,8 +118,8 @@ def curvature(
     ops that can be differentiated further, which then keep the logits.
     """
     of_x, of_weight, _ = along
-    parts, moved = [x.new_zeros(0, x.shape[1])], torch.zeros_like(weight, dtype=wide(x))
-    of_bias = None if bias is None else torch.zeros_like(bias, dtype=wide(x))
+    parts, moved = [x.new_zeros(0, x.shape[1])], torch.zeros_like(weight, dtype=wide_dtype(x.dtype))
+    of_bias = None if bias is None else torch.zeros_like(bias, dtype=wide_dtype(x.dtype))
     for rows in spans(len(x), chunk):
         p = torch.softmax(_logits(x[rows], weight, bias), 1)
         y = None if of_x is None else of_x[rows]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcghost.cost import Means
-from funcghost.factors import Dense
+from funcghost.factors import Dense, wide
 from funcghost.oracle import gradient_of
 from funcghost.planning import Options
 from funcghost.plans import Plan
@@ -101,7 +101,7 @@ def direction(problem: Problem, chosen: list[int], seed: int) -> list[Tensor]:
     for number, gradient in enumerate(gradients):
         generator = torch.Generator(gradient.device).manual_seed(seed + number)
         noise = torch.randn(gradient.shape, generator=generator, device=gradient.device, dtype=torch.float32)
-        along, across = (_wide(part) / _norm(part) for part in (gradient, noise))
+        along, across = (wide(part) / _norm(part) for part in (gradient, noise))
         found.append((torch.where(along.isfinite(), along, 0) + across).to(gradient.dtype))
     return found
 
@@ -250,7 +250,7 @@ def _with_total(values: Tensor, count: int, total: Tensor | None = None) -> Tens
 
 def _score(gradient: Sequence[Tensor], column: Column, *, of_sizes: bool) -> float:
     """`<gradient, column>`, or the sum of the sizes of its terms."""
-    terms = (_wide(g) * _wide(v) for g, v in zip(gradient, column, strict=True) if v is not None)
+    terms = (wide(g) * wide(v) for g, v in zip(gradient, column, strict=True) if v is not None)
     return sum(float((term.abs() if of_sizes else term).sum(dtype=torch.float64)) for term in terms)
 
 
@@ -259,19 +259,14 @@ def doubles(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
-def _wide(value: Tensor) -> Tensor:
-    """In float32 at least."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 def _square(value: Tensor) -> float:
     """The squared norm; infinite where that is no number."""
-    norm = float(torch.linalg.vector_norm(_wide(value), dtype=torch.float64))
+    norm = float(torch.linalg.vector_norm(wide(value), dtype=torch.float64))
     return norm * norm
 
 
 def _norm(value: Tensor) -> float:
-    return max(float(torch.linalg.vector_norm(_wide(value), dtype=torch.float64)), 1e-30)
+    return max(float(torch.linalg.vector_norm(wide(value), dtype=torch.float64)), 1e-30)
 
 
 def largest_entry(value: Tensor) -> float:

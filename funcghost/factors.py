@@ -167,8 +167,9 @@ def nbytes(factor: Factor) -> int:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float32 at least, for floating numbers."""
-    return dtype if dtype in _WIDE or not dtype.is_floating_point else torch.promote_types(dtype, torch.float32)
+    """Float32 at least, for numbers that can have a derivative."""
+    known = dtype in _WIDE or not (dtype.is_floating_point or dtype.is_complex)
+    return dtype if known else torch.promote_types(dtype, torch.float32)
 
 
 def wide(value: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from funcghost.chunks import wide
 from funcghost.errors import InputError
+from funcghost.factors import wide_dtype
 from funcghost.head import head_losses, traced_head_losses
 
 ENTRIES = 2**23
@@ -145,4 +145,4 @@ def _autocast(operands: tuple[Tensor, ...]) -> tuple[torch.dtype, tuple[Tensor, 
     if not _is_autocast(x):
         return x.dtype, operands
     low = torch.get_autocast_dtype(x.device.type)
-    return wide(x), tuple(value if value.dtype == torch.float64 else value.to(low) for value in operands)
+    return wide_dtype(x.dtype), tuple(value if value.dtype == torch.float64 else value.to(low) for value in operands)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from funcghost.chunks import chunked_gradients, chunked_losses, chunked_slopes, curvature, wide
+from funcghost.chunks import chunked_gradients, chunked_losses, chunked_slopes, curvature
+from funcghost.factors import wide_dtype
 
 
 def head_losses(operands: tuple[Tensor, ...], targets: Tensor, chunk: int) -> Tensor:
@@ -103,7 +104,7 @@ class WeightBranch(torch.autograd.Function):
     def forward(x: Tensor | Unconnected, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
         """Zeros, to be added to the losses."""
         x = x.value if isinstance(x, Unconnected) else x
-        return x.new_zeros(len(x), dtype=wide(x))
+        return x.new_zeros(len(x), dtype=wide_dtype(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

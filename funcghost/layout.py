@@ -159,7 +159,7 @@ class Meter:
         if not self.wanted or not self.clock.started or self.clock.true or gradient is None:
             return
         if self.clock.code is None:
-            self.base = gradient
+            self.base, self.coded = gradient, []
         else:
             self.coded.append((self.clock.code, gradient))
 

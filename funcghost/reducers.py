@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.contract import squared_norms
+from funcghost.contract import squared_norms, total
 from funcghost.cost import Means, Route, Sketch, choose
 from funcghost.directions import Stack
 from funcghost.errors import InputError
@@ -72,10 +72,7 @@ class Additive(Reducer, ABC):
 
     def result(self, parts: Mapping[str, Tensor]) -> Any:
         """The reduced value from the contributions by name: their sum."""
-        first, *others = parts.values()
-        for other in others:
-            first = first + other
-        return first
+        return total(list(parts.values()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import MismatchError
+from funcghost.factors import wide_dtype
 from funcghost.layout import Layout, Placed
 from funcghost.uses import Levels
 
 Slopes = Callable[..., list[tuple[Tensor, ...]]]
 Collect = Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None]], dict[int, Tensor]]
 """Takes the tensors kept, which of them are vmapped, and the gradients of the outputs; gives scores by column."""
-
-
-WIDE = (torch.float32, torch.float64)
 
 
 def alias(value: Tensor) -> Tensor:
@@ -107,7 +105,7 @@ def inner(
 
     If the memory of the slope is `ours`, the product is written there. With `by_position`, [b, t].
     """
-    wide = slope.dtype if slope.dtype in WIDE else torch.promote_types(slope.dtype, torch.float32)
+    wide = wide_dtype(slope.dtype)
     if ours and not by_position and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
         return layout.sum(slope.mul_(gradient), probe)
     product = slope.to(wide) * gradient.conj()

@@ -7,18 +7,17 @@ the gradient of the others masked: that is what all forms have to agree with.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from math import prod
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from funcghost.arrangement import arrangement, axes_of
 from funcghost.descriptions import description
-from funcghost.factors import Dense, Factor, Form, Lookup, Outer, wide, wide_dtype
+from funcghost.factors import Dense, Factor, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
-from funcghost.products import Description, Letter, Letters, Product, Table, describe
+from funcghost.products import Description, Product, Table, describe
 from funcghost.tangent import Call, Outputs, physical, remembered
 
 Where = Layout | Placed | Literal["unused"]
@@ -84,61 +83,6 @@ def _mapped(values: Callable[[Sequence[Tensor]], Any], has: Sequence[bool]) -> C
     return lambda tensors: mapped(*tensors)
 
 
-@dataclass(frozen=True)
-class Arrangement:
-    """The letters of a product by their roles, with the samples among the positions at `where`."""
-
-    front: Letters
-    out: Letters
-    positions: Letters
-    blocks: Letters
-    rows: Letters
-    cols: Letters
-    where: Layout
-    form: Form
-    swapped: bool
-
-
-@cache
-def arrangement(
-    param: Letters,
-    coefficient: Letters,
-    out: Letters,
-    groups: int,
-    base: tuple[int, ...] | None,
-    shape: tuple[int, ...],
-    layout: Layout,
-    vmapped: int,
-) -> Arrangement | None:
-    """The roles of the letters of a product, unless the samples are not among its positions."""
-    front: Letters = tuple(f"vmap {i}" for i in range(vmapped))
-    out = (*front, *out)
-    axis, sample = layout.axis, None
-    if layout.fold != "single":
-        if groups > 1:  # the axis of the channels is two
-            channel = out.index("g")
-            if axis == channel:
-                return None
-            axis += axis > channel
-        sample = out[axis]
-    letters = [letter for letter in param if letter is not None]
-    wanted = {letter for letter in coefficient if letter is not None}
-    if (sample is not None and sample in letters) or not set(letters) <= {*out, *wanted}:
-        return None
-    if not wanted <= {*out, *letters} or None in out:
-        return None
-    positions = tuple(letter for letter in out if letter not in letters)
-    blocks = tuple(letter for letter in letters if letter in out and letter in wanted)
-    rows = tuple(letter for letter in letters if letter in out and letter not in wanted)
-    cols = tuple(letter for letter in letters if letter not in out)
-    base = base or tuple(size for size, letter in zip(shape, param, strict=True) if letter is not None)
-    plain = [letter for letter in letters if letter not in blocks]
-    swapped = bool(plain) and plain[0] in cols
-    q, m, n = (tuple(map(letters.index, part)) for part in (blocks, *((cols, rows) if swapped else (rows, cols))))
-    where = layout if sample is None else replace(layout, axis=positions.index(sample))
-    return Arrangement(front, out, positions, blocks, rows, cols, where, Form(shape, base, (q, m, n)), swapped)
-
-
 def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
     """The factor of a product, unless the samples are not among its positions."""
     known = product.param, product.coefficient, product.out, product.groups, product.base
@@ -157,7 +101,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         assert g is not None
         if product.gradients is not None and in_front and not levels:
             positions = g.numel() // (batch * left_size * q)
-            if q * left_size * right_size <= positions * q * (left_size + right_size):
+            if left_size * right_size <= positions * (left_size + right_size):
                 return [Dense(product.gradients([wide(value) for value in saved], wide(g)))]
         if product.groups > 1:
             g = g.unflatten(a.out.index("g"), (product.groups, -1))
@@ -181,51 +125,6 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         return [Outer(right, left, form) if a.swapped else Outer(left, right, form)]
 
     return Use((slot,), product.needed, factors)
-
-
-@dataclass(frozen=True)
-class Axes:
-    """How to bring a tensor to axes in the order `(*positions, *last)`: of those `kept`, in the `order`.
-
-    None where there is nothing to do; `there` says which of the axes it has, if not all.
-    """
-
-    positions: Letters
-    kept: tuple[int, ...] | None
-    order: tuple[int, ...] | None
-    there: tuple[bool, ...] | None
-
-    def arrange(
-        self, value: Tensor, sizes: dict[Letter | None, int], where: Layout, batch: int, last: tuple[int, int]
-    ) -> Tensor:
-        """The tensor as [b, t, q, m]; positions that it does not have are of the same value all along."""
-        if self.kept is not None:
-            value = value.reshape([value.shape[i] for i in self.kept])
-        if self.order is not None:
-            value = value.permute(self.order)
-        lengths = [sizes[letter] for letter in self.positions]
-        if self.there is not None:
-            value = value[tuple(slice(None) if there else None for there in self.there)]
-            value = value.expand(*lengths, *value.shape[len(lengths) :])
-        t = prod(lengths) // batch
-        if where.fold == "single":
-            return value.reshape(1, t, *last)
-        return where.by_sample(value, batch).reshape(batch, t, *last)
-
-
-@cache
-def axes_of(given: Letters, positions: Letters, last: Letters) -> Axes:
-    """From axes with the letters `given`."""
-    kept = [i for i, letter in enumerate(given) if letter is not None]
-    names, wanted = [given[i] for i in kept], (*positions, *last)
-    order = tuple(names.index(letter) for letter in wanted if letter in names)
-    there = tuple(letter in names for letter in wanted)
-    return Axes(
-        positions,
-        tuple(kept) if len(kept) < len(given) else None,
-        order if order != tuple(range(len(order))) else None,
-        there if not all(there) else None,
-    )
 
 
 def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import ConservationError
+from funcghost.factors import wide
+from funcghost.generic import PERIOD
 from funcghost.trees import Params
 
 Scores = Callable[[Sequence[Sequence[Tensor | None]]], Tensor]
 """Maps directions (None for zero) to scores [b, k]."""
 
-PERIOD = 65521
-"""How many numbers are drawn for V; a prime, so that rows of a parameter do not get the same ones."""
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative to the sum of the sizes of the terms: rounding of a deep network, far below one parameter's share."""
 
@@ -51,12 +51,7 @@ class Witness:
     def shares(self) -> list[float]:
         """`<gradient, V>` of each parameter."""
         pairs = zip(self.gradients, self.direction, strict=True)
-        return [float((_wide(g) * _wide(v)).sum(dtype=torch.float64)) for g, v in pairs]
-
-
-def _wide(value: Tensor) -> Tensor:
-    """In float32 at least."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+        return [float((wide(g) * wide(v)).sum(dtype=torch.float64)) for g, v in pairs]
 
 
 def shaken(value: Tensor, size: float, seed: int) -> Tensor:
@@ -95,7 +90,7 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
         along = 0.5 + ((index * 7919) % 101) / 101
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
         boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
-        value = _wide(gradient) * (along * boost / max(norm, 1e-30)) + noise * (boost / across)
+        value = wide(gradient) * (along * boost / max(norm, 1e-30)) + noise * (boost / across)
         direction.append(value.to(gradient.dtype))
     return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
 

@@ -32,6 +32,7 @@ ORDER = (
     "moves",
     "products",
     "descriptions",
+    "arrangement",
     "uses",
     "shadows",
     "codec",
