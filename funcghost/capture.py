@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
 from funcghost.ledger import Ledger
-from funcghost.lowrank import Direction, LowRank
+from funcghost.lowrank import Direction
 from funcghost.moves import MOVES, Maps, Move
 from funcghost.plans import Plan, Site
 from funcghost.shadows import Shadow, followed, of_parameters
@@ -62,8 +62,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
-        low_rank = any(isinstance(leaf, LowRank) for direction in directions for leaf in direction)
-        self.taps = Taps(probe, ledger, dtype, low_rank)
+        self.taps = Taps(probe, ledger, dtype)
         self.shadows: dict[int, Shadow] = {}
         self.traced = standins is not None
         self.params, self.originals, self.directions = params, originals, directions
@@ -222,12 +221,12 @@ class Capture(TorchFunctionMode):
         saved = [call.leaves[slot].detach() for slot in push.needed]
         tangents = self._along(call)
         slopes: list[Outputs | None] = []
-        for along in zip(*tangents, strict=True):
+        for k, along in enumerate(zip(*tangents, strict=True)):
             if all(tangent is None for tangent in along):
                 slopes.append(None)
                 continue
             with torch.no_grad(), replaying(drawn):
-                slopes.append(push.evaluate(saved, filled(call, along)))
+                slopes.append(push.evaluate(saved, filled(call, tangents, k)))
         return slopes
 
     def _follow_move(self, op: Any, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from funcghost.lowrank import Leaf
 from funcghost.shadows import Shadow
 from funcghost.uses import Levels, Use, Where
 
+Around = Callable[[], AbstractContextManager[None]]
+"""What repeats in a backward what surrounded the forward."""
 
-@dataclass(frozen=True, eq=False)
-class Collector:
+
+class Collector(NamedTuple):
     """Takes the factors of what went into one tapped call.
 
     `low` are the directions to score along by factors, by slot and column. With `targets`, the shadows of what is in
@@ -31,14 +33,9 @@ class Collector:
     sources: frozenset[int]
     dtype: torch.dtype | None
 
-    @property
-    def needed(self) -> tuple[int, ...]:
-        """The slots of the tensors to keep."""
-        return tuple(slot for use in self.uses for slot in use.needed)
-
     def collect(
         self,
-        around: Callable[[], AbstractContextManager[None]],
+        around: Around,
         tensors: Sequence[Tensor],
         levels: Levels,
         gradients: Sequence[Tensor | None],
@@ -62,30 +59,3 @@ class Collector:
         if self.ledger is not None:
             self.ledger.passed(self.sources)
         return scores
-
-
-def collecting(
-    uses: Sequence[Use],
-    low: Mapping[tuple[int, int], Leaf],
-    layouts: Sequence[Where],
-    batch: int,
-    ledger: Ledger | None,
-    targets: Mapping[int, Shadow],
-    *,
-    expected: bool,
-    dtype: torch.dtype | None,
-) -> Collector | None:
-    """A collector of the uses that are wanted; the ledger is to expect it, unless the call is run again.
-
-    A direction is scored by factors where they are had without a derivative for each sample.
-    """
-    apart = {slot for use in uses if use.by_product for slot in use.slots} if low else set[int]()
-    fast = {key: direction for key, direction in low.items() if key[0] in apart}
-    wanted = {slot for slot, _ in fast}.union(targets)
-    kept = [use for use in uses if not wanted.isdisjoint(use.slots)]
-    if not kept:
-        return None
-    sources = frozenset[int]().union(*(target.sources for target in targets.values()))
-    if ledger is not None and targets and expected:
-        ledger.expect(sources)
-    return Collector(kept, fast, layouts, batch, ledger, targets, sources, dtype)

@@ -156,9 +156,7 @@ class Generic:
             return torch.ones_like(value)
         return _sparse(value * (1 + self._noise(value, slot, 1.0, value.dtype).clamp(-1, 1) / 4), leaf)
 
-    def _noise(
-        self, value: Tensor, number: int, size: float, dtype: torch.dtype, *, positive: bool = False
-    ) -> Tensor:
+    def _noise(self, value: Tensor, number: int, size: float, dtype: torch.dtype, *, positive: bool = False) -> Tensor:
         """Normal numbers of this size in the shape of a value, in memory that others share."""
         key = value.device, dtype, size, positive
         pool = self.pools.get(key)

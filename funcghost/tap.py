@@ -6,20 +6,18 @@ nothing kept after a layer's backward. Both see the physical batch under `torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcghost.collector import Around, Collector
 from funcghost.errors import MismatchError
 from funcghost.factors import wide_dtype
 from funcghost.layout import Layout, Placed
-from funcghost.uses import Levels
-
-Slopes = Callable[..., list[tuple[Tensor, ...]]]
-Collect = Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None]], dict[int, Tensor]]
-"""Takes the tensors kept, which of them are vmapped, and the gradients of the outputs; gives scores by column."""
+from funcghost.prepared import Slopes
+from funcghost.uses import Levels, Where
 
 
 def alias(value: Tensor) -> Tensor:
@@ -32,18 +30,21 @@ def alias(value: Tensor) -> Tensor:
 class Scorer:
     """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts.
 
-    `columns` are the directions that reach the site. Before `ready()`, backwards are those of the losses themselves.
+    `columns` are the directions that reach the site, those `apart` by position. Before `ready()`, backwards are those
+    of the losses themselves. The forward ran in what is `around`. The first tensors, so many as are `kept`, are the
+    collector's, which takes the factors of the gradients.
     """
 
-    name: str
+    site: tuple[int, str]
     slopes: Slopes
     columns: tuple[int, ...]
-    layouts: tuple[Layout | Placed | Literal["unused"], ...]
+    layouts: tuple[Where, ...]
     ready: Callable[[], bool]
-    collect: Collect | None = None
-    kept: int = 0
+    around: Around
+    collector: Collector | None
+    kept: int
+    apart: Mapping[int, Callable[[int, Tensor], None]]
     levels: Levels = ()
-    positions: Mapping[int, Callable[[int, Tensor], None]] = field(default_factory=dict)
 
     def contribution(
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor
@@ -59,16 +60,20 @@ class Scorer:
             if g is not None:
                 used = True
                 if layout == "unused":
+                    number, op = self.site
                     raise MismatchError(
-                        f"{self.name}: an output that the losses did not use when the plan was made is used now."
+                        f"site {number} ({op}): an output that the losses did not use when the plan was made is used."
                     )
         if not used:
             return None
-        found = {} if self.collect is None else self.collect(tensors[: self.kept], self.levels, gradients)
-        saved = tensors[self.kept :]
-        for k, slope in zip(self.columns, self.slopes(*saved) if self.columns else (), strict=True):
-            score = self._column(k, slope, gradients, probe, alone(slope, saved))
-            found[k] = found[k].to(score.dtype) + score if k in found else score
+        found = dict[int, Tensor]()
+        if self.collector is not None:
+            found = self.collector.collect(self.around, tensors[: self.kept], self.levels, gradients)
+        if self.columns:
+            saved = tensors[self.kept :]
+            for k, slope in zip(self.columns, self.slopes(*saved), strict=True):
+                score = self._column(k, slope, gradients, probe, alone(slope, saved))
+                found[k] = found[k].to(score.dtype) + score if k in found else score
         if not found:
             return None
         if len(found) == probe.shape[1] == 1:
@@ -80,7 +85,7 @@ class Scorer:
     def _column(
         self, k: int, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor, ours: bool
     ) -> Tensor:
-        apart = self.positions.get(k)
+        apart = self.apart.get(k)
         parts = [
             inner(value, g, layout, probe, ours, by_position=apart is not None)
             for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
@@ -183,7 +188,7 @@ class EagerTap(torch.autograd.Function):
         ctx.scorer = scorer
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probe, *saved)
-        return tuple([alias(value) for value in values])
+        return tuple([value.detach() for value in values])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Trees of tensors, keyed by parameter name, on top of optree."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -27,8 +28,13 @@ class Params(NamedTuple):
 
 def named_leaves(tree: Tree) -> tuple[tuple[str, ...], list[Any], optree.PyTreeSpec]:
     """The names of a tree's leaves, the leaves, and the structure."""
-    paths, leaves, spec = optree.tree_flatten_with_path(tree)
-    return tuple(".".join(map(str, path)) or "<root>" for path in paths), leaves, spec
+    leaves, spec = optree.tree_flatten(tree)
+    return _names(spec), leaves, spec
+
+
+@lru_cache(1024)
+def _names(spec: optree.PyTreeSpec) -> tuple[str, ...]:
+    return tuple(".".join(map(str, path)) or "<root>" for path in spec.paths())
 
 
 def split_params(tree: Tree) -> Params:
@@ -46,13 +52,14 @@ def split_params(tree: Tree) -> Params:
                 f"params[{name!r}] must have a real floating-point dtype, found {leaf.dtype}. "
                 "Only such tensors have gradients here: close over the others instead of passing them as parameters."
             )
-    first: dict[object, str] = {}
-    for name, leaf in zip(names, leaves, strict=True):
-        if (twin := first.setdefault(id(leaf), name)) != name:
-            raise InputError(
-                f"params[{name!r}] and params[{twin!r}] are the same tensor object. Pass a tied parameter once, "
-                "as model.named_parameters() does; every use of it is counted."
-            )
+    if len(set(map(id, leaves))) != len(leaves):
+        first: dict[object, str] = {}
+        for name, leaf in zip(names, leaves, strict=True):
+            if (twin := first.setdefault(id(leaf), name)) != name:
+                raise InputError(
+                    f"params[{name!r}] and params[{twin!r}] are the same tensor object. Pass a tied parameter once, "
+                    "as model.named_parameters() does; every use of it is counted."
+                )
     if len(set(names)) != len(names):
         raise InputError(
             f"params: two leaves have the same name among {names}. Rename the keys so that their paths differ."

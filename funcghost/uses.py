@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from funcghost.arrangement import arrangement, axes_of
-from funcghost.descriptions import description
 from funcghost.factors import Dense, Factor, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
 from funcghost.products import Description, Product, Table, describe
-from funcghost.tangent import Call, Outputs, physical, remembered
+from funcghost.tangent import Call, Outputs, physical
 
 Where = Layout | Placed | Literal["unused"]
 Levels = tuple[tuple[bool, ...], ...]
@@ -39,21 +38,10 @@ class Use:
     by_product: bool = True
 
 
-def find_uses(call: Call, layouts: Sequence[Where], chosen: tuple[int, ...], vmapped: int) -> list[Use]:
-    """How to get the factors for each tracked argument: by letters where that can be done, all others by autograd."""
-    known = tuple(layout if isinstance(layout, Layout) else None for layout in layouts)
-    found: list[Use] = _find_uses(call, description(call.op), known, chosen, vmapped)
-    return found
-
-
-@remembered
-def _find_uses(
-    call: Call,
-    described: Description | None,
-    layouts: tuple[Layout | None, ...],
-    chosen: tuple[int, ...],
-    vmapped: int,
+def find_uses(
+    call: Call, described: Description | None, layouts: Sequence[Layout | None], chosen: tuple[int, ...], vmapped: int
 ) -> list[Use]:
+    """How to get the factors for each tracked argument: by letters where that can be done, all others by autograd."""
     known, others = list[Use](), list[int]()
     layout = layouts[0] if len(layouts) == 1 else None
     for slot in call.tracked:

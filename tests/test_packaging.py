@@ -45,6 +45,7 @@ ORDER = (
     "ledger",
     "collector",
     "digest",
+    "prepared",
     "tap",
     "tapping",
     "capture",
