@@ -1,7 +1,7 @@
 """The letters of a product by their roles, and how its tensors come to axes in the order of these."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from funcghost.factors import Form
 from funcghost.layout import Layout
 from funcghost.products import Letter, Letters
+
+IN_FRONT = Layout(0)
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,17 @@ class Axes:
     order: tuple[int, ...] | None
     there: tuple[bool, ...] | None
 
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether there is nothing to do but to reshape."""
+        return self.kept is None and self.order is None and self.there is None
+
     def arrange(
         self, value: Tensor, sizes: dict[Letter | None, int], where: Layout, batch: int, last: tuple[int, int]
     ) -> Tensor:
         """The tensor as [b, t, q, m]; positions that it does not have are of the same value all along."""
+        if self.at_once and where == IN_FRONT and value.numel():
+            return value.reshape(batch, value.numel() // (batch * last[0] * last[1]), *last)
         if self.kept is not None:
             value = value.reshape([value.shape[i] for i in self.kept])
         if self.order is not None:

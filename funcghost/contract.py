@@ -239,7 +239,7 @@ def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int)
 def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     if len(uses) == 1 and isinstance(uses[0], Dense):
         value = wide(uses[0].value)
-        return _squares(value.reshape(len(value), prod(value.shape[1:])))
+        return _squares(value.flatten(1) if value.dim() > 1 else value.unsqueeze(1))
     b = samples(uses[0])
     form, rows, width = _slices(uses, 1, budget)
     together = max(1, min(b, width // max(rows, 1))) if width >= rows else 1

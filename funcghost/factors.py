@@ -52,6 +52,12 @@ class Form:
         split = value.reshape(*lead, *self.base).permute(*range(len(lead)), *order)
         return split.reshape(*lead, *self.blocks)
 
+    def whole(self, value: Tensor, batch: int) -> Tensor:
+        """All entries of [b, q, m, n], with or without axes of length 1, as [b, *shape]."""
+        if self.plain:
+            return value.reshape(batch, *self.shape)
+        return self.unfold(value.reshape(batch, *self.blocks))
+
     def unfold(self, value: Tensor) -> Tensor:
         """From [..., q, m, n] to [..., *shape]."""
         lead = value.shape[:-3]

@@ -17,6 +17,9 @@ from funcghost.reducers import Additive
 from funcghost.shadows import Shadow
 from funcghost.uses import Where
 
+ALL = ""
+"""The name under which contributions of all parameters are added up."""
+
 
 class Ledger:
     """Collects the factors of every use of every parameter, for `tasks` in the streaming run, or `keep`s them all.
@@ -40,9 +43,9 @@ class Ledger:
         self.pending = [0] * len(names)
         self.factors: dict[int, list[Factor]] = {}
         self.totals: list[dict[str, Tensor]] = [{} for _ in tasks]
-        each = list(zip(tasks, self.totals, strict=True))
-        self.linear = [(task, total) for task, total in each if task.degree == 1]
-        self.others = [(task, total) for task, total in each if task.degree > 1]
+        each = [(task, total, task.adds_up) for task, total in zip(tasks, self.totals, strict=True)]
+        self.linear = [entry for entry in each if entry[0].degree == 1]
+        self.others = [entry for entry in each if entry[0].degree > 1]
         self.positions = positions
         self.by_position: dict[int, Tensor] = {}
         self.length: int | None = None
@@ -67,8 +70,8 @@ class Ledger:
         """A factor of a parameter's gradients."""
         if self.sketches is not None:
             self.sketches.setdefault(index, []).append(sketch(factor))
-        for task, total in self.linear:
-            self._add(total, index, task.of_parameter(self.names[index], [factor], self.means))
+        if self.linear:
+            self._contribute(self.linear, index, [factor])
         if self.keep or self.others:
             self.factors.setdefault(index, []).append(factor)
 
@@ -82,12 +85,17 @@ class Ledger:
     def _reduce(self, index: int) -> None:
         uses = self.factors.pop(index, None)
         if uses:
-            for task, total in self.others:
-                self._add(total, index, task.of_parameter(self.names[index], uses, self.means))
+            self._contribute(self.others, index, uses)
 
-    def _add(self, total: dict[str, Tensor], index: int, value: Tensor) -> None:
+    def _contribute(
+        self, tasks: Sequence[tuple[Additive, dict[str, Tensor], bool]], index: int, uses: list[Factor]
+    ) -> None:
         name = self.names[index]
-        total[name] = total[name] + value if name in total else value
+        for task, total, adds_up in tasks:
+            value = task.of_parameter(name, uses, self.means)
+            key = ALL if adds_up else name
+            known = total.get(key)
+            total[key] = value if known is None else known + value
 
     def close(self, tail: Shadow | None, cotangent: Tensor, scale: float) -> dict[int, Tensor]:
         """Takes what was carried to the losses, after the backward; gives the scores by position, in units of losses.
@@ -104,16 +112,16 @@ class Ledger:
         return {k: value * scale for k, value in self.by_position.items()}
 
     def results(self, losses: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        """What each task made of each parameter, with zeros for those without a gradient."""
-        like = losses.new_zeros((), dtype=dtype)
+        """What each task made of each parameter, with zeros for those without a gradient; of all if it adds them up."""
         found = []
         for task, total in zip(self.tasks, self.totals, strict=True):
-            zero = task.zero(len(losses), like)
-            values = [value if value.dtype == dtype else value.to(dtype) for value in total.values()]
-            if self.scale != 1 and values:
-                values = list(torch._foreach_mul(values, self.scale**task.degree))
-            scaled = dict(zip(total, values, strict=True))
-            found.append({name: scaled.get(name, zero) for name in self.names})
+            scale = self.scale**task.degree
+            scaled = {name: value.to(dtype) * scale if scale != 1 else value.to(dtype) for name, value in total.items()}
+            names = (ALL,) if task.adds_up else self.names
+            if len(scaled) < len(names):
+                zero = task.zero(len(losses), losses.new_zeros((), dtype=dtype))
+                scaled = {name: scaled.get(name, zero) for name in names}
+            found.append(scaled)
         return found
 
     def pairs(self, losses: Tensor, params: Sequence[Tensor]) -> dict[str, tuple[Factor, ...]]:

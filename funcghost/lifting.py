@@ -53,14 +53,16 @@ def lifted(solve: Solve, problem: Problem, directions: Directions, *, linear: bo
         InputError: something else is transformed.
     """
     level = torch._C._functorch.maybe_current_level()
+    if level is None and forward_ad._current_level < 0 and not _differentiable(directions):
+        return solve(problem, directions)
     low = [leaf for direction in directions for leaf in direction if isinstance(leaf, LowRank)]
-    if low and (level is not None or any(leaf.rows.requires_grad or leaf.cols.requires_grad for leaf in low)):
+    if low and (level is not None or _differentiable([low])):
         directions = [[leaf and as_dense(leaf) for leaf in direction] for direction in directions]
     leaves = [leaf for direction in directions for leaf in direction if isinstance(leaf, Tensor)]
     given = [*problem.params.leaves, *tensors(problem.batch)]
     if any(map(_has_tangent, (*given, *leaves))):
         raise InputError(TRANSFORMS)
-    if level is None and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+    if level is None and not _differentiable(directions):
         return solve(problem, directions)
     stack = [part.key() for part in get_interpreter_stack() or ()]
     if stack == [TransformType.Grad] and linear and directions:
@@ -70,6 +72,13 @@ def lifted(solve: Solve, problem: Problem, directions: Directions, *, linear: bo
     if any(key != TransformType.Vmap for key in stack):
         raise InputError(TRANSFORMS)
     return _below_vmap(solve, problem, directions, leaves)
+
+
+def _differentiable(directions: Directions) -> bool:
+    """Whether the caller may want a gradient in some direction."""
+    leaves = [leaf for direction in directions for leaf in direction if leaf is not None]
+    own = [value for leaf in leaves for value in ((leaf,) if isinstance(leaf, Tensor) else (leaf.rows, leaf.cols))]
+    return torch.is_grad_enabled() and any(value.requires_grad for value in own)
 
 
 def _below_grad(solve: Solve, problem: Problem, directions: Directions) -> Outcome:

@@ -74,6 +74,11 @@ class Additive(Reducer, ABC):
         """The reduced value from the contributions by name: their sum."""
         return total(list(parts.values()))
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether it is that sum, so that nothing need be kept of each parameter."""
+        return type(self).result is Additive.result
+
 
 @dataclass(frozen=True, eq=False)
 class Dot(Directional):

@@ -136,7 +136,8 @@ def run(
     scores, *gradients = backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
     if not problem.is_meta():
         capture.check_moves(at_once=standins is None)
-    scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
+    if directions:
+        scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
     positions: Mapping[int, Tensor] = {}
     if ledger is not None:
         positions = ledger.close(tail, cotangent, losses.shape[0] if reduction == "mean" else 1)
@@ -188,4 +189,6 @@ def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_g
 
 def detached(aux: Tree) -> Tree:
     """The auxiliary output without its graph."""
+    if aux is None:
+        return None
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)

@@ -113,7 +113,9 @@ class Transform:
         if request.positions and torch._C._functorch.maybe_current_level() is not None:
             raise InputError("per_token and per_segment cannot be vmapped over directions: use fg.stack.")
         return lifted(
-            lambda below, directions: self._planned(below, replace(request, directions=tuple(directions))),
+            lambda below, own: self._planned(
+                below, request if own is request.directions else replace(request, directions=tuple(own))
+            ),
             problem,
             request.directions,
             linear=not (request.tasks or request.keep or request.positions),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcghost.arrangement import arrangement, axes_of
+from funcghost.arrangement import IN_FRONT, arrangement, axes_of
 from funcghost.factors import Dense, Factor, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
 from funcghost.products import Description, Product, Table, describe
@@ -80,7 +80,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
     a, form = arranged, arranged.form
     q, *sides = form.blocks
     left_size, right_size = (sides[1], sides[0]) if a.swapped else sides
-    outward, in_front = axes_of(a.out, a.positions, (*a.blocks, *a.rows)), layout == Layout(0)
+    outward, in_front = axes_of(a.out, a.positions, (*a.blocks, *a.rows)), layout == IN_FRONT
 
     def factors(
         saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
@@ -96,9 +96,8 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         sizes = dict(zip(a.out, g.shape, strict=True))
         left = outward.arrange(g, sizes, a.where, batch, (q, left_size))
         if product.values is None:
-            total = wide(left.squeeze(1)) if left.shape[1] == 1 else left.sum(1, dtype=wide_dtype(left.dtype))
-            total = total if product.scale == 1 else total * product.scale
-            return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
+            total = wide(left) if left.shape[1] == 1 else left.sum(1, dtype=wide_dtype(left.dtype))
+            return [Dense(form.whole(total if product.scale == 1 else total * product.scale, batch))]
         coefficient = lifted(product.values, saved, levels)
         given = product.coefficient
         if levels:
@@ -108,8 +107,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         if product.scale != 1:
             left = left * product.scale
         if not a.rows or not a.cols:
-            total = (wide(left) * wide(right)).sum(1)
-            return [Dense(form.unfold(total.reshape(batch, *form.blocks)))]
+            return [Dense(form.whole((wide(left) * wide(right)).sum(1), batch))]
         return [Outer(right, left, form) if a.swapped else Outer(left, right, form)]
 
     return Use((slot,), product.needed, factors)

@@ -18,7 +18,7 @@ from funcghost.factors import Factor
 from funcghost.ledger import Ledger
 from funcghost.planning import Options, means_of
 from funcghost.plans import Contraction, Plan
-from funcghost.reducers import Additive
+from funcghost.reducers import Additive, PerParamAdditive
 from funcghost.rehearsal import together
 from funcghost.run import Problem, backward, run
 from funcghost.state import untouched
@@ -59,7 +59,8 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
     seen = witness(losses, weights, gradients, plan.precision)
     groups = together(plan, names)
     directions = [[v if i in group else None for i, v in enumerate(seen.direction)] for group in groups]
-    ledger = Ledger(names, [Along(dict(zip(names, seen.direction, strict=True)))], means, sketching=True)
+    apart = PerParamAdditive(Along(dict(zip(names, seen.direction, strict=True))))
+    ledger = Ledger(names, [apart], means, sketching=True)
     with untouched(problem.devices(), plan.written):
         outcome = run(problem, plan, directions, reduction=None, ledger=ledger)
     (parts,) = ledger.results(outcome.losses, outcome.scores.dtype)

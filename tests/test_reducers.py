@@ -1,6 +1,7 @@
 """Reducers of inner products and by position, on every kind of model and in every way to run a step."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -519,3 +520,32 @@ def test_a_weight_meets_what_it_made_itself_where_samples_have_no_axis() -> None
     params, x = {"s": normal()}, normal(3, 4)
     assert [site.action for site in fg.plan(losses, params, x).sites[:2]] == ["tap", "carry"]
     assert_matches_naive(losses, params, x, fg.project(4))
+
+
+def test_contributions_are_added_up_as_they_come() -> None:
+    """Of twenty parameters no more than the sum and the last contribution exist at once."""
+    alive = weakref.WeakSet[Tensor]()
+    most = 0
+
+    class Watched(type(fg.gram())):  # type: ignore[misc]
+        def of_parameter(self, *args: Any) -> Tensor:
+            nonlocal most
+            found: Tensor = super().of_parameter(*args)
+            alive.add(found)
+            most = max(most, len(alive))
+            return found
+
+    params = {f"w{i:02}": normal(3, 3) for i in range(20)}
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        for weight in p.values():
+            x = torch.tanh(x @ weight)
+        return squares(x)
+
+    score, x = fg.reduce(losses), normal(4, 3)
+    watched, plain, apart = score(params, x, (Watched(), fg.gram(), fg.per_param(fg.gram())))
+    assert torch.equal(watched, plain)
+    assert torch.allclose(watched, torch.stack(list(apart.values())).sum(0), rtol=1e-12)
+    most = 0
+    score(params, x, Watched())
+    assert most == 2
