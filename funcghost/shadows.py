@@ -72,8 +72,8 @@ def followed(call: Call, found: Outputs, tracked: Sequence[Shadow], way: Way | N
     if any(physical(leaf) is not leaf for leaf in call.leaves if isinstance(leaf, Tensor)):
         raise UnsupportedOpError(
             "per-sample gradients in factored form are not to be had where a tangent is carried through "
-            "torch.func.vmap, as with chunk_size. Leave chunk_size out, or split the batch and call the step for each "
-            "part."
+            "torch.func.vmap, as with chunk_size or where a parameter is written into a value in place. Write ops out "
+            "of place; leave chunk_size out, or split the batch and call the step for each part."
         )
     values: Outputs = found
     if not (found and owns and alone):

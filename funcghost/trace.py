@@ -103,7 +103,7 @@ class Trace(TorchFunctionMode):
                 self.foreign.setdefault(id(leaf), weakref.ref(leaf))
         inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
         move = self._note_move(op, leaves, spec, given, inputs) if op in MOVES else None
-        versions = {slot: leaf._version for slot, leaf in given.items() if not leaf.is_inference()}
+        versions = {slot: physical(leaf)._version for slot, leaf in given.items() if not leaf.is_inference()}
         copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
         kept = self._before_a_write(op, leaves, inputs) if inputs else None
         before = random_state(self.devices)
@@ -115,7 +115,7 @@ class Trace(TorchFunctionMode):
         written = tuple(
             slot
             for slot, version in versions.items()
-            if given[slot]._version != version or (slot in copies and not _equal(copies[slot], given[slot]))
+            if physical(given[slot])._version != version or (slot in copies and not _equal(copies[slot], given[slot]))
         )
         self._refuse_writes(op, [given[slot] for slot in written])
         found = outputs(returned, [given[slot] for slot in written])

@@ -82,11 +82,39 @@ MUTATIONS: dict[str, Mutation] = {
         'layout == "never"',
         (AWKWARD, "-k", "used_after_all"),
     ),
+    "an eager tap that is a view": Mutation(
+        "tap.py",
+        "tuple([value.detach() for",
+        "tuple([value.view_as(value) for",
+        (AWKWARD, "-k", "written or convolutions"),
+    ),
+    "random numbers repeated once": Mutation(
+        "prepared.py",
+        "with around():",
+        "with around() if start == 0 else torch.no_grad():",
+        (MODES, "-k", "every_direction"),
+    ),
+    "low-rank leaves of another form": Mutation(
+        "tapping.py",
+        "tuple([tuple(map(type, known)) for known in tangents])",
+        "tuple([(object,) * len(known) for known in tangents])",
+        ("tests/test_floor.py", "tests/test_flops.py"),
+    ),
+    "a sum that is of the last": Mutation(
+        "ledger.py",
+        "total[key] = value if known is None else known + value",
+        "total[key] = value",
+        (REDUCERS, "-k", "added_up"),
+    ),
+    "zero is not one": Mutation("ledger.py", "scaled.get(name, zero)", "scaled.get(name, zero + 1)", (REDUCERS,)),
+    "rows for another batch": Mutation(
+        "arrangement.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
+    ),
     "a tap that is a view": Mutation(
         "tap.py",
         "torch.ops.aten._unsafe_view(value, value.shape)",
         "value.view_as(value)",
-        (AWKWARD, "-k", "convolutions or written"),
+        (EXAMPLE,),
     ),
     "vmapped axis left where it is": Mutation(
         "tap.py",
@@ -151,8 +179,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "zero is one": Mutation(
         "tapping.py",
-        "torch.zeros_like(call.leaves[slot]) if tangent is None",
-        "torch.ones_like(call.leaves[slot]) if tangent is None",
+        "torch.zeros_like(call.leaves[slot]) if leaf is None",
+        "torch.ones_like(call.leaves[slot]) if leaf is None",
         (AWKWARD, "-k", "tied or norms or recursion"),
     ),
     # samples that data move

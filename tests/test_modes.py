@@ -6,6 +6,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -149,6 +150,24 @@ def test_dropout_draws_what_a_plain_step_draws() -> None:
         assert torch.equal(torch.get_rng_state(), after)
         assert torch.equal(out.losses, values)
         assert_trees_close(out.grads, grads)
+
+
+def test_every_direction_meets_the_random_numbers_of_the_forward() -> None:
+    """A bias that goes into attention with dropout, whose derivative is the op run again."""
+    params, x = {"bias": torch.randn(5, 5, dtype=torch.float64)}, torch.randn(3, 1, 5, 4, dtype=torch.float64)
+
+    def losses(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = F.scaled_dot_product_attention(x, x, x, attn_mask=p["bias"], dropout_p=0.4)
+        return h.sin().flatten(1).sum(1)
+
+    directions, state = [like(params), like(params), like(params)], torch.get_rng_state()
+    score = fg.reduce(losses)
+    for _ in range(2):
+        torch.set_rng_state(state)
+        found = score(params, x, fg.dot(fg.stack(directions)))
+        for k, direction in enumerate(directions):
+            torch.set_rng_state(state)
+            assert_scores(found[:, k], expected(losses, params, x, direction))
 
 
 def test_buffers_change_as_in_one_plain_step() -> None:

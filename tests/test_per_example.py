@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcghost as fg
 from funcghost.oracle import per_sample_gradients
+from funcghost.testing import assert_matches_naive
 from tests.naive import assert_close, assert_scores, assert_trees_close, dots, expected, gradient
 from tests.small import like, next_token, rows, small_gpt
 
@@ -571,3 +572,31 @@ def test_nothing_stays_active_after_an_error() -> None:
         fg.per_example(never)({}, torch.ones(3))
     assert torch._C._functorch.maybe_current_level() is None
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_what_a_parameter_made_may_be_written_to_under_vmap() -> None:
+    params, x = {"w": normal(3, 4)}, normal(5, 2, 3)
+
+    def one(p: Params, x: Tensor) -> Tensor:
+        h = x @ p["w"]
+        h.mul_(2)
+        return h.sin_().sum()
+
+    assert_matches_naive(fg.per_example(one), params, x)
+
+
+def test_a_parameter_written_into_what_is_there_under_vmap() -> None:
+    """The tangent is carried on, as by the same op without a vmap; there are no factors then."""
+    params, x = {"w": normal(3, 4)}, normal(5, 2, 3)
+
+    def one(p: Params, x: Tensor) -> Tensor:
+        h = x @ p["w"]
+        h.mul_(2).add_(p["w"][0])
+        return h.sin().sum()
+
+    losses, direction = fg.per_example(one), like(params)
+    score = fg.reduce(losses)
+    for _ in range(2):
+        assert_scores(score(params, x, fg.dot(direction)), expected(losses, params, x, direction))
+    with pytest.raises(fg.UnsupportedOpError, match="chunk_size"):
+        score(params, x, fg.squared_norm())
