@@ -71,8 +71,11 @@ def along(use: Factor, direction: Leaf) -> Tensor:
     if isinstance(use, Lookup):
         looked = wide(direction).reshape(use.form.blocks[1:])[use.index]
         return (looked * wide(use.cols)).flatten(1).sum(1)
-    matrices = use.form.fold(wide(direction))  # [q, m, n]
-    return (torch.matmul(wide(use.rows).transpose(1, 2), matrices).transpose(1, 2) * wide(use.cols)).flatten(1).sum(1)
+    matrices, (one, other) = use.form.fold(direction), use.tensors  # [q, m, n]
+    if one.shape[-1] < other.shape[-1]:
+        matrices, one, other = matrices.mT, other, one
+    met = torch.matmul(one.transpose(1, 2), matrices.to(one.dtype)).transpose(1, 2)
+    return (wide(met) * wide(other)).flatten(1).sum(1)
 
 
 def _along_low_rank(use: Factor, direction: LowRank) -> Tensor:

@@ -39,7 +39,7 @@ class Manner(NamedTuple):
 class Prepared(NamedTuple):
     """What a tap does: `columns` are the directions scored by the `slopes`, which need the tensors in these slots.
 
-    The `uses` need those in the slots `kept`; by their factors the low-rank leaves `low` are scored (slot and column).
+    The `uses` need those in the slots `kept`; by their factors the leaves `factored` are scored (slot, column).
     """
 
     columns: tuple[int, ...]
@@ -47,22 +47,22 @@ class Prepared(NamedTuple):
     saved: tuple[int, ...]
     uses: tuple[Use, ...]
     kept: tuple[int, ...]
-    low: frozenset[tuple[int, int]]
+    factored: frozenset[tuple[int, int]]
 
 
 def prepare(call: Call, manner: Manner, described: Description | None, push: Callable[[], Pushforward]) -> Prepared:
     """What to do at a call to whose `J V` this is the way."""
-    low, uses = _factored(call, manner, described)
+    factored, uses = _factored(call, manner, described)
     rest = [
-        [kind is not NoneType and (slot, k) not in low for k, kind in enumerate(kinds)]
+        [kind is not NoneType and (slot, k) not in factored for k, kind in enumerate(kinds)]
         for slot, kinds in zip(call.tracked, manner.kinds, strict=True)
     ]
     columns = tuple([k for k, along in enumerate(zip(*rest, strict=True)) if any(along)])
     kept = tuple(slot for use in uses for slot in use.needed)
     if not columns:
-        return Prepared((), _no_slopes, (), uses, kept, low)
+        return Prepared((), _no_slopes, (), uses, kept, factored)
     pushed = push()
-    return Prepared(columns, _slopes(pushed, len(call.tracked), manner), pushed.needed, uses, kept, low)
+    return Prepared(columns, _slopes(pushed, len(call.tracked), manner), pushed.needed, uses, kept, factored)
 
 
 @remembered
@@ -71,27 +71,42 @@ def prepared(call: Call, manner: Manner, described: Description | None, way: Way
     return prepare(call, manner, described, lambda: pushforward(call, way))
 
 
+def tried(call: Call, manner: Manner, described: Description | None, push: Pushforward) -> Prepared:
+    """As `prepare`, while the way is tried: where factors score, `push` sees what it would take by shapes alone."""
+    found = prepare(call, manner, described, lambda: push)
+    if found.factored and not found.columns:
+        blank = {slot: torch.empty_like(call.leaves[slot], device="meta") for slot in (*push.needed, *call.tracked)}
+        push.evaluate([blank[slot] for slot in push.needed], [blank[slot] for slot in call.tracked])
+    return found
+
+
 def _factored(
     call: Call, manner: Manner, described: Description | None
 ) -> tuple[frozenset[tuple[int, int]], tuple[Use, ...]]:
-    """The low-rank leaves that are scored by factors, as where these are had without a derivative for each sample."""
-    columns = [
-        k
-        for k, kinds in enumerate(zip(*manner.kinds, strict=True))
-        if any(issubclass(kind, LowRank) for kind in kinds) and k not in manner.apart
+    """The leaves of directions (slot and column) that are scored by factors, and the uses wanted.
+
+    Low-rank ones are, where factors are had without a derivative for each sample. Of others, those of a product whose
+    output is larger than what the parameter meets: `g V` takes less memory than `J V`, at the same FLOPs.
+    """
+    kinds = [
+        {slot: kind for slot, kind in zip(call.tracked, along, strict=True) if kind is not NoneType}
+        for along in zip(*manner.kinds, strict=True)
     ]
-    if not columns and not manner.collects:
+    low = [any(issubclass(kind, LowRank) for kind in along.values()) for along in kinds]
+    if not manner.collects and (manner.vmapped or described is None) and not any(low):
         return frozenset(), ()
     uses = find_uses(call, described, manner.layouts, manner.chosen, manner.vmapped)
     cheap = {slot for use in uses if use.by_product for slot in use.slots}
-    low = frozenset(
+    smaller = {slot for use in uses if use.smaller and not manner.vmapped for slot in use.slots}
+    found = frozenset(
         (slot, k)
-        for slot, kinds in zip(call.tracked, manner.kinds, strict=True)
-        for k in columns
-        if slot in cheap and kinds[k] is not NoneType
+        for k, along in enumerate(kinds)
+        if k not in manner.apart and (low[k] or (cheap.issuperset(along) and not smaller.isdisjoint(along)))
+        for slot in along
+        if slot in cheap
     )
-    wanted = set(call.tracked) if manner.collects else {slot for slot, _ in low}
-    return low, tuple(use for use in uses if not wanted.isdisjoint(use.slots))
+    wanted = set(call.tracked) if manner.collects else {slot for slot, _ in found}
+    return found, tuple(use for use in uses if not wanted.isdisjoint(use.slots))
 
 
 def _slopes(push: Pushforward, count: int, manner: Manner) -> Slopes:

@@ -116,10 +116,11 @@ def product_of_two(
     if 0 in sizes.values():
         return None
     param, coefficient = spread(own[1], own[2], sizes), spread(other[1], other[2], sizes)
-    return Product(param, coefficient, out, (slots[other[0]],), _first, scale)
+    return Product(param, coefficient, out, (slots[other[0]],), itself, scale)
 
 
-def _first(saved: Sequence[Tensor]) -> Tensor:
+def itself(saved: Sequence[Tensor]) -> Tensor:
+    """The other tensor of a product of two, as it is."""
     return saved[0]
 
 

@@ -138,8 +138,9 @@ def dot(direction: Tree, with_bound: bool = False) -> Dot | BoundedDot:
     1/b. Accumulated in float32, or float64 for float64 parameters.
 
     Cost: per use of a weight with t positions, d inputs and p outputs one product of b t d p, as much as its
-    forward, on top of the 3 b t d p of a training step: 4/3 of its FLOPs. A leaf of rank r costs b t r (d + p). The
-    bound costs as `fg.squared_norm` of the parameters with low-rank leaves.
+    forward, on top of the 3 b t d p of a training step: 4/3 of its FLOPs; in memory as much as the output of the use,
+    or as its input where that is less than half. A leaf of rank r costs b t r (d + p). The bound costs as
+    `fg.squared_norm` of the parameters with low-rank leaves.
 
     Raises:
         InputError: (when used) a leaf is missing or differs from its parameter in shape, dtype or device.

@@ -17,7 +17,7 @@ from funcghost.ledger import Ledger
 from funcghost.lowrank import Leaf, as_dense
 from funcghost.moves import Maps
 from funcghost.plans import OutputLayout, Site
-from funcghost.prepared import Manner, prepare, prepared
+from funcghost.prepared import Manner, prepared, tried
 from funcghost.shadows import Shadow
 from funcghost.state import RandomState, replaying
 from funcghost.tangent import Call, Outputs, Pushforward
@@ -81,7 +81,7 @@ class Taps:
         )
         described = description(call.op)
         if site.way is None:
-            todo = prepare(call, manner, described, lambda: push(number, call, site))
+            todo = tried(call, manner, described, push(number, call, site))
         else:
             todo = prepared(call, manner, described, site.way)
         if not todo.columns and not todo.uses:
@@ -89,13 +89,13 @@ class Taps:
         collector = None
         if todo.uses:
             known = dict(zip(call.tracked, tangents, strict=True))
-            low = {(slot, k): leaf for slot, k in todo.low if (leaf := known[slot][k]) is not None}
+            low = {(slot, k): leaf for slot, k in todo.factored if (leaf := known[slot][k]) is not None}
             sources = frozenset[int]().union(*[target.sources for target in targets.values()])
             collector = Collector(todo.uses, low, layouts, batch, self.ledger, targets, sources, self.dtype)
             if self.ledger and sources and not ready():  # what is run again has been expected
                 self.ledger.expect(sources)
         around = ambient(values[0].device.type, drawn)
-        along = [tangent for k in todo.columns for tangent in filled(call, tangents, k, todo.low)]
+        along = [tangent for k in todo.columns for tangent in filled(call, tangents, k, todo.factored)]
         kept = [call.leaves[slot].detach() for slot in (*todo.kept, *todo.saved)]
         scorer = Scorer(
             (number, site.op),

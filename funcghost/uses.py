@@ -16,7 +16,7 @@ from torch import Tensor
 from funcghost.arrangement import IN_FRONT, arrangement, axes_of
 from funcghost.factors import Dense, Factor, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
-from funcghost.products import Description, Product, Table, describe
+from funcghost.products import Description, Product, Table, describe, itself
 from funcghost.tangent import Call, Outputs, physical
 
 Where = Layout | Placed | Literal["unused"]
@@ -29,13 +29,14 @@ class Use:
     """What a tapped call makes of the arguments in `slots`, of which it keeps the tensors in `needed`.
 
     `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots; `by_product` without a
-    derivative for each sample.
+    derivative for each sample. With `smaller`, what the parameter meets is less than half of what comes out.
     """
 
     slots: tuple[int, ...]
     needed: tuple[int, ...]
     factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
     by_product: bool = True
+    smaller: bool = False
 
 
 def find_uses(
@@ -74,7 +75,10 @@ def _mapped(values: Callable[[Sequence[Tensor]], Any], has: Sequence[bool]) -> C
 def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
     """The factor of a product, unless the samples are not among its positions."""
     known = product.param, product.coefficient, product.out, product.groups, product.base
-    arranged = arrangement(*known, shape, layout, vmapped)
+    try:
+        arranged = arrangement(*known, shape, layout, vmapped)
+    except TypeError:  # sizes are symbols while a compiler traces, which cannot be looked up
+        arranged = arrangement.__wrapped__(*known, shape, layout, vmapped)
     if arranged is None:
         return None
     a, form = arranged, arranged.form
@@ -110,7 +114,9 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
             return [Dense(form.whole((wide(left) * wide(right)).sum(1), batch))]
         return [Outer(right, left, form) if a.swapped else Outer(left, right, form)]
 
-    return Use((slot,), product.needed, factors)
+    fixed = isinstance(left_size, int) and isinstance(right_size, int)  # and not symbols
+    smaller = fixed and product.values is itself and bool(a.cols) and left_size >= 2 * right_size
+    return Use((slot,), product.needed, factors, smaller=smaller)
 
 
 def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:

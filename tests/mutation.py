@@ -100,6 +100,15 @@ MUTATIONS: dict[str, Mutation] = {
         "tuple([(object,) * len(known) for known in tangents])",
         ("tests/test_floor.py", "tests/test_flops.py"),
     ),
+    "positions forgotten for factors": Mutation(
+        "prepared.py", "if k not in manner.apart and (low[k] or", "if (low[k] or", (POSITIONS,)
+    ),
+    "a wide product by its output": Mutation(
+        "prepared.py", "not smaller.isdisjoint(along)", "False", ("tests/test_floor.py", "-k", "wide")
+    ),
+    "a use that is by no product": Mutation(
+        "prepared.py", "cheap.issuperset(along)", "True", ("tests/test_floor.py", "-k", "wide")
+    ),
     "a sum that is of the last": Mutation(
         "ledger.py",
         "total[key] = value if known is None else known + value",

@@ -272,7 +272,7 @@ def in_chunks() -> Made:
 
 
 NOT_TO_BE_HAD: dict[str, tuple[Callable[[], Made], Options | None, str]] = {
-    "vmap in chunks": (in_chunks, None, "UnsupportedOpError: .*Leave chunk_size out"),
+    "vmap in chunks": (in_chunks, None, "UnsupportedOpError: .*leave chunk_size out"),
     "no memory": (net, Options(memory_budget=1), "MemoryBudgetError: "),
 }
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcghost as fg
+from funcghost import collector
+from funcghost.factors import Outer
 from tests.naive import assert_close, assert_scores, expected
 from tests.small import like, rows, small_gpt
 from tests.test_flops import MODELS, Losses, Params, drawn, flops, perceptron, plain_step, problem, weight_products
@@ -170,6 +173,89 @@ def test_what_is_saved_is_shared_with_autograd(kind: str) -> None:
     # What the lookup needs is its index, and a scale of positions their number: the input of the batch and no more.
     given = batch.untyped_storage().nbytes()
     assert sum(ours.values()) <= sum(plain.values()) + sum(leaf.nbytes for leaf in leaves) + probe + given
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the results of so many entries that are no views."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.count = entries, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        fresh = isinstance(out, Tensor) and not any(value.alias_info for value in func._schema.returns)
+        self.count += fresh and out.numel() == self.entries
+        return out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_directions_of_a_wide_head_make_nothing_of_the_size_of_its_output(bias: bool, count: int) -> None:
+    """`g V` in place of `J V`, at the same FLOPs: beside the outputs and their gradients there are no such tensors."""
+    b, t, d, p = 3, 5, 6, 40
+    model = torch.nn.Linear(d, p, bias=bias).double()
+    params, x = dict(model.named_parameters()), torch.randn(b, t, d, dtype=torch.float64)
+    losses = fg.module_losses(model, lambda out, _: torch.logsumexp(out, -1).sum(1))
+    directions = [drawn(params) for _ in range(count)]
+    step = stepping(losses, params, x)
+    with Sizes(b * t * p) as plain:
+        plain_step(losses)(params, x)
+    with Sizes(b * t * p) as ours:
+        found = step(params, x, fg.dot(fg.stack(directions))).reduced
+    assert ours.count == plain.count > 1
+    extra = flops(step, params, x, fg.dot(fg.stack(directions))) - flops(plain_step(losses), params, x)
+    assert extra == count * 2 * b * t * d * p == count * step.__self__.plans[0].flops
+    for k, direction in enumerate(directions):
+        assert_scores(found[:, k], expected(losses, params, x, direction))
+
+
+WIDE: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "linear": ((12, 4), F.linear),
+    "matmul": ((4, 12), torch.matmul),
+    "einsum": ((4, 12), lambda x, w: torch.einsum("bti,io->bto", x, w)),
+    "heads": ((4, 3, 4), lambda x, w: torch.einsum("bti,iho->bhto", x, w)),
+    "blocks": ((2, 2, 7), lambda x, w: torch.einsum("btqi,qio->btqo", x.unflatten(-1, (2, 2)), w)),
+    "from the left": ((12, 5), lambda x, w: w @ x),
+    "transposed": ((12, 4), lambda x, w: x @ w.T),
+    "addmm": ((4, 12), lambda x, w: torch.addmm(w[0], x.flatten(0, 1), w, alpha=0.5).unflatten(0, (3, 5))),
+    "bmm": ((3, 4, 12), lambda x, w: torch.bmm(x.transpose(0, 1)[:3].contiguous(), w).transpose(0, 1)),
+    "twice": ((4, 12), lambda x, w: F.linear(x @ w, w)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_products_of_any_form_score_by_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, op = WIDE[name]
+    params = {"w": torch.randn(shape, dtype=torch.float64)}
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    met, along = list[Any](), collector.along
+
+    def seen(use: Any, direction: Any) -> Tensor:
+        met.append(use)
+        return along(use, direction)
+
+    monkeypatch.setattr(collector, "along", seen)
+    losses = lambda p, x: op(x, p["w"]).sin().flatten(1).sum(1)  # noqa: E731
+    score, direction = fg.reduce(losses), like(params)
+    for _ in range(2):
+        assert_scores(score(params, x, fg.dot(direction)), expected(losses, params, x, direction))
+    assert any(isinstance(use, Outer) for use in met)
+
+
+def test_a_wide_product_beside_what_is_none_costs_one_product() -> None:
+    """A parameter with a row for each sample has no factors: `J V` is of both together, not of each by itself."""
+    b, d, p = 4, 3, 12
+    params = {"rows": torch.randn(b, p, dtype=torch.float64), "w": torch.randn(d, p, dtype=torch.float64)}
+    x, direction = torch.randn(b, d, dtype=torch.float64), like(params)
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return torch.addmm(p["rows"], x, p["w"]).sin().sum(1)
+
+    step = stepping(losses, params, x)
+    extra = flops(step, params, x, fg.dot(direction)) - flops(plain_step(losses), params, x)
+    assert extra == 2 * b * d * p
+    assert_scores(step(params, x, fg.dot(direction)).reduced, expected(losses, params, x, direction))
 
 
 # -- compilers ---------------------------------------------------------------------------------------------------------

@@ -36,6 +36,22 @@ def test_compiled_step_equals_eager(backend: str) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_reducer_compiled_for_other_sizes() -> None:
+    torch._dynamo.reset()
+    model, losses, params = small_gpt(layers=1)
+    model.double()
+    low = fg.compress(like(params), rank=2)
+    reducers = (fg.squared_norm(), fg.gram(), fg.cross(1), fg.project(4), fg.dot(low), fg.per_param(fg.squared_norm()))
+    score = fg.reduce(losses, plan=fg.plan(losses, params, rows(), reducers))
+    compiled = torch.compile(score, fullgraph=True, backend="eager")
+    for size, length in ((4, 12), (6, 7), (5, 8)):  # from the second on, sizes are symbols
+        batch = rows(size, length)
+        found, wanted = (optree.tree_leaves(f(params, batch, reducers)) for f in (compiled, score))
+        for one, other in zip(found, wanted, strict=True):
+            assert_close(one, other, 1e-12)
+
+
 @pytest.mark.parametrize("kind", ["disguises", "per example", "carried", "scoring"])
 def test_compiled_where_identity_matters(kind: str) -> None:
     torch._dynamo.reset()
