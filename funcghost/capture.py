@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcghost.composite import opened, seen_by
 from funcghost.digest import Digest, op_name
 from funcghost.errors import MismatchError, PlanError
 from funcghost.ledger import Ledger
@@ -92,6 +93,10 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
+        parts = opened(op)
+        if parts is not None:
+            with seen_by(self):
+                return parts(*args, **(kwargs or {}))
         returned = self._run(op, args, kwargs or {})
         return returned if self.traced else self.digest.give(returned)
 

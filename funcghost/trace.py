@@ -16,6 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funcghost.composite import opened, seen_by
 from funcghost.digest import Digest, op_name
 from funcghost.errors import UnsupportedOpError
 from funcghost.generic import Generic
@@ -95,7 +96,10 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op as it is and notes what went in and came out."""
-        kwargs = kwargs or {}
+        kwargs, parts = kwargs or {}, opened(op)
+        if parts is not None:
+            with seen_by(self):
+                return parts(*args, **kwargs)
         leaves, spec = flatten_call(args, kwargs)
         given = {slot: leaf for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         for leaf in given.values():

@@ -109,6 +109,9 @@ MUTATIONS: dict[str, Mutation] = {
     "a use that is by no product": Mutation(
         "prepared.py", "cheap.issuperset(along)", "True", ("tests/test_floor.py", "-k", "wide")
     ),
+    "attention as a whole": Mutation(
+        "composite.py", "if op not in COMPOSITES or", "if True or", ("tests/test_flops.py", "-k", "transformer")
+    ),
     "a sum that is of the last": Mutation(
         "ledger.py",
         "total[key] = value if known is None else known + value",

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcghost as fg
 from funcghost import collector
+from funcghost.contract import along
 from funcghost.factors import Outer
 from tests.naive import assert_close, assert_scores, expected
 from tests.small import like, rows, small_gpt
@@ -195,9 +196,10 @@ def test_directions_of_a_wide_head_make_nothing_of_the_size_of_its_output(bias: 
     """`g V` in place of `J V`, at the same FLOPs: beside the outputs and their gradients there are no such tensors."""
     b, t, d, p = 3, 5, 6, 40
     model = torch.nn.Linear(d, p, bias=bias).double()
-    params, x = dict(model.named_parameters()), torch.randn(b, t, d, dtype=torch.float64)
+    params: Params = dict(model.named_parameters())
+    x = torch.randn(b, t, d, dtype=torch.float64)
     losses = fg.module_losses(model, lambda out, _: torch.logsumexp(out, -1).sum(1))
-    directions = [drawn(params) for _ in range(count)]
+    directions: list[Any] = [drawn(params) for _ in range(count)]
     step = stepping(losses, params, x)
     with Sizes(b * t * p) as plain:
         plain_step(losses)(params, x)
@@ -229,7 +231,7 @@ def test_wide_products_of_any_form_score_by_factors(name: str, monkeypatch: pyte
     shape, op = WIDE[name]
     params = {"w": torch.randn(shape, dtype=torch.float64)}
     x = torch.randn(3, 5, 4, dtype=torch.float64)
-    met, along = list[Any](), collector.along
+    met = list[Any]()
 
     def seen(use: Any, direction: Any) -> Tensor:
         met.append(use)

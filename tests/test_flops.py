@@ -135,6 +135,10 @@ MODELS: dict[str, Maker] = {
     "convolutions": (convolutional, lambda: torch.randn(3, 3, 8, 8)),
     "gpt2": (gpt2, lambda: {"input_ids": tokens()}),
     "llama": (llama, lambda: {"input_ids": tokens()}),
+    "torch's transformer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True),
+        lambda: torch.randn(3, 5, 8),
+    ),
 }
 
 

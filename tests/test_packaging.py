@@ -44,6 +44,7 @@ ORDER = (
     "projections",
     "ledger",
     "collector",
+    "composite",
     "digest",
     "prepared",
     "tap",
