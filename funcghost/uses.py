@@ -17,6 +17,7 @@ from funcghost.arrangement import IN_FRONT, arrangement, axes_of
 from funcghost.factors import Dense, Factor, Lookup, Outer, wide, wide_dtype
 from funcghost.layout import Layout, Placed
 from funcghost.products import Description, Product, Table, describe, itself
+from funcghost.slices import Slices, slices_of
 from funcghost.tangent import Call, Outputs, physical
 
 Where = Layout | Placed | Literal["unused"]
@@ -141,8 +142,10 @@ def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, v
 
 
 def _by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Use:
-    """One derivative of the op for each sample, with the gradient of the other samples masked."""
+    """One derivative for each sample: of the op on that sample alone, or with the gradient of the others masked."""
     needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    slices = slices_of(call)
+    places = [] if slices is None else [(Layout(slices.outputs[i]), "unused") for i in chosen]
     call = call.emptied()
 
     def factors(
@@ -152,29 +155,33 @@ def _by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> U
         layouts: Sequence[Where],
         batch: int,
     ) -> list[Factor]:
-        values = dict(zip(needed, saved, strict=True))
-        own = [needed.index(slot) for slot in slots]
+        inputs = {slot: value.detach() for slot, value in zip(needed, saved, strict=True)}
+        leaves = [inputs[slot].requires_grad_() for slot in slots]
 
         def op(tensors: Sequence[Tensor]) -> Outputs:
-            moved = values | dict(zip(needed, tensors, strict=True))
-            found = call.evaluate([moved.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
+            given = dict(zip(needed, tensors, strict=True))
+            found = call.evaluate([given.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
             return tuple(found[i] for i in chosen)
 
-        with torch.enable_grad():
-            inputs = [value.detach() for value in saved]
-            leaves = [inputs[i].requires_grad_() for i in own]
-            out = lifted(op, inputs, levels)
+        def alone(slices: Slices, sample: int) -> Sequence[Tensor | None]:
+            moved = [inputs.get(slot, leaf) for slot, leaf in enumerate(call.leaves)]
+            with torch.enable_grad():
+                found = call.evaluate(slices.of(moved, sample))
+            values = [found[i] for i in chosen]
+            return _pulled(values, [_narrow(g, where, sample) for g, where in pairs], leaves, keep=False)
+
+        def masked(sample: int) -> Sequence[Tensor | None]:
+            return _pulled(out, [_of_sample(g, where, sample, batch) for g, where in pairs], leaves, keep=True)
+
+        pairs = list(zip(gradients, layouts, strict=True))
+        fits = places and not levels and all(where in own for where, own in zip(layouts, places, strict=True))
+        each = slices if fits else None
+        if each is None:
+            with torch.enable_grad():
+                out = lifted(op, list(inputs.values()), levels)
         rows: list[list[Tensor]] = [[] for _ in leaves]
-        for i in range(batch):
-            masked = [
-                (value, _of_sample(g, where, i, batch))
-                for value, g, where in zip(out, gradients, layouts, strict=True)
-                if g is not None and where != "unused" and value.requires_grad
-            ]
-            found: Sequence[Tensor | None] = [None] * len(leaves)
-            if masked:
-                ends, cotangents = zip(*masked, strict=True)
-                found = torch.autograd.grad(ends, leaves, cotangents, retain_graph=True, allow_unused=True)
+        for sample in range(batch):
+            found = masked(sample) if each is None else alone(each, sample)
             for row, part, leaf in zip(rows, found, leaves, strict=True):
                 row.append(torch.zeros_like(leaf, requires_grad=False) if part is None else part.to_dense())
         return [Dense(torch.stack(row)) for row in rows]
@@ -182,8 +189,26 @@ def _by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> U
     return Use(slots, needed, factors, by_product=False)
 
 
-def _of_sample(gradient: Tensor, where: Where, sample: int, batch: int) -> Tensor:
+def _pulled(
+    values: Sequence[Tensor], cotangents: Sequence[Tensor | None], leaves: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of the leaves; None where there is none."""
+    there = [(v, g) for v, g in zip(values, cotangents, strict=True) if g is not None and v.requires_grad]
+    if not there:
+        return [None] * len(leaves)
+    ends, given = zip(*there, strict=True)
+    return torch.autograd.grad(ends, leaves, given, retain_graph=keep, allow_unused=True)
+
+
+def _narrow(gradient: Tensor | None, where: Where, sample: int) -> Tensor | None:
+    """The gradient of the outputs for one sample alone."""
+    return gradient.narrow(where.axis, sample, 1) if gradient is not None and isinstance(where, Layout) else None
+
+
+def _of_sample(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:
     """The gradient of one sample, with zeros elsewhere."""
+    if gradient is None or where == "unused":
+        return None
     if isinstance(where, Placed):
         rows = (where.samples == sample).view([-1 if i == where.axis else 1 for i in range(gradient.dim())])
         return torch.where(rows, gradient, 0)

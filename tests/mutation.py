@@ -112,6 +112,13 @@ MUTATIONS: dict[str, Mutation] = {
     "attention as a whole": Mutation(
         "composite.py", "if op not in COMPOSITES or", "if True or", ("tests/test_flops.py", "-k", "transformer")
     ),
+    "the first sample for all": Mutation(
+        "slices.py",
+        "leaf.narrow(axes[slot], sample, 1)",
+        "leaf.narrow(axes[slot], 0, 1)",
+        ("tests/test_slices.py",),
+    ),
+    "masks for all": Mutation("uses.py", "each = slices if fits else None", "each = None", ("tests/test_slices.py",)),
     "a sum that is of the last": Mutation(
         "ledger.py",
         "total[key] = value if known is None else known + value",

@@ -31,6 +31,7 @@ ORDER = (
     "layout",
     "moves",
     "products",
+    "slices",
     "descriptions",
     "arrangement",
     "uses",
