@@ -70,9 +70,13 @@ class Options:
         pair = isinstance(self.rates, tuple) and len(self.rates) == 2 and all(rate > 0 for rate in self.rates)
         if self.rates is not None and not pair:
             raise InputError(f"Options.rates must be (FLOP/s, bytes/s), two positive numbers, found {self.rates!r}.")
-        floating = isinstance(self.compute_dtype, torch.dtype) and self.compute_dtype.is_floating_point
-        if self.compute_dtype is not None and not floating:
-            raise InputError(f"Options.compute_dtype must be a floating dtype, found {self.compute_dtype!r}.")
+        dtype = self.compute_dtype
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        if dtype is not None and not floating:
+            raise InputError(
+                f"Options.compute_dtype must be a floating dtype of 16 bits or more, found {dtype!r}. Of those with 8 bits "
+                "torch has no products for every device: use torch.bfloat16."
+            )
 
 
 def means_of(options: Options, device: torch.device, rates: Rates | None = None) -> Means:
