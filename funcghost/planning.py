@@ -74,8 +74,8 @@ class Options:
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         if dtype is not None and not floating:
             raise InputError(
-                f"Options.compute_dtype must be a floating dtype of 16 bits or more, found {dtype!r}. Of those with 8 bits "
-                "torch has no products for every device: use torch.bfloat16."
+                f"Options.compute_dtype must be a floating dtype of 16 bits or more, found {dtype!r}. Of tensors with "
+                "8 bits torch has no products for every device: use torch.bfloat16."
             )
 
 
