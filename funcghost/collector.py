@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from funcghost.contract import along, in_dtype
 from funcghost.ledger import Ledger
-from funcghost.lowrank import Leaf
+from funcghost.lowrank import Leaf, LowRank
 from funcghost.shadows import Shadow
 from funcghost.uses import Levels, Use, Where
 
@@ -33,6 +34,12 @@ class Collector(NamedTuple):
     sources: frozenset[int]
     dtype: torch.dtype | None
 
+    def _rounded(self, leaf: Leaf) -> Leaf:
+        if self.dtype is None:
+            return leaf
+        to = in_dtype(self.dtype)
+        return replace(leaf, rows=to(leaf.rows), cols=to(leaf.cols)) if isinstance(leaf, LowRank) else to(leaf)
+
     def collect(
         self,
         around: Around,
@@ -51,7 +58,7 @@ class Collector(NamedTuple):
                 rounded = factor if self.dtype is None else factor.map(in_dtype(self.dtype))
                 for (where, k), direction in self.low.items():
                     if where == slot:
-                        score = along(rounded, direction)
+                        score = along(rounded, self._rounded(direction))
                         scores[k] = scores[k] + score if k in scores else score
                 if self.ledger is not None and slot in self.targets:
                     self.ledger.collect(self.targets[slot], factor)

@@ -283,7 +283,6 @@ def test_a_route_is_forced() -> None:
         ({"rates": (1.0, 0.0)}, "rates"),
         ({"compute_dtype": torch.int64}, "compute_dtype"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype"),
-        ({"compute_dtype": torch.float8_e4m3fn}, "compute_dtype"),
         ({"rates": 3.0}, "rates"),
     ],
 )

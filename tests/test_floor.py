@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcghost as fg
 from funcghost import collector
-from funcghost.contract import along
+from funcghost.contract import along, in_dtype
 from funcghost.factors import Outer
 from tests.naive import assert_close, assert_scores, expected
 from tests.small import like, rows, small_gpt
@@ -375,34 +375,51 @@ def test_a_planned_step_is_captured_in_a_cuda_graph(kind: str) -> None:
 
 # -- lower precision for scores ----------------------------------------------------------------------------------------
 
-ROUNDED = fg.Options(compute_dtype=torch.bfloat16)
+NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("kind", ["dot", "low rank", "stack", "norm", "gram", "cross"])
-def test_compute_dtype_leaves_gradients_alone_and_costs_its_rounding(kind: str) -> None:
+def test_compute_dtype_leaves_gradients_alone_and_costs_its_rounding(kind: str, dtype: torch.dtype) -> None:
     """The operands of products are off by eps / 2 each, so a score by the size of its terms times their number."""
     _, losses, params = small_gpt(width=32)
     batch = rows(8)
     reducer = reducers(params)[kind]
     plain = fg.grad_and_reduce(losses)(params, batch, reducer)
-    found = fg.grad_and_reduce(losses, options=ROUNDED)(params, batch, reducer)
+    found = fg.grad_and_reduce(losses, options=fg.Options(compute_dtype=dtype))(params, batch, reducer)
     assert torch.equal(found.losses, plain.losses)
     for name, gradient in plain.grads.items():
         assert torch.equal(found.grads[name], gradient)
     assert found.reduced.dtype == plain.reduced.dtype == torch.float32
     off = found.reduced - plain.reduced
-    eps = torch.finfo(torch.bfloat16).eps
+    eps = torch.finfo(dtype).eps
     relative = float(off.norm() / plain.reduced.norm())
     assert 0 < relative <= 4 * eps, (kind, relative / eps)
 
 
-def test_compute_dtype_is_within_the_rounding_of_two_operands() -> None:
+@pytest.mark.parametrize("dtype", NARROW)
+def test_compute_dtype_is_within_the_rounding_of_two_operands(dtype: torch.dtype) -> None:
     """|error_i| <= eps sum |terms_i|: half an eps for the activation, half for the direction."""
     _, losses, params = small_gpt(width=32)
     batch, direction = rows(8), like(params)
     wanted = expected(losses, params, batch, direction)
-    found = fg.reduce(losses, options=ROUNDED)(params, batch, fg.dot(direction))
-    assert_scores(found, wanted, torch.finfo(torch.bfloat16).eps)
+    found = fg.reduce(losses, options=fg.Options(compute_dtype=dtype))(params, batch, fg.dot(direction))
+    assert_scores(found, wanted, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_numbers_that_a_dtype_holds_are_not_rounded(dtype: torch.dtype) -> None:
+    """Up to a power of two for the whole tensor, however large or small."""
+    held = torch.tensor([0.0, 1.0, -1.5, 0.75, 3.0, 0.25])
+    for power in (0, 3, -12):
+        value = held * 2.0**power
+        assert torch.equal(in_dtype(dtype)(value).float(), value)
+    if dtype.itemsize == 1:
+        assert torch.equal(in_dtype(dtype)(held * 2.0**60).float(), held * 2.0**60)
+    for value in (torch.zeros(3), torch.zeros(0, 2), torch.empty(2, 3, device="meta")):
+        assert in_dtype(dtype)(value).shape == value.shape
+    assert not in_dtype(dtype)(torch.zeros(3)).any()
+    assert in_dtype(dtype)(torch.tensor([1.0, torch.nan])).isnan().any()
 
 
 def test_a_plan_for_low_rank_directions_has_verified_their_factors() -> None:
