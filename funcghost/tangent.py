@@ -7,7 +7,7 @@ op), the op's own forward derivative, and the transpose of the op's own backward
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any, Literal
 
 import optree
@@ -25,6 +25,7 @@ PLAIN = frozenset(
     [int, float, bool, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout]
 )
 """What is known by its value alone."""
+LEAVES = PLAIN - {type(None)} | {Tensor, torch.nn.Parameter}
 MOST_KEYS = 4096
 
 
@@ -103,8 +104,17 @@ def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], optree.PyTreeSpec]:
     """The leaves of an op's arguments."""
+    if not kwargs and LEAVES.issuperset(map(type, args)):
+        return list(args), _flat_spec(len(args))
     nest: Any = (tuple(args), kwargs)
     return optree.tree_flatten(nest)
+
+
+@cache
+def _flat_spec(count: int) -> optree.PyTreeSpec:
+    """The structure of so many arguments without containers."""
+    nest: Any = ((0,) * count, {})
+    return optree.tree_structure(nest)
 
 
 def is_float(value: object) -> bool:
