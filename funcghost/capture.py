@@ -107,8 +107,7 @@ class Capture(TorchFunctionMode):
             args, kwargs = optree.tree_unflatten(spec, leaves)
         if self.moves and op in MOVES:
             self._follow_move(op, leaves, spec)
-        tangents = self.tangents
-        tracked = tuple([slot for slot, leaf in enumerate(leaves) if id(leaf) in tangents])
+        tracked = tuple([slot for slot, leaf in enumerate(leaves) if id(leaf) in self.tangents])
         if not tracked or not torch.is_grad_enabled():
             returned = op(*args, **kwargs)
             self._digest(op, leaves, returned)

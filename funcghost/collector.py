@@ -1,4 +1,4 @@
-"""What a tap does with the factors of per-sample gradients: scores along low-rank directions, and the ledger."""
+"""What a tap does with the factors of per-sample gradients: scores along directions, and the ledger."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -55,11 +55,11 @@ class Collector(NamedTuple):
             with around():
                 factors = use.factors(tensors[start:stop], own, gradients, self.layouts, self.batch)
             for slot, factor in zip(use.slots, factors, strict=True):
-                rounded = factor if self.dtype is None else factor.map(in_dtype(self.dtype))
-                for (where, k), direction in self.low.items():
-                    if where == slot:
-                        score = along(rounded, self._rounded(direction))
-                        scores[k] = scores[k] + score if k in scores else score
+                wanted = [(k, direction) for (where, k), direction in self.low.items() if where == slot]
+                rounded = factor.map(in_dtype(self.dtype)) if wanted and self.dtype is not None else factor
+                for k, direction in wanted:
+                    score = along(rounded, self._rounded(direction))
+                    scores[k] = scores[k] + score if k in scores else score
                 if self.ledger is not None and slot in self.targets:
                     self.ledger.collect(self.targets[slot], factor)
             start = stop

@@ -51,14 +51,12 @@ class Digest:
         """
         if not isinstance(returned, Tensor) and op is not Tensor.__setitem__ and not _holds_tensors(returned):
             return
-        flags: list[int] = [self.ops, _codes.get(op) or _code(op), torch.is_grad_enabled()]
+        flags: list[int] = [self.ops, _code(op), torch.is_grad_enabled()]
         sizes: list[Any] = [self.sizes]
-        numbers = self.numbers
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 sizes.append(leaf.shape)
-                known = numbers.get(id(leaf))
-                flags.append(known[1] if known is not None and known[0]() is leaf else self._number(leaf))
+                flags.append(self._number(leaf))
             elif isinstance(leaf, bool):
                 flags.append(2 + leaf)
             elif isinstance(leaf, int):

@@ -53,7 +53,8 @@ def lifted(solve: Solve, problem: Problem, directions: Directions, *, linear: bo
         InputError: something else is transformed.
     """
     level = torch._C._functorch.maybe_current_level()
-    if level is None and forward_ad._current_level < 0 and not _differentiable(directions):
+    plain = level is None and not _differentiable(directions)
+    if plain and forward_ad._current_level < 0:
         return solve(problem, directions)
     low = [leaf for direction in directions for leaf in direction if isinstance(leaf, LowRank)]
     if low and (level is not None or _differentiable([low])):
@@ -62,7 +63,7 @@ def lifted(solve: Solve, problem: Problem, directions: Directions, *, linear: bo
     given = [*problem.params.leaves, *tensors(problem.batch)]
     if any(map(_has_tangent, (*given, *leaves))):
         raise InputError(TRANSFORMS)
-    if level is None and not _differentiable(directions):
+    if plain:
         return solve(problem, directions)
     stack = [part.key() for part in get_interpreter_stack() or ()]
     if stack == [TransformType.Grad] and linear and directions:

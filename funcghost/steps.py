@@ -45,11 +45,12 @@ def uncompiled() -> Iterator[None]:
 
     Gradients are taken also where the caller has inference mode on.
     """
+    enabled = torch.is_grad_enabled()
     with torch.compiler.set_stance("force_eager"):
         if not torch.is_inference_mode_enabled():
             yield
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
             yield
 
 
