@@ -28,6 +28,7 @@ from funcghost.reducers import Reducer, dot, per_param
 from funcghost.report import Report
 from funcghost.rules import register_rule
 from funcghost.steps import Step
+from funcghost.tracking import track
 from funcghost.transforms import grad_and_reduce, pairs, plan, reduce
 
 __all__ = [
@@ -72,4 +73,5 @@ __all__ = [
     "register_rule",
     "squared_norm",
     "stack",
+    "track",
 ]

@@ -83,7 +83,7 @@ def _along_low_rank(use: Factor, direction: LowRank) -> Tensor:
 
     Cost: r (m + n) per position and block.
     """
-    if not _fits(use, direction):
+    if not fits(use, direction):
         return along(use, direction.dense())
     if isinstance(use, Lookup):
         left = direction.rows[0][use.index]
@@ -99,7 +99,7 @@ def _along_low_rank(use: Factor, direction: LowRank) -> Tensor:
     return (wide(left) * wide(right)).flatten(1).sum(1)
 
 
-def _fits(use: Factor, direction: LowRank) -> bool:
+def fits(use: Factor, direction: LowRank) -> bool:
     """Whether the blocks of the direction are those of the factor."""
     if isinstance(use, Dense):
         return False

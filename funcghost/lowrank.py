@@ -22,7 +22,8 @@ class LowRank:
 
     Shapes: rows [q, m, r], cols [q, n, r]; `shape` is that of the parameter, with q m n entries. `residual` [] is an
     upper bound on the Frobenius norm of what was dropped, in float32 at least: `|<V' - V, G>| <= residual |G|` for the
-    V' that this stands for and any G, where V is the exact product of the factors as they are stored.
+    V' that this stands for and any G, where V is the exact product of the factors as they are stored. It is infinite
+    where nobody knows, as after `fg.track`.
 
     Other code may take it apart and put it together with anything in place of the tensors: it is a pytree node of
     `torch.utils._pytree`, and a leaf for optree.
@@ -229,8 +230,8 @@ def certified_bound(direction: Tree, norms: Mapping[str, Tensor]) -> Tensor:
         if name not in norms:
             raise InputError(f"certified_bound: norms must hold those of {name!r}, which is low-rank.")
         term = leaf.residual.detach().double() * norms[name].detach().double().sqrt()
-        # Nothing was dropped: then a gradient beyond the range of numbers makes no error, either.
-        total = total + torch.where(leaf.residual == 0, 0.0, term)
+        # Nothing was dropped, or there is no gradient: no error, also where the other is beyond the range of numbers.
+        total = total + torch.where((leaf.residual == 0) | (norms[name] == 0), 0.0, term)
         terms += 1
     raised = total * (1 + (terms + 4) * 2.0**-52)
     dtype = torch.promote_types(some.dtype, torch.float32)

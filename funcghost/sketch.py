@@ -53,16 +53,17 @@ def leading_factors(matrix: Tensor, rank: int, seed: int) -> Factors:
         return Factors(left, values, right, short, True)
     source = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn((short, width), generator=source, dtype=matrix.dtype, device="cpu").to(matrix.device)
-    basis = _basis(matrix.mT @ start)
+    basis = orthonormal(matrix.mT @ start)
     for _ in range(POWER_ITERATIONS):
-        basis = _basis(matrix.mT @ _basis(matrix @ basis))
+        basis = orthonormal(matrix.mT @ orthonormal(matrix @ basis))
     right, values, left = _svd_of_wide((matrix @ basis).mT)
     return Factors(left, values, basis @ right, rank, False)
 
 
-def _basis(tall: Tensor) -> Tensor:
-    """Orthonormal columns that span those of a tall matrix; zeros in place of those that add nothing."""
-    return torch.linalg.qr(tall).Q if tall.dtype is torch.float64 else _svd_of_wide(tall.mT)[2]
+def orthonormal(tall: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a tall matrix, and more where these are dependent."""
+    basis: Tensor = torch.linalg.qr(tall).Q
+    return basis
 
 
 def _svd_of_wide(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

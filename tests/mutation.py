@@ -22,7 +22,7 @@ MODES, WRAPPERS, EXAMPLE = (f"tests/test_{name}.py" for name in ("modes", "wrapp
 AWKWARD, LAYERS = "tests/test_awkward.py", "tests/test_nn_layers.py"
 CONTRACT, REDUCERS, PAIRS = (f"tests/test_{name}.py" for name in ("contract", "reducers", "pairs"))
 LOWRANK, PROJECTIONS, POSITIONS = (f"tests/test_{name}.py" for name in ("lowrank", "projections", "positions"))
-HEAD = "tests/test_functional.py"
+HEAD, TRACKING = "tests/test_functional.py", "tests/test_tracking.py"
 
 
 class Mutation(NamedTuple):
@@ -413,6 +413,25 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "the bound of the last leaf": Mutation(
         "lowrank.py", "total = total + torch.where(", "total = torch.where(", (LOWRANK, "-k", "bound_is_the_sum")
+    ),
+    "a bound beyond all gradients": Mutation("lowrank.py", "| (norms[name] == 0)", "", (TRACKING, "-k", "no_bound")),
+    "a bound where none is known": Mutation(
+        "tracking.py", "new_full((), math.inf)", "new_zeros(())", (TRACKING, "-k", "no_bound")
+    ),
+    "the first use alone is tracked": Mutation(
+        "tracking.py", "for use in factored]", "for use in factored[:1]]", (TRACKING, "-k", "every_form")
+    ),
+    "squares of the whole range": Mutation(
+        "tracking.py",
+        "side.abs().amax(1, keepdim=True)",
+        "side.square().sum(1, keepdim=True).sqrt()",
+        (TRACKING, "-k", "far_from_one"),
+    ),
+    "the longer side as the basis": Mutation(
+        "tracking.py", "if blocks[1] <= blocks[2] else", "if blocks[1] > blocks[2] else", (TRACKING, "-k", "every_form")
+    ),
+    "zeros stay zeros": Mutation(
+        "tracking.py", "torch.where(found == 0, 1, found)", "found", (TRACKING, "-k", "zeros")
     ),
     "one projection for all names": Mutation(
         "projections.py",

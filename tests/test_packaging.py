@@ -67,6 +67,7 @@ ORDER = (
     "planning",
     "witness",
     "pairs",
+    "tracking",
     "algebra",
     "steps",
     "transforms",

@@ -69,6 +69,7 @@ PROMISES: dict[str, dict[str, float]] = {
         "scoring only, rank 32": 1.05,
         "fresh, exact": 1.25,
         "fresh, rank 32": 1.08,
+        "fresh, rank 32 tracked": 1.08,
         EVERY_TENTH: 1.08,
     },
     "MLP": {"fresh, exact": 1.10, "fresh, rank 32": 1.10, "fresh, pairs": 1.10},

@@ -1,4 +1,4 @@
-"""How low the rank of a validation gradient is: what `fg.compress` drops from the scores, and what it saves.
+"""How low the rank of a validation gradient is: what `fg.compress` and `fg.track` drop from scores, and what it saves.
 
 Trains the small GPT of the examples on real text and stops at several steps. There the scores of a training batch along
 the validation gradient are compared with those along its compressed parts, in float64, so that ranks alone make the
@@ -10,8 +10,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     *({"rank": rank} for rank in (4, 8, 16, 32, 64)),
     *({"rtol": rtol} for rtol in (0.3, 0.1, 0.03, 0.01)),
 )
+TRACKED = (8, 32)
+"""Ranks at which the validation gradient is tracked from step to step, too."""
 LOOKED_UP = "positions.weight"
 
 
@@ -42,8 +44,9 @@ LOOKED_UP = "positions.weight"
 class Row:
     """One setting at one step.
 
-    `dropped`: sqrt(sum residual^2) / |V|. `error`: |scores' - scores| / |scores| over the batch. `bound`: the median of
-    bound / |error| over samples. `flops`: a step with `fg.dot`, in steps without. `seconds` are those of `fg.compress`.
+    `dropped`: sqrt(sum residual^2) / |V|, or where these are not known, the norm of what is missing. `error`:
+    |scores' - scores| / |scores| over the batch. `bound`: the median of bound / |error| over samples. `flops`: a step
+    with `fg.dot`, in steps without. `seconds` are those of `fg.compress` or `fg.track`.
     """
 
     step: int
@@ -58,13 +61,17 @@ class Row:
 
 
 def training(
-    losses: WindowLosses, args: argparse.Namespace, sampler: WindowSampler
+    losses: WindowLosses, args: argparse.Namespace, sampler: WindowSampler, follow: Callable[[Params], None]
 ) -> Iterator[tuple[int, Params, Params | None]]:
-    """Trains with Adam; at every stop the step, the parameters and what Adam divides by, once there is such."""
+    """Trains with Adam; at every stop the step, the parameters and what Adam divides by, once there is such.
+
+    Before every step the parameters are shown to `follow`.
+    """
     leaves = [parameter.detach().requires_grad_() for parameter in losses.model.parameters()]
     params = dict(zip(dict(losses.model.named_parameters()), leaves, strict=True))
     optimizer = torch.optim.Adam(leaves, lr=args.lr, betas=(0.9, 0.99))
     for step in range(max(args.stops) + 1):
+        follow(params)
         if step in args.stops:
             moments = [optimizer.state[leaf]["exp_avg_sq"] / (1 - 0.99**step) for leaf in leaves] if step else None
             scale = None if moments is None else [moment.sqrt() + 1e-8 for moment in moments]
@@ -74,13 +81,43 @@ def training(
         optimizer.step()
 
 
-def compare(step: int, losses: WindowLosses, params: Params, direction: Params, kind: str, batch: Batch) -> list[Row]:
+@dataclass
+class Follower:
+    """The validation gradient at ranks `TRACKED`, compressed at the first step and tracked from there on, by rank."""
+
+    losses: WindowLosses
+    validation: Batch
+    found: dict[int, tuple[Any, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pairs = fg.pairs(self.losses)
+
+    def __call__(self, params: Params) -> None:
+        """The next step."""
+        pairs = self.pairs(params, self.validation)
+        mean = pairs.weighted(torch.full((len(pairs),), 1 / len(pairs)))
+        for rank in TRACKED:
+            start = time.perf_counter()
+            small = fg.track(mean, self.found[rank][0]) if rank in self.found else fg.compress(mean, rank=rank)
+            self.found[rank] = small, time.perf_counter() - start
+
+
+def compare(
+    step: int,
+    losses: WindowLosses,
+    params: Params,
+    direction: Params,
+    kind: str,
+    batch: Batch,
+    tracked: Mapping[int, tuple[Any, float]],
+) -> list[Row]:
     """All settings at one point: the scores of all compressed directions come from one pass."""
-    found = []
-    for setting in SETTINGS:
+    found = list[tuple[str, Any, float]]()
+    for options in SETTINGS:
         start = time.perf_counter()
-        small = fg.compress(direction, **setting)
-        found.append((setting, small, time.perf_counter() - start))
+        small = fg.compress(direction, **options)
+        found.append((", ".join(f"{k}={v}" for k, v in options.items()), small, time.perf_counter() - start))
+    found += [(f"rank={rank}, tracked", small, seconds) for rank, (small, seconds) in tracked.items()]
     precise = {name: parameter.detach().double() for name, parameter in params.items()}
     dense = [
         {name: as_dense(leaf).double() for name, leaf in small.items()}
@@ -98,11 +135,13 @@ def compare(step: int, losses: WindowLosses, params: Params, direction: Params, 
         if bool((error > bound + 1e-6 * total * sum(norms.values()).sqrt()).any()):
             raise RuntimeError(f"step {step}, {setting}: a score is off by {error.max()}, more than its bound")
         residual = torch.stack([leaf.residual for leaf in low.values()]).norm() if low else torch.zeros(())
+        if not bool(residual.isfinite()):
+            residual = torch.stack([(leaf.dense() - direction[name]).norm() for name, leaf in low.items()]).norm()
         rows.append(
             Row(
                 step=step,
                 direction=kind,
-                setting=", ".join(f"{name}={value}" for name, value in setting.items()),
+                setting=setting,
                 ranks=sorted(leaf.rank for leaf in low.values()),
                 dropped=float(residual / total),
                 error=float(error.norm() / exact.norm()),
@@ -140,7 +179,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures what fg.compress drops from scores, and what it saves.")
+    parser = argparse.ArgumentParser(description="Measures what fg.compress and fg.track drop from scores.")
     parser.add_argument("--quick", action="store_true", help="under two minutes: a smaller model and fewer steps")
     parser.add_argument(
         "--stops", type=int, nargs="+", help="steps to stop at; default 0 100 600, with --quick 0 20 200"
@@ -173,13 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     sampler = WindowSampler(corpus.training, args.context, args.batch, (args.seed, 0))
     validation = Batch(validation_tokens(corpus.validation, args.context, args.validation_windows))
     rows: list[Row] = []
-    for step, params, scale in training(losses, args, sampler):
+    follower = Follower(losses, validation)
+    for step, params, scale in training(losses, args, sampler, follower):
         batch = Batch(sampler.draw(step).tokens)
         gradient = in_run.validation_gradient(losses, params, [validation])
         directions = {"grad": gradient}
         if scale is not None:
             directions["grad/adam"] = {name: v / scale[name] for name, v in gradient.items()}
-        here = [row for kind, v in directions.items() for row in compare(step, losses, params, v, kind, batch)]
+        here = [
+            row
+            for kind, v in directions.items()
+            for row in compare(step, losses, params, v, kind, batch, follower.found if kind == "grad" else {})
+        ]
         with torch.no_grad():
             loss = float(losses(params, validation).mean())
         print(

@@ -117,10 +117,17 @@ def fresh(problem: InRun, plan: fg.Plan) -> dict[str, Contender]:
     def across() -> Any:
         return joint(case.params, problem.both.batch, fg.cross(len(other.batch))).reduced
 
+    start = compressed()
+
+    def tracked() -> Any:
+        return fg.track(pairs(case.params, other.batch), start)
+
+    followed = 2 * low_rank_flops(problem, 32, problem.validation_tokens)
     of_pairs = min(own + products, low_rank_flops(problem, problem.validation_tokens, problem.tokens))
     return {
         "fresh, exact": Contender(along(lambda: validation_gradient(problem)), CONCATENATED, whole + products),
         "fresh, rank 32": Contender(along(compressed), CONCATENATED, whole + low),
+        "fresh, rank 32 tracked": Contender(along(tracked), CONCATENATED, whole - own + followed + low),
         "fresh, pairs": Contender(along(lambda: pairs(case.params, other.batch)), CONCATENATED, whole - own + of_pairs),
         "fresh, cross": Contender(across, CONCATENATED),
         "refresh of rank 32": Contender(compressed, CONCATENATED, whole - count_flops(lambda: training_gradient(case))),
