@@ -226,6 +226,23 @@ def _embedding(index_name: str) -> Describe:
     return lookup
 
 
+def _bags(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
+    """Sums or means of rows, where all bags have the same length: the index has two axes."""
+    if name != "weight" or a["input"].dim() != 2 or not covered_by_rule(call):
+        return None
+    mean, padding, weights = a.get("mode", "mean") == "mean", a.get("padding_idx"), a.get("per_sample_weights")
+    dtype, length = a["weight"].dtype, a["weight"].shape[0]
+
+    def values(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        index, *weights = saved
+        kept = index.new_ones(index.shape, dtype=dtype) if padding is None else (index != padding % length).to(dtype)
+        scale = kept / kept.sum(-1, keepdim=True).clamp(min=1) if mean else kept
+        return index, (scale * weights[0] if weights else scale).unsqueeze(-1)
+
+    needed = (slots["input"],) if weights is None else (slots["input"], slots["per_sample_weights"])
+    return Table(needed, 2, values, summed=True)
+
+
 def _rows(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
     """Indexing the first axis by one tensor of numbers."""
     index = a["index"]
@@ -262,5 +279,6 @@ _describe(
 )
 _describe(("input", "weight", "padding_idx"), _embedding("input"), F.embedding)
 _describe(("weight", "indices", "padding_idx", "scale_grad_by_freq"), _embedding("indices"), torch.embedding)
+_describe(("input", "weight"), _bags, F.embedding_bag)
 _describe(("input", "index"), _rows, T.__getitem__)
 _describe(("input", "dim", "index"), _rows, torch.index_select, T.index_select)

@@ -45,12 +45,14 @@ class Product:
 class Table:
     """`out[t] = scale[t] * param[index[t]]`, for an index of so many axes, the `places`.
 
-    `values` gives the index, and the scale if there is one, from the tensors in the slots `needed`.
+    `values` gives the index, and the scale if there is one, from the tensors in the slots `needed`. If `summed`, the
+    output is the sum over the last of the places, and there is a scale.
     """
 
     needed: tuple[int, ...]
     places: int
     values: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    summed: bool = False
 
 
 Arguments = dict[str, Any]

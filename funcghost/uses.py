@@ -123,7 +123,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
 def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
     """The rows of a table that were looked up, unless the samples are not among the places of the index."""
     places = vmapped + table.places
-    if layout.fold != "single" and layout.axis >= places:
+    if layout.fold != "single" and layout.axis >= places - table.summed:
         return None
 
     def factors(
@@ -134,6 +134,7 @@ def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, v
         index, *scale = lifted(table.values, saved, levels)
         for level, has in enumerate(levels):
             index = index if any(has) else index.unsqueeze(level)
+        g = g.unsqueeze(-2) if table.summed else g
         g = g * scale[0] if scale else g
         rows = layout.by_sample(index.expand(g.shape[:places]), batch).reshape(batch, -1)
         return [Lookup(rows, layout.by_sample(g, batch).reshape(batch, rows.shape[1], -1), shape)]

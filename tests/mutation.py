@@ -255,6 +255,15 @@ MUTATIONS: dict[str, Mutation] = {
         "copied[slot] = copied[slot]",
         (AWKWARD, "-k", "written or added"),
     ),
+    "padding in the mean": Mutation(
+        "descriptions.py", "kept.sum(-1, keepdim=True)", "index.shape[-1] * kept.new_ones(1)", (LAYERS, "-k", "Bag")
+    ),
+    "padding in the bag": Mutation(
+        "descriptions.py", "if padding is None else (index", "if True else (index", (LAYERS, "-k", "Bag")
+    ),
+    "bags without weights": Mutation(
+        "descriptions.py", "(scale * weights[0] if weights else scale)", "scale", (LAYERS, "-k", "Bag")
+    ),
     "only the padding": Mutation("rules.py", "(index != padding)", "(index == padding)", (LAYERS, "-k", "Embedding")),
     "frequency upside down": Mutation(
         "rules.py",

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import funcghost as fg
-from tests.naive import assert_scores, assert_trees_close, expected, gradient
+from funcghost.oracle import per_sample_gradients
+from tests.naive import assert_close, assert_scores, assert_trees_close, dots, expected, gradient
 
 MAKES_PARAMETERS = {"Parameter", "UninitializedParameter", "_get_clones"}
 ABSTRACT = {"RNNBase", "RNNCellBase"}
@@ -91,6 +92,13 @@ def bags(weighted: bool = False) -> Callable[[int], tuple[Any, ...]]:
         return (index, offsets, normal(10)) if weighted else (index, offsets)
 
     return inputs
+
+
+def some_padding(b: int) -> tuple[Any, ...]:
+    """Some indices are 1, and all of the first sample's."""
+    index = torch.arange(5 * b).view(b, 5).fmod(3)
+    index[0] = 1
+    return (index,)
 
 
 def packed(b: int) -> tuple[Any, ...]:
@@ -269,6 +277,19 @@ LAYERS: dict[str, dict[str, Layer]] = {
     | {"sequence first": Layer(lambda: nn.Embedding(10, 3), lambda b: (torch.randint(0, 10, (5, b)),), axis=1)},
     "EmbeddingBag": {
         "mean": Layer(lambda: nn.EmbeddingBag(10, 3), tokens(5)),
+        "mean but for padding": Layer(lambda: nn.EmbeddingBag(3, 3, padding_idx=1), some_padding),
+        "weighted rows": Layer(
+            called(
+                lambda: nn.EmbeddingBag(10, 3, mode="sum", padding_idx=-2),
+                lambda m, i, w: m(i, per_sample_weights=w),
+            ),
+            lambda b: (torch.randint(0, 10, (b, 5)), normal(b, 5)),
+        ),
+        "two rows a sample": Layer(
+            called(lambda: nn.EmbeddingBag(10, 3), lambda m, i: m(i.flatten(0, 1))),
+            lambda b: (torch.randint(0, 10, (b, 2, 4)),),
+            lambda out: out.unflatten(0, (-1, 2)),
+        ),
         "sum of bags": Layer(lambda: nn.EmbeddingBag(10, 3, mode="sum", padding_idx=2), bags()),
         "mean of bags": Layer(lambda: nn.EmbeddingBag(10, 3, mode="mean", sparse=True), bags()),
         "weighted": Layer(
@@ -432,15 +453,26 @@ def check(layer: Layer, training: bool) -> None:
     for size in (layer.sizes[0], *layer.sizes):  # the planning call, the planned one, another batch size
         batch, state = layer.inputs(size), torch.get_rng_state()
         with buffers_as_they_were(module):
-            wanted = expected(losses, params, batch, direction)
+            rows = per_sample_gradients(losses, params, batch)
+        matrix = torch.cat([value.to_dense().flatten(1) for value in rows.values()], 1)
+        sizes = dots({k: v.abs() for k, v in rows.items()}, {k: v.abs() for k, v in direction.items()})
         with buffers_as_they_were(module):
             grads, values = gradient(losses, params, batch)
         torch.set_rng_state(state)
         with buffers_as_they_were(module):
-            out = step(params, batch, fg.dot(direction))
-        assert_scores(out.reduced, wanted)
+            out = step(params, batch, (fg.dot(direction), fg.gram()))
+        assert_scores(out.reduced[0], (dots(rows, direction), sizes))
+        assert_close(out.reduced[1], matrix @ matrix.T, 1e-10)
         assert torch.equal(out.losses, values)
         assert_trees_close({k: g.to_dense() for k, g in out.grads.items()}, {k: g.to_dense() for k, g in grads.items()})
+
+
+def test_bags_of_one_length_are_looked_up() -> None:
+    layer = nn.EmbeddingBag(10, 3)
+    pairs = fg.pairs(fg.module_losses(layer, lambda out, _: out.square().sum(1)))(
+        dict(layer.named_parameters()), (torch.randint(0, 10, (4, 5)), None)
+    )
+    assert "lookup, 5 positions" in repr(pairs)
 
 
 def test_no_layer_is_left_out() -> None:
