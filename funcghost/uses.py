@@ -8,6 +8,7 @@ the gradient of the others masked: that is what all forms have to agree with.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -137,7 +138,7 @@ def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, v
         g = g.unsqueeze(-2) if table.summed else g
         g = g * scale[0] if scale else g
         rows = layout.by_sample(index.expand(g.shape[:places]), batch).reshape(batch, -1)
-        return [Lookup(rows, layout.by_sample(g, batch).reshape(batch, rows.shape[1], -1), shape)]
+        return [Lookup(rows, layout.by_sample(g, batch).reshape(batch, rows.shape[1], prod(shape[1:])), shape)]
 
     return Use((slot,), table.needed, factors)
 

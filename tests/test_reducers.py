@@ -253,6 +253,7 @@ MORE: dict[str, tuple[Losses, dict[str, tuple[int, ...]], Callable[[], Tensor]]]
         {"w": (6, 2)},
         lambda: torch.randint(0, 6, (3, 5)),
     ),
+    "bag": (lambda p, i: F.embedding_bag(i, p["w"]), {"w": (6, 2)}, lambda: torch.randint(0, 6, (3, 5))),
 }
 
 
@@ -261,6 +262,29 @@ def test_op_called_otherwise(name: str) -> None:
     out, sizes, x = MORE[name]
     params = {k: normal(*size) for k, size in sizes.items()}
     assert_matches_naive(lambda p, x: squares(out(p, x)), params, x())
+
+
+NOTHING: dict[str, tuple[Losses, dict[str, tuple[int, ...]]]] = {
+    "linear": (lambda p, x: F.linear(x, p["w"], p["b"]), {"w": (4, 2), "b": (4,)}),
+    "embedding": (lambda p, x: F.embedding(x[..., 0].long(), p["w"]), {"w": (6, 2)}),
+    "rows": (lambda p, x: p["w"][x[..., 0].long()], {"w": (6, 2)}),
+    "rows of tensors": (lambda p, x: p["w"][x[..., 0].long()], {"w": (6, 2, 3)}),
+    "scale": (lambda p, x: x * p["s"], {"s": (2,)}),
+    "layer norm": (lambda p, x: F.layer_norm(x, (2,), p["w"], p["b"]), {"w": (2,), "b": (2,)}),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_samples_without_positions(name: str, batch: int) -> None:
+    """As an expert that no token went to, or a document of length zero."""
+    out, sizes = NOTHING[name]
+    params = {k: normal(*size) for k, size in sizes.items()} | {"always": normal(2)}
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return out(p, x[:, :0]).sin().flatten(1).sum(1) + (x @ p["always"]).square().sum(1)
+
+    assert_matches_naive(losses, params, normal(batch, 5, 2))
 
 
 def test_every_description_of_a_product_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
