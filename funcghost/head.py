@@ -143,18 +143,7 @@ def weight_branch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 class Gradients(torch.autograd.Function):
     """`Gradients.apply(u, x, weight, bias, targets, chunk, wants)`: those of `<u, losses>` in what is wanted."""
 
-    @staticmethod
-    def forward(
-        u: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk: int,
-        wants: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, ...]:
-        """One for each that is wanted."""
-        return chunked_gradients(u, x, weight, bias, targets, chunk, wants)
+    forward = staticmethod(chunked_gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

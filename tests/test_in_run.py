@@ -140,6 +140,25 @@ def test_compression_is_of_the_scaled_direction_and_leaves_the_curvature() -> No
     assert float(((low.values - low.first) - (dense.values - dense.first)).abs().max()) <= 1e-5 * size
 
 
+def test_directions_in_other_forms() -> None:
+    _, losses, params = small_gpt(layers=1, width=16)
+    batch, validation = rows(), [rows(3)]
+    gradient = in_run.validation_gradient(losses, params, validation)
+    pairs = fg.pairs(losses)(params, validation[0])
+    mean = pairs.weighted(torch.full((3,), 1 / 3))
+    low = fg.track(mean, fg.compress(gradient, rank=2))
+    for step in (in_run.first_order(losses), partial(in_run.second_order(losses), validation=validation)):
+        dense = step(params, batch, lr=0.1, direction=gradient)
+        size = float(dense.values.abs().max())
+        assert float((step(params, batch, lr=0.1, direction=mean).values - dense.values).abs().max()) < 1e-5 * size
+        first = -0.1 / 4 * fg.reduce(losses)(params, batch, fg.dot(low))
+        assert float((step(params, batch, lr=0.1, direction=low).first - first).abs().max()) < 1e-5 * size
+        with pytest.raises(fg.InputError, match="direction: must be a tree like params"):
+            step(params, batch, lr=0.1, direction=fg.stack([gradient] * 4))
+        with pytest.raises(fg.InputError, match="must be a tensor, found LowRank"):
+            step(params, batch, lr=0.1, direction=low, preconditioner=gradient)
+
+
 def test_hessian_vector_product_without_forward_derivative() -> None:
     # The custom Function has no jvp: reverse over reverse takes over.
     class Cube(torch.autograd.Function):

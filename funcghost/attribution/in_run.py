@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcghost.directions import Stack
 from funcghost.errors import InputError
 from funcghost.planning import Options
 from funcghost.plans import Plan
@@ -115,7 +116,8 @@ def first_order(
         plan: as in `fg.grad_and_reduce`.
 
     The step takes either `validation`, a list of batches, or `direction`, their gradient V kept from before
-    (`validation_gradient`); `preconditioner` is a tree like params.
+    (`validation_gradient`); `preconditioner` is a tree like params. Without one, a direction may be whatever `fg.dot`
+    takes for one, `fg.track(...)` or the `fg.Pairs` of validation samples (whose direction is the sum, not the mean).
 
     Units: those of the validation loss. Cost: that of `fg.dot`, and of the validation gradient if it is not given.
 
@@ -144,7 +146,9 @@ def first_order(
             raise InputError("first_order: pass either validation=[batches] or direction=their gradient.")
         split = split_params(params)
         value = direction if validation is None else validation_gradient(losses, params, validation)
-        along = split.rebuild(_scaled(split, match_direction(value, split), preconditioner))
+        along = value
+        if preconditioner is not None or isinstance(value, Stack):  # needs one dense direction, and says so
+            along = split.rebuild(_scaled(split, match_direction(value, split), preconditioner))
         out = score(params, batch, dot(compress(along) if compress else along))
         first = -_eta(lr, reduction, out) * out.reduced
         return Values(first, first, out.grads, out.losses)
