@@ -74,11 +74,8 @@ def track(direction: Tree, previous: Tree) -> Tree:
         )
     for name, old in zip(names, before, strict=True):
         _check_leaf(name, old, uses[name])
-    with torch.no_grad(), as_written(before[0].device):
-        found = [
-            _tracked(old, *uses[name]) if isinstance(old, LowRank) else _dense(*uses[name])
-            for name, old in zip(names, before, strict=True)
-        ]
+    with torch.no_grad():
+        found = [_renewed(old, *uses[name]) for name, old in zip(names, before, strict=True)]
     return optree.tree_unflatten(spec, found)
 
 
@@ -106,6 +103,11 @@ def _check_leaf(name: str, old: LowRank | Tensor, uses: Uses) -> None:
             f"track: previous[{name!r}] must have shape, dtype and device of the direction, {facts}, "
             f"found {(tuple(old.shape), old.dtype, old.device)}."
         )
+
+
+def _renewed(old: LowRank | Tensor, uses: Sequence[Factor], dtype: torch.dtype) -> LowRank | Tensor:
+    with as_written(old.device):
+        return _tracked(old, uses, dtype) if isinstance(old, LowRank) else _dense(uses, dtype)
 
 
 def _dense(uses: Sequence[Factor], dtype: torch.dtype) -> Tensor:

@@ -430,6 +430,9 @@ MUTATIONS: dict[str, Mutation] = {
     "the first use alone is tracked": Mutation(
         "tracking.py", "for use in factored]", "for use in factored[:1]]", (TRACKING, "-k", "every_form")
     ),
+    "tracked in the dtype of autocast": Mutation(
+        "tracking.py", "with as_written(old.device):", "if True:", (TRACKING, "-k", "autocast")
+    ),
     "squares of the whole range": Mutation(
         "tracking.py",
         "side.abs().amax(1, keepdim=True)",

@@ -191,6 +191,17 @@ def test_of_pairs_the_products_are_skinny() -> None:
     )
 
 
+def test_within_autocast_products_have_the_dtype_of_their_factors() -> None:
+    _, losses, params = small_gpt(width=32, vocabulary=64)
+    pairs, before = fg.pairs(losses)(params, rows(4, 8)), low_rank(like(params), 2)
+    before["tokens.weight"] = dense(before)["tokens.weight"]
+    wanted = dense(fg.track(pairs, before))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fg.track(pairs, before)
+    assert all(torch.equal(dense(found)[name], value) for name, value in wanted.items())
+    assert fg.track({}, {}) == {}
+
+
 def test_errors_say_what_does_not_fit() -> None:
     v = {"a": torch.randn(8, 8), "b": torch.randn(3)}
     small = fg.compress(v, rank=2)
