@@ -30,6 +30,8 @@ from tests.benchmarks.bench_dot import (
 )
 from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
 from tests.benchmarks.in_run_contenders import (
+    COMPILED,
+    COMPILED_BOTH,
     CONCATENATED,
     GROUPS,
     PLAIN,
@@ -72,7 +74,13 @@ PROMISES: dict[str, dict[str, float]] = {
         "fresh, rank 32 tracked": 1.08,
         EVERY_TENTH: 1.08,
     },
-    "MLP": {"fresh, exact": 1.10, "fresh, rank 32": 1.10, "fresh, pairs": 1.10},
+    "MLP": {
+        "fresh, exact": 1.10,
+        "fresh, rank 32": 1.10,
+        "fresh, pairs": 1.10,
+        "fresh, cross": 1.10,
+        "compiled: fresh, cross": 1.10,
+    },
 }
 MEMORY_PROMISES = {"exact": (1.10, True), "rank 32": (1.08, False)}
 """The most a step may take at its peak, in peaks of a plain step; and whether a copy of the parameters comes on top."""
@@ -199,13 +207,13 @@ def verdicts(case: str, rows: Sequence[Row], memory: Sequence[Memory], copy: int
 def show_rows(rows: Sequence[Row]) -> str:
     lines = [["contender", "ms", "x base", "quartiles", "CPU x base", "quartiles", "x FLOPs", "floor"]]
     for row in rows:
-        note = "" if row.base == PLAIN else " [c]" if row.base == CONCATENATED else " [j]"
+        note = {PLAIN: "", CONCATENATED: " [c]", COMPILED: " [j]", COMPILED_BOTH: " [cj]"}[row.base]
         cells = [f"{row.wall_ms[1]:.1f}"]
         for low, middle, high in (row.ratio, row.cpu_ratio):
             cells += [f"{middle:.3f}", f"{low:.3f} - {high:.3f}"]
         cells += ["" if value is None else f"{value:.3f}" for value in (row.flops, row.floor)]
         lines.append([row.name + note, *cells])
-    return table(lines) + "\n[c]: base is the plain step on both batches; [j]: the compiled plain step"
+    return table(lines) + "\n[c]: base is the plain step on both batches; [j]: the compiled plain step; [cj]: both"
 
 
 def show_memory(memory: Sequence[Memory]) -> str:

@@ -29,7 +29,7 @@ LEAST_ROUNDS = 3
 FAR_SLOWER, HOPELESS = 10.0, 30.0
 """From so many plain steps on a contender takes part in the first rounds alone, or is timed once."""
 TOLERANCE = 1e-4
-QUICK_SHAPES = ("mlp", "gpt128")
+QUICK_SHAPES, COMPILED = ("mlp", "gpt128"), ("mlp",)
 
 
 @dataclass
@@ -135,6 +135,8 @@ def measure(shape: Shape, entries: Sequence[Contender], seconds: float, children
         row.cpu_of_both = median(ratios(times, name, "plain step, both", 1)) if both else None
     for name in routes if children is not None else ():
         assert children is not None
+        if "compiled" in name:  # the compiler takes memory of its own
+            continue
         memory = children.measure(shape.name, name, plans[name])
         rows[name].memory = asdict(memory) if isinstance(memory, Memory) else {"error": memory}
     return list(rows.values())
@@ -207,14 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     seconds = args.seconds or (15.0 if args.quick else 40.0)
     weigh = not (args.quick or args.no_memory) and args.device.type == "cpu"
     children = Children(torch.get_num_threads(), args.seed) if weigh else None
-    entries = contenders(forced=not args.quick)
-    if args.only:
-        entries = [entry for entry in entries if entry.name.startswith("plain step") or args.only.search(entry.name)]
     report: dict[str, Any] = {"setting": describe(args.device), "shapes": {}}
     print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
     for name in args.shapes or (QUICK_SHAPES if args.quick else SHAPES):
         torch.manual_seed(args.seed)
         shape = SHAPES[name](args.device)
+        entries = contenders(forced=not args.quick, compiled=name in COMPILED)
+        if args.only:
+            entries = [own for own in entries if own.name.startswith("plain step") or args.only.search(own.name)]
         rows = measure(shape, entries, seconds, children)
         report["shapes"][name] = [asdict(row) for row in rows]
         print(show(shape, rows), flush=True)

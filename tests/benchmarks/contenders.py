@@ -6,7 +6,7 @@ up once is done before anything is measured.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,18 +101,22 @@ class Contender:
 Prepare = Callable[[Shape, fg.Plan | None], Route]
 
 
-def contenders(forced: bool) -> list[Contender]:
-    """All of them: funcghost's with `forced` routes as well."""
+def contenders(forced: bool, compiled: bool) -> list[Contender]:
+    """All of them: funcghost's with `forced` routes as well, and steps `compiled` by `torch.compile`."""
     return [
-        Contender("plain step", lambda shape, _: plain(shape, shape.train)),
-        Contender("plain step, both", lambda shape, _: plain(shape, shape.both), "both"),
-        *ours(ROUTES if forced else ROUTES[:1]),
+        Contender("plain step", lambda shape, _: plain(shape.losses, shape.params, shape.train)),
+        Contender("plain step, both", lambda shape, _: plain(shape.losses, shape.params, shape.both), "both"),
+        *ours(ROUTES if forced else ROUTES[:1], ("step", "score", "compiled step") if compiled else ("step", "score")),
+        *([Contender("compiled plain step", compiled_plain)] if compiled else []),
         *peers(),
     ]
 
 
-def plain(shape: Shape, batch: Tensor) -> Route:
-    losses, params = shape.losses, shape.params
+def compiled_plain(shape: Shape, _: fg.Plan | None) -> Route:
+    return plain(torch.compile(shape.losses, fullgraph=True), shape.params, shape.train)
+
+
+def plain(losses: Losses, params: Params, batch: Tensor) -> Route:
 
     def step() -> Any:
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in params.items()}
@@ -129,8 +133,8 @@ def direction_of(shape: Shape) -> Params:
     }
 
 
-def ours(routes: tuple[Literal["backward", "ghost", "materialise"], ...]) -> Iterator[Contender]:
-    """Each reducer with the training gradient ("step") and alone ("score")."""
+def ours(routes: tuple[Literal["backward", "ghost", "materialise"], ...], modes: Sequence[str]) -> Iterator[Contender]:
+    """Each reducer with the training gradient ("step") and alone ("score"); those that are aimed at compiled, too."""
 
     def transformed(
         mode: str, batch: Literal["train", "both"], make: Callable[[Shape], Any], options: fg.Options
@@ -140,8 +144,9 @@ def ours(routes: tuple[Literal["backward", "ghost", "materialise"], ...]) -> Ite
             if mode == "pairs":
                 pairs = fg.pairs(shape.losses, plan=plan, options=options)
                 return lambda: pairs(params, own)
-            if mode == "step":
+            if mode != "score":
                 step = fg.grad_and_reduce(shape.losses, reduction="sum", plan=plan, options=options)
+                step = torch.compile(step, fullgraph=True) if mode == "compiled step" else step
                 return lambda: step(params, own, reducer).reduced
             score = fg.reduce(shape.losses, plan=plan, options=options)
             return lambda: score(params, own, reducer)
@@ -159,7 +164,9 @@ def ours(routes: tuple[Literal["backward", "ghost", "materialise"], ...]) -> Ite
     for name, batch, gives, make, quadratic in reducers:
         for route in routes if quadratic else routes[:1]:
             options = fg.Options(route=route, verify="never")
-            for mode in ("step", "score"):
+            for mode in modes:
+                if mode == "compiled step" and (gives not in ("norm", "cross") or route != "backward"):
+                    continue
                 label = f"{name} {mode}" + ("" if route == "backward" else f", {route}")
                 prepare = transformed(mode, batch, make, options)
                 yield Contender(label, prepare, batch, gives, make, options)

@@ -12,7 +12,8 @@ import funcghost as fg
 from tests.benchmarks.bench_dot import Case, Route, by_vmap, count_flops, make_plan, training_gradient
 from tests.benchmarks.models import Params
 
-PLAIN, CONCATENATED, COMPILED = "plain", "plain, validation concatenated", "compiled: plain"
+PLAIN, CONCATENATED = "plain", "plain, validation concatenated"
+COMPILED, COMPILED_BOTH = (f"compiled: {name}" for name in (PLAIN, CONCATENATED))
 LOOKED_UP = "positions.weight"
 RANKS = (16, 32, 64)
 
@@ -148,16 +149,19 @@ def others(problem: InRun) -> dict[str, Contender]:
 
 
 def compiled(problem: InRun, plan: fg.Plan) -> dict[str, Contender]:
-    """Each compiled as a whole by `torch.compile`, against the plain step whose losses are compiled."""
+    """Each compiled as a whole by `torch.compile`, against plain steps whose losses are compiled."""
     case = problem.train
     losses = torch.compile(case.losses, fullgraph=True)
     step = torch.compile(fg.grad_and_reduce(case.losses, plan=plan), fullgraph=True)
-    plain = replace(case, losses=losses)
+    joint = torch.compile(fg.grad_and_reduce(case.losses, plan=plan), fullgraph=True)
+    plain, both, across = replace(case, losses=losses), problem.both, fg.cross(len(problem.validation.batch))
     exact, small = fg.dot(case.direction), fg.dot(fg.compress(case.direction, rank=32))
     return {
         COMPILED: Contender(lambda: training_gradient(plain), COMPILED),
         "compiled: exact": Contender(lambda: step(case.params, case.batch, exact), COMPILED),
         "compiled: rank 32": Contender(lambda: step(case.params, case.batch, small), COMPILED),
+        COMPILED_BOTH: Contender(lambda: training_gradient(replace(both, losses=losses)), COMPILED_BOTH),
+        "compiled: fresh, cross": Contender(lambda: joint(case.params, both.batch, across), COMPILED_BOTH),
     }
 
 

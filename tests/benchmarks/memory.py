@@ -48,11 +48,11 @@ def _measure(shape_name: str, contender_name: str, text: str | None, threads: in
     torch.manual_seed(seed)
     quiet()
     shape = SHAPES[shape_name](torch.device("cpu"))
-    contender = next(found for found in contenders(forced=True) if found.name == contender_name)
+    contender = next(found for found in contenders(forced=True, compiled=False) if found.name == contender_name)
     # What libraries import and set up in their first call is not the step's: the contender runs on a small model first.
     small = Shape("small", perceptron([4] * 3), half_square, torch.randn(6, 4), 2)
     contender.prepare(small, contender.plan(small))()
-    step = plain(shape, contender.of(shape))
+    step = plain(shape.losses, shape.params, contender.of(shape))
     for _ in range(2):
         step()
     # Planning takes memory of its own, so the plan comes from outside.
