@@ -113,7 +113,9 @@ def contenders(forced: bool, compiled: bool) -> list[Contender]:
 
 
 def compiled_plain(shape: Shape, _: fg.Plan | None) -> Route:
-    return plain(torch.compile(shape.losses, fullgraph=True), shape.params, shape.train)
+    step = plain(torch.compile(shape.losses, fullgraph=True), shape.params, shape.train)
+    step()
+    return step
 
 
 def plain(losses: Losses, params: Params, batch: Tensor) -> Route:
@@ -146,7 +148,9 @@ def ours(routes: tuple[Literal["backward", "ghost", "materialise"], ...], modes:
                 return lambda: pairs(params, own)
             if mode != "score":
                 step = fg.grad_and_reduce(shape.losses, reduction="sum", plan=plan, options=options)
-                step = torch.compile(step, fullgraph=True) if mode == "compiled step" else step
+                if mode == "compiled step":
+                    step = torch.compile(step, fullgraph=True)
+                    step(params, own, reducer)
                 return lambda: step(params, own, reducer).reduced
             score = fg.reduce(shape.losses, plan=plan, options=options)
             return lambda: score(params, own, reducer)
