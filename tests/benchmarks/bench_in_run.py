@@ -248,6 +248,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.seconds = args.seconds or (20.0 if args.quick else 90.0)
+    args.memory_of = ("gpt",) if args.quick else tuple(CASES)
     args.groups = tuple(args.groups or (GROUPS[:-1] if args.quick else GROUPS))
     return args
 
@@ -277,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows, rounds = measure(problem, setting, args.groups, args.seconds)
         memory = (
             measure_memory(key, args)
-            if "cached" in args.groups and not args.no_memory and can_measure(args.device)
+            if "cached" in args.groups and not args.no_memory and can_measure(args.device) and key in args.memory_of
             else []
         )
         name = problem.train.name

@@ -26,7 +26,7 @@ from tests.benchmarks.contenders import SHAPES, Contender, Route, Shape, contend
 from tests.benchmarks.memory import Children, Memory, first_line
 
 LEAST_ROUNDS = 3
-FAR_SLOWER, HOPELESS = 10.0, 30.0
+FAR_SLOWER, HOPELESS = 5.0, 10.0
 """From so many plain steps on a contender takes part in the first rounds alone, or is timed once."""
 TOLERANCE = 1e-4
 QUICK_SHAPES, COMPILED = ("mlp", "gpt128"), ("mlp",)

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measures, prints the table and gives what --out writes."""
     parser = argparse.ArgumentParser(description="Times fg.per_example against the batched losses.")
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer rounds")
-    parser.add_argument("--seconds", type=positive(float), help="time per step; default 45, with --quick 15")
+    parser.add_argument("--seconds", type=positive(float), help="time per step; default 45, with --quick 10")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; default 1")
     parser.add_argument("--batch", type=positive(int), default=8)
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    seconds = args.seconds or (15.0 if args.quick else 45.0)
+    seconds = args.seconds or (10.0 if args.quick else 45.0)
     rows = [measure(step, pair, seconds, args.device) for step, pair in routes(args).items()]
     print(show(rows), flush=True)
     found = [asdict(row) for row in rows]

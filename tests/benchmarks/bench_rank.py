@@ -182,7 +182,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measures what fg.compress and fg.track drop from scores.")
     parser.add_argument("--quick", action="store_true", help="under two minutes: a smaller model and fewer steps")
     parser.add_argument(
-        "--stops", type=int, nargs="+", help="steps to stop at; default 0 100 600, with --quick 0 20 200"
+        "--stops", type=int, nargs="+", help="steps to stop at; default 0 100 600, with --quick 0 20 100"
     )
     parser.add_argument("--width", type=positive(int), help="default 256, with --quick 128")
     parser.add_argument("--layers", type=positive(int), default=2)
@@ -195,7 +195,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
-    args.stops = args.stops or ([0, 20, 200] if args.quick else [0, 100, 600])
+    args.stops = args.stops or ([0, 20, 100] if args.quick else [0, 100, 600])
     args.width = args.width or (128 if args.quick else 256)
     if args.width % HEADS or args.context >= SHORTEST or min(args.stops) < 0:
         parser.error(f"--width must be a multiple of {HEADS}, --context below {SHORTEST}, --stops not below 0")
