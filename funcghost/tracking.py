@@ -1,4 +1,4 @@
-"""Low-rank directions that follow a moving one: one step of subspace iteration where a decomposition takes seven."""
+"""Low-rank directions that follow a moving one: one subspace iteration in place of a decomposition."""
 
 import math
 from collections.abc import Sequence
