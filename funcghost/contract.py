@@ -120,6 +120,13 @@ def weighted_sum(use: Factor, weights: Tensor) -> Tensor:
     return use.form.unfold(torch.matmul(rows.permute(1, 2, 0), cols.transpose(0, 1)))
 
 
+def summed(uses: Sequence[Factor]) -> Tensor:
+    """The sum over the samples of the gradients of one parameter, in float32 at least."""
+    sums = [wide(use.value).sum(0) for use in uses if isinstance(use, Dense)]
+    others = [use for use in uses if not isinstance(use, Dense)]
+    return total([*sums, *(weighted_sum(use, use.cols.new_ones(samples(use))) for use in others)])
+
+
 def in_dtype(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """Rounds to the dtype that the caller chose to contract in, if any; numbers of rows stay.
 

@@ -167,7 +167,7 @@ def compress(direction: Tree, rank: int | None = None, rtol: float | None = None
         return _recompressed(direction.as_direction(), rank, rtol)
     names, leaves, spec = named_leaves(direction)
     for name, leaf in zip(names, leaves, strict=True):
-        _check_leaf(name, leaf, rtol)
+        check_leaf(name, leaf, rtol)
     with torch.no_grad():
         taken = [Matrices(name, leaf.detach()) for name, leaf in zip(names, leaves, strict=True)]
         cuts = cut_within(taken, rtol, rank) if rtol is not None else [cut_to_rank(leaf, rank or 1) for leaf in taken]
@@ -248,7 +248,8 @@ def _check_arguments(rank: Any, rtol: Any) -> None:
         raise InputError(f"compress: rtol must be a number of at least 0, found {rtol!r}.")
 
 
-def _check_leaf(name: str, leaf: Any, rtol: float | None) -> None:
+def check_leaf(name: str, leaf: Any, rtol: float | None = None) -> None:
+    """A leaf to be compressed, with this `rtol`, must be a dense tensor of real numbers."""
     if isinstance(leaf, LowRank):
         raise InputError(f"direction[{name!r}] is compressed already. Compress the dense direction instead.")
     if not isinstance(leaf, Tensor):

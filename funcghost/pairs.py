@@ -8,9 +8,9 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.contract import weighted_sum
+from funcghost.contract import summed
 from funcghost.errors import InputError
-from funcghost.factors import Dense, Factor, Lookup, Outer, nbytes, samples, wide
+from funcghost.factors import Dense, Factor, Lookup, Outer, nbytes, samples
 from funcghost.lowrank import Leaf, LowRank
 from funcghost.trees import Params, Tree
 
@@ -141,8 +141,7 @@ def _summed(uses: Sequence[Factor], dtype: torch.dtype) -> Leaf:
                 torch.cat([use.tensors[i].flatten(0, 1).permute(1, 2, 0) for use in uses], 2).to(dtype) for i in (0, 1)
             )
             return LowRank(rows, cols, first.shape, rows.new_zeros((), dtype=torch.promote_types(dtype, torch.float32)))
-    weights = wide(first.tensors[-1]).new_ones(samples(first))
-    return torch.stack([weighted_sum(use, weights) for use in uses]).sum(0).to(dtype)
+    return summed(uses).to(dtype)
 
 
 def _words(use: Factor) -> str:

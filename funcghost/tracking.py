@@ -7,14 +7,14 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.contract import fits, total, weighted_sum
+from funcghost.contract import fits, summed, total
 from funcghost.directions import Stack
 from funcghost.errors import InputError
-from funcghost.factors import Dense, Factor, Lookup, samples, wide
-from funcghost.lowrank import LowRank
+from funcghost.factors import Dense, Factor, Lookup, wide
+from funcghost.lowrank import Leaf, LowRank, check_leaf, match_leaves
 from funcghost.pairs import Pairs
 from funcghost.sketch import as_written, orthonormal
-from funcghost.trees import Tree, named_leaves
+from funcghost.trees import Params, Tree, named_leaves
 
 
 def track(direction: Tree, previous: Tree) -> Tree:
@@ -65,60 +65,30 @@ def track(direction: Tree, previous: Tree) -> Tree:
         return Stack(tuple(map(track, direction.directions, previous.directions)))
     if isinstance(direction, Stack) or isinstance(previous, Stack):
         raise InputError("track: either both or none of direction and previous are stacks.")
-    names, before, spec = named_leaves(previous)
-    uses = _uses_of(direction)
-    if set(names) != set(uses):
-        raise InputError(
-            f"track: previous must have the leaves of the direction; leaves of only one of them: "
-            f"{sorted(set(names) ^ set(uses))[:5]}."
-        )
-    for name, old in zip(names, before, strict=True):
-        _check_leaf(name, old, uses[name])
+    params, uses = _taken_apart(direction)
+    before = match_leaves(previous, params, "previous")
     with torch.no_grad():
-        found = [_renewed(old, *uses[name]) for name, old in zip(names, before, strict=True)]
-    return optree.tree_unflatten(spec, found)
+        found = [_renewed(old, *own) for old, own in zip(before, uses, strict=True)]
+    return optree.tree_unflatten(params.spec, found)
 
 
 Uses = tuple[Sequence[Factor], torch.dtype]
 """The factors whose gradients, summed over the samples, are a leaf; and its dtype."""
 
 
-def _uses_of(direction: Tree) -> dict[str, Uses]:
+def _taken_apart(direction: Tree) -> tuple[Params, list[Uses]]:
+    """What the leaves are to match, and what each is the sum of."""
     if isinstance(direction, Pairs):
-        return {name: (direction.uses[name], dtype) for name, _, dtype in direction.parameters}
-    names, leaves, _ = named_leaves(direction)
+        return direction.params, [(direction.uses[name], dtype) for name, _, dtype in direction.parameters]
+    names, leaves, spec = named_leaves(direction)
     for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise InputError(f"direction[{name!r}] must be a tensor, found {type(leaf).__name__}.")
-    return {n: ((Dense(leaf.detach().unsqueeze(0)),), leaf.dtype) for n, leaf in zip(names, leaves, strict=True)}
+        check_leaf(name, leaf)
+    return Params(names, tuple(leaves), spec), [((Dense(leaf.detach().unsqueeze(0)),), leaf.dtype) for leaf in leaves]
 
 
-def _check_leaf(name: str, old: LowRank | Tensor, uses: Uses) -> None:
-    (first, *_), dtype = uses
-    if not isinstance(old, LowRank | Tensor):
-        raise InputError(f"previous[{name!r}] must be a tensor or LowRank, found {type(old).__name__}.")
-    facts = (tuple(first.shape), dtype, first.tensors[0].device)
-    if (tuple(old.shape), old.dtype, old.device) != facts:
-        raise InputError(
-            f"track: previous[{name!r}] must have shape, dtype and device of the direction, {facts}, "
-            f"found {(tuple(old.shape), old.dtype, old.device)}."
-        )
-
-
-def _renewed(old: LowRank | Tensor, uses: Sequence[Factor], dtype: torch.dtype) -> LowRank | Tensor:
+def _renewed(old: Leaf, uses: Sequence[Factor], dtype: torch.dtype) -> Leaf:
     with as_written(old.device):
-        return _tracked(old, uses, dtype) if isinstance(old, LowRank) else _dense(uses, dtype)
-
-
-def _dense(uses: Sequence[Factor], dtype: torch.dtype) -> Tensor:
-    """The sum of the gradients over samples and uses."""
-    summed = [
-        use.value[0]
-        if isinstance(use, Dense) and len(use.value) == 1
-        else weighted_sum(use, wide(use.tensors[-1]).new_ones(samples(use)))
-        for use in uses
-    ]
-    return total(summed).to(dtype)
+        return _tracked(old, uses, dtype) if isinstance(old, LowRank) else summed(uses).to(dtype)
 
 
 def _tracked(old: LowRank, uses: Sequence[Factor], dtype: torch.dtype) -> LowRank:
@@ -126,7 +96,7 @@ def _tracked(old: LowRank, uses: Sequence[Factor], dtype: torch.dtype) -> LowRan
     factored = [use for use in uses if fits(use, old)]
     others = [use for use in uses if not fits(use, old)]
     blocks = len(old.rows), old.rows.shape[1], old.cols.shape[1]
-    rest = _dense(others, torch.promote_types(dtype, torch.float32)).reshape(blocks) if others else None
+    rest = summed(others).reshape(blocks) if others else None
     sides = [old.rows, old.cols]
     short, long = (0, 1) if blocks[1] <= blocks[2] else (1, 0)
 
