@@ -20,8 +20,8 @@ from torch.func import functional_call
 
 import funcghost as fg
 from digits import Digits, load
-from funcghost import clipping, geometry
-from funcghost.oracle import per_sample_gradients
+from funcghost.laws.oracle import per_sample_gradients
+from funcghost.training import clipping, geometry
 
 Params = dict[str, Tensor]
 

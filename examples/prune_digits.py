@@ -18,7 +18,8 @@ from torch.func import functional_call
 
 import funcghost as fg
 from digits import Digits, load
-from funcghost import geometry, pruning
+from funcghost.attribution import pruning
+from funcghost.training import geometry
 
 Params = dict[str, Tensor]
 

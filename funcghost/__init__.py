@@ -2,10 +2,15 @@
 
 from funcghost import functional
 from funcghost._version import __version__
-from funcghost.algebra import apply, combine, cosine, cross_dots, materialize
-from funcghost.capture import checkpoint_context
-from funcghost.check import check
-from funcghost.directions import stack
+from funcghost.algebra.compression import compress
+from funcghost.algebra.directions import LowRank, stack
+from funcghost.algebra.pair_algebra import combine, cosine, cross_dots, materialize
+from funcghost.algebra.pairs import Pairs
+from funcghost.algebra.tracking import track
+from funcghost.checking.checker import check
+from funcghost.checking.report import Report
+from funcghost.engine.capture import checkpoint_context
+from funcghost.engine.plans import Plan
 from funcghost.errors import (
     CheckError,
     ConservationError,
@@ -16,20 +21,18 @@ from funcghost.errors import (
     SampleAxisError,
     UnsupportedOpError,
 )
-from funcghost.losses import module_losses, per_example
-from funcghost.lowrank import LowRank, compress
-from funcghost.pairs import Pairs
-from funcghost.planning import Options
-from funcghost.plans import Plan
-from funcghost.positions import per_segment, per_token
-from funcghost.projections import project
-from funcghost.quadratic import cross, gram, squared_norm
-from funcghost.reducers import Reducer, dot, per_param
-from funcghost.report import Report
-from funcghost.rules import register_rule
-from funcghost.steps import Step
-from funcghost.tracking import track
-from funcghost.transforms import grad_and_reduce, pairs, plan, reduce
+from funcghost.losses.examples import per_example
+from funcghost.losses.modules import module_losses
+from funcghost.ops.rules import register_rule
+from funcghost.options import Options
+from funcghost.reducers.bases import Reducer
+from funcghost.reducers.by_parameter import per_param
+from funcghost.reducers.dots import dot
+from funcghost.reducers.positions import per_segment, per_token
+from funcghost.reducers.projections import project
+from funcghost.reducers.quadratic import cross, gram, squared_norm
+from funcghost.transforms.functions import apply, grad_and_reduce, pairs, plan, reduce
+from funcghost.transforms.steps import Step
 
 __all__ = [
     "CheckError",

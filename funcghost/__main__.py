@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from funcghost._version import __version__
-from funcghost.check import check
+from funcghost.checking.checker import check
 from funcghost.errors import GhostError, InputError
-from funcghost.transforms import plan
+from funcghost.transforms.functions import plan
 
 OK, FAILED, USAGE = 0, 1, 2
 REQUIRED = ("losses", "params", "batch")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from funcghost.dtypes import wide_dtype
 from funcghost.errors import InputError
-from funcghost.factors import wide_dtype
-from funcghost.head import head_losses, traced_head_losses
+from funcghost.losses.head import head_losses, traced_head_losses
 
 ENTRIES = 2**23
 """How many logits a chunk has by default: 32 MiB in float32."""

@@ -1,6 +1,5 @@
 """A progress bar for what may take long."""
 
-import importlib
 import importlib.util
 import sys
 import time

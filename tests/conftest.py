@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
-from funcghost import rules
+from funcghost.ops import rules
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)

@@ -17,12 +17,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("funcghost", "tests", "examples", "pyproject.toml")
 
-LAYOUT, MOVES, RULES, VERIFY = (f"tests/test_{name}.py" for name in ("layout", "moves", "rules", "verify"))
-MODES, WRAPPERS, EXAMPLE = (f"tests/test_{name}.py" for name in ("modes", "wrappers", "per_example"))
-AWKWARD, LAYERS = "tests/test_awkward.py", "tests/test_nn_layers.py"
-CONTRACT, REDUCERS, PAIRS = (f"tests/test_{name}.py" for name in ("contract", "reducers", "pairs"))
-LOWRANK, PROJECTIONS, POSITIONS = (f"tests/test_{name}.py" for name in ("lowrank", "projections", "positions"))
-HEAD, TRACKING = "tests/test_functional.py", "tests/test_tracking.py"
+LAYOUT, MOVES, RULES, VERIFY = (
+    f"tests/{name}.py" for name in ("ops/test_layout", "ops/test_moves", "ops/test_rules", "laws/test_conservation")
+)
+MODES, WRAPPERS, EXAMPLE = (
+    f"tests/{name}.py" for name in ("engine/test_modes", "engine/test_wrappers", "losses/test_per_example")
+)
+AWKWARD, LAYERS = "tests/engine/test_awkward.py", "tests/engine/test_nn_layers.py"
+CONTRACT, REDUCERS, PAIRS = (
+    f"tests/{name}.py" for name in ("algebra/test_contractions", "reducers/test_reducers", "algebra/test_pairs")
+)
+LOWRANK, PROJECTIONS, POSITIONS = (
+    f"tests/{name}.py" for name in ("algebra/test_compression", "reducers/test_projections", "reducers/test_positions")
+)
+HEAD, TRACKING = "tests/losses/test_functional.py", "tests/algebra/test_tracking.py"
 
 
 class Mutation(NamedTuple):
@@ -36,432 +44,470 @@ class Mutation(NamedTuple):
 
 MUTATIONS: dict[str, Mutation] = {
     # layouts
-    "folds swapped": Mutation("layout.py", 'high = self.fold == "high"', 'high = self.fold != "high"', (LAYOUT,)),
-    "one fold alone": Mutation("layout.py", '= ("high", "low")', '= ("high", "high")', (LAYOUT,)),
+    "folds swapped": Mutation("ops/layout.py", 'high = self.fold == "high"', 'high = self.fold != "high"', (LAYOUT,)),
+    "one fold alone": Mutation("ops/layout.py", '= ("high", "low")', '= ("high", "high")', (LAYOUT,)),
     "first of several layouts": Mutation(
-        "layout.py", "return found[0] if len(found) == 1 else None", "return found[0] if found else None", (LAYOUT,)
+        "ops/layout.py", "return found[0] if len(found) == 1 else None", "return found[0] if found else None", (LAYOUT,)
     ),
     "silence is a layout": Mutation(
-        "layout.py",
+        "ops/layout.py",
         "return not any(bool(part.nan_to_num().any()) for part in parts)",
         "return False",
         (LAYOUT,),
     ),
-    "any ratio agrees": Mutation("layout.py", "tolerance = 256 *", "tolerance = 1e14 *", (AWKWARD, "-k", "weak_term")),
+    "any ratio agrees": Mutation(
+        "ops/layout.py", "tolerance = 256 *", "tolerance = 1e14 *", (AWKWARD, "-k", "weak_term")
+    ),
     "one code for all samples": Mutation(
-        "layout.py", "while not found or int(digits ** len(found)) < batch:", "while not found:", (LAYOUT,)
+        "ops/layout.py", "while not found or int(digits ** len(found)) < batch:", "while not found:", (LAYOUT,)
     ),
     "rows overwritten": Mutation(
-        "layout.py", "index_add(0, self.samples, rows)", "index_copy(0, self.samples, rows)", (MOVES,)
+        "ops/layout.py", "index_add(0, self.samples, rows)", "index_copy(0, self.samples, rows)", (MOVES,)
     ),
     "a layout that need not fit": Mutation(
-        "layout.py",
+        "ops/layout.py",
         'return size == batch if self.fold == "whole" else size % batch == 0',
         "return True",
         (LAYOUT, MOVES, AWKWARD, "-k", "fits or follow"),
     ),
     # taps
     "no conjugate": Mutation(
-        "tap.py", "slope.to(wide) * gradient.conj()", "slope.to(wide) * gradient", (AWKWARD, "-k", "complex")
+        "engine/tap.py", "slope.to(wide) * gradient.conj()", "slope.to(wide) * gradient", (AWKWARD, "-k", "complex")
     ),
     "first output alone": Mutation(
-        "tap.py",
+        "engine/tap.py",
         "torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]",
         "parts[0]",
         (AWKWARD, LAYERS, "-k", "LSTM or several"),
     ),
     "columns in their own order": Mutation(
-        "tap.py",
+        "engine/tap.py",
         "in zip(self.columns, ",
         "in zip(range(len(self.columns)), ",
         (AWKWARD, "-k", "tied or norms"),
     ),
     "used after all": Mutation(
-        "tap.py",
+        "engine/tap.py",
         'layout == "unused"',
         'layout == "never"',
         (AWKWARD, "-k", "used_after_all"),
     ),
     "an eager tap that is a view": Mutation(
-        "tap.py",
+        "engine/tap.py",
         "tuple([value.detach() for",
         "tuple([value.view_as(value) for",
         (AWKWARD, "-k", "written or convolutions"),
     ),
     "random numbers repeated once": Mutation(
-        "prepared.py",
+        "engine/prepared.py",
         "with around():",
         "with around() if start == 0 else torch.no_grad():",
         (MODES, "-k", "every_direction"),
     ),
     "low-rank leaves of another form": Mutation(
-        "tapping.py",
+        "engine/tapping.py",
         "tuple([tuple(map(type, known)) for known in tangents])",
         "tuple([(object,) * len(known) for known in tangents])",
-        ("tests/test_floor.py", "tests/test_flops.py"),
+        ("tests/engine/test_floor.py", "tests/engine/test_flops.py"),
     ),
     "positions forgotten for factors": Mutation(
-        "prepared.py", "if k not in manner.apart and (low[k] or", "if (low[k] or", (POSITIONS,)
+        "engine/prepared.py", "if k not in manner.apart and (low[k] or", "if (low[k] or", (POSITIONS,)
     ),
     "a wide product by its output": Mutation(
-        "prepared.py", "not smaller.isdisjoint(along)", "False", ("tests/test_floor.py", "-k", "wide")
+        "engine/prepared.py", "not smaller.isdisjoint(along)", "False", ("tests/engine/test_floor.py", "-k", "wide")
     ),
     "a use that is by no product": Mutation(
-        "prepared.py", "cheap.issuperset(along)", "True", ("tests/test_floor.py", "-k", "wide")
+        "engine/prepared.py", "cheap.issuperset(along)", "True", ("tests/engine/test_floor.py", "-k", "wide")
     ),
     "attention as a whole": Mutation(
-        "composite.py", "if op not in COMPOSITES or", "if True or", ("tests/test_flops.py", "-k", "transformer")
+        "ops/composite.py",
+        "if op not in COMPOSITES or",
+        "if True or",
+        ("tests/engine/test_flops.py", "-k", "transformer"),
     ),
     "the first sample for all": Mutation(
-        "slices.py",
+        "ops/slices.py",
         "leaf.narrow(axes[slot], sample, 1)",
         "leaf.narrow(axes[slot], 0, 1)",
-        ("tests/test_slices.py",),
+        ("tests/ops/test_slices.py",),
     ),
-    "masks for all": Mutation("uses.py", "each = slices if fits else None", "each = None", ("tests/test_slices.py",)),
+    "masks for all": Mutation(
+        "ops/uses.py", "each = slices if fits else None", "each = None", ("tests/ops/test_slices.py",)
+    ),
     "a sum that is of the last": Mutation(
-        "ledger.py",
+        "engine/ledger.py",
         "total[key] = value if known is None else known + value",
         "total[key] = value",
         (REDUCERS, "-k", "added_up"),
     ),
-    "zero is not one": Mutation("ledger.py", "scaled.get(name, zero)", "scaled.get(name, zero + 1)", (REDUCERS,)),
+    "zero is not one": Mutation(
+        "engine/ledger.py", "scaled.get(name, zero)", "scaled.get(name, zero + 1)", (REDUCERS,)
+    ),
     "rows for another batch": Mutation(
-        "arrangement.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
+        "ops/arrangement.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
     ),
     "a tap that is a view": Mutation(
-        "tap.py",
+        "engine/tap.py",
         "torch.ops.aten._unsafe_view(value, value.shape)",
         "value.view_as(value)",
         (EXAMPLE,),
     ),
     "vmapped axis left where it is": Mutation(
-        "tap.py",
+        "engine/tap.py",
         "values = [v if d is None else v.movedim(d, 0)",
         "values = [v if d is None else v",
         (AWKWARD, "-k", "second_of_equal"),
     ),
     # what is carried, and along which plan
     "taps alone": Mutation(
-        "run.py",
+        "engine/run.py",
         "scores = scores + torch.stack(tails, -1)",
         "scores = scores + 0 * torch.stack(tails, -1)",
         (AWKWARD, "-k", "contrastive or decay"),
     ),
     "carried alone": Mutation(
-        "run.py",
+        "engine/run.py",
         "scores = scores + torch.stack(tails, -1)",
         "scores = 0 * scores + torch.stack(tails, -1)",
         (AWKWARD, "-k", "carried_to_the_end"),
     ),
     "units of the reduction": Mutation(
-        "run.py",
+        "engine/run.py",
         "scores = scores / cotangent.to(scores.dtype).unsqueeze(1)",
         "scores = scores * 1",
         (AWKWARD, "-k", "tied_in"),
     ),
     "the site after a checkpoint": Mutation(
-        "capture.py",
+        "engine/capture.py",
         "again.position, again.calls, again.maps = self.position, self.calls, self.maps",
         "again.maps = self.maps",
         (AWKWARD, WRAPPERS, "-k", "checkpoint"),
     ),
     "nothing forgotten": Mutation(
-        "capture.py",
+        "engine/capture.py",
         "tangents.pop(key, None)",
         "tangents.get(key)",
         (WRAPPERS, AWKWARD, "-k", "dead or cell or follow"),
     ),
     "other draws where carried": Mutation(
-        "capture.py",
+        "engine/capture.py",
         "with torch.no_grad(), replaying(drawn):",
         "with torch.no_grad():",
         (AWKWARD, "-k", "noise or dropout"),
     ),
     "other draws in the backward": Mutation(
-        "tapping.py",
+        "engine/tapping.py",
         "enabled=autocast), replaying(drawn):",
         "enabled=autocast):",
         (AWKWARD, LAYERS, "-k", "noise or dropout"),
     ),
     "full precision in the backward": Mutation(
-        "tapping.py",
+        "engine/tapping.py",
         "torch.autocast(device, dtype, enabled=autocast)",
         "torch.autocast(device, dtype, enabled=False)",
         (MODES, WRAPPERS, "-k", "autocast"),
     ),
     "other ops between sites": Mutation(
-        "capture.py",
+        "engine/capture.py",
         "if not self.traced and self.digest.ops != self.plan.digest:",
         "if False:",
         (AWKWARD, "-k", "by_a_flag"),
     ),
     "zero is one": Mutation(
-        "tapping.py",
+        "engine/tapping.py",
         "torch.zeros_like(call.leaves[slot]) if leaf is None",
         "torch.ones_like(call.leaves[slot]) if leaf is None",
         (AWKWARD, "-k", "tied or norms or recursion"),
     ),
     # samples that data move
     "moved to other places": Mutation(
-        "capture.py",
+        "engine/capture.py",
         "fine = torch.stack(self.as_planned).all()",
         "fine = torch.tensor(True)",
         (MOVES, AWKWARD, "-k", "anew or packed or added"),
     ),
     "sums of samples are pure": Mutation(
-        "moves.py",
+        "ops/moves.py",
         "return (self.squares * self.number == self.total.square()).all()",
         "return self.total.new_ones(()) > 0",
         (MOVES,),
     ),
     "nothing moves by data": Mutation(
-        "moves.py",
+        "ops/moves.py",
         "return any(other is None or not _same(plain, other) for other in shuffled)",
         "return False",
         (MOVES, AWKWARD, "-k", "packed or route or anew"),
     ),
     "any place is the planned one": Mutation(
-        "moves.py",
+        "ops/moves.py",
         "((samples == expected) | (sources.number == 0)).all()",
         "(samples == samples).all()",
         (MOVES, AWKWARD, "-k", "packed or added or anew"),
     ),
     "what a custom function hides": Mutation(
-        "sites.py", "if note.unseen and note.by_data", "if False", (AWKWARD, "-k", "after_a_custom")
+        "planning/sites.py", "if note.unseen and note.by_data", "if False", (AWKWARD, "-k", "after_a_custom")
     ),
     "views are tapped": Mutation(
-        "sites.py",
+        "planning/sites.py",
         "if output.meter is None or bound:",
         "if output.meter is None:",
         (AWKWARD, LAYERS, "-k", "view or written or LSTM or slices"),
     ),
     # derivatives of ops
     "one factor of a product": Mutation(
-        "tangent.py",
+        "ops/tangent.py",
         "return [((slot,), ()) for slot in call.tracked]",
         "return [((slot,), ()) for slot in call.tracked[:1]]",
         (RULES, AWKWARD, "-k", "disguise or outer"),
     ),
     "a bias twice": Mutation(
-        "tangent.py", "tangents[0].new_zeros((), dtype", "tangents[0].new_ones((), dtype", (RULES,)
+        "ops/tangent.py", "tangents[0].new_zeros((), dtype", "tangents[0].new_ones((), dtype", (RULES,)
     ),
     "the forward of an embedding": Mutation(
-        "tangent.py", "if rule.factor else None", "if False else None", (LAYERS, "-k", "Embedding")
+        "ops/tangent.py", "if rule.factor else None", "if False else None", (LAYERS, "-k", "Embedding")
     ),
     "in place on what is kept": Mutation(
-        "tangent.py",
+        "ops/tangent.py",
         "copied[slot] = copied[slot].clone()",
         "copied[slot] = copied[slot]",
         (AWKWARD, "-k", "written or added"),
     ),
     "padding in the mean": Mutation(
-        "descriptions.py", "kept.sum(-1, keepdim=True)", "index.shape[-1] * kept.new_ones(1)", (LAYERS, "-k", "Bag")
+        "ops/descriptions.py", "kept.sum(-1, keepdim=True)", "index.shape[-1] * kept.new_ones(1)", (LAYERS, "-k", "Bag")
     ),
     "padding in the bag": Mutation(
-        "descriptions.py", "if padding is None else (index", "if True else (index", (LAYERS, "-k", "Bag")
+        "ops/descriptions.py", "if padding is None else (index", "if True else (index", (LAYERS, "-k", "Bag")
     ),
     "bags without weights": Mutation(
-        "descriptions.py", "(scale * weights[0] if weights else scale)", "scale", (LAYERS, "-k", "Bag")
+        "ops/descriptions.py", "(scale * weights[0] if weights else scale)", "scale", (LAYERS, "-k", "Bag")
     ),
-    "only the padding": Mutation("rules.py", "(index != padding)", "(index == padding)", (LAYERS, "-k", "Embedding")),
+    "only the padding": Mutation(
+        "ops/rules.py", "(index != padding)", "(index == padding)", (LAYERS, "-k", "Embedding")
+    ),
     "frequency upside down": Mutation(
-        "rules.py",
+        "ops/rules.py",
         "return 1 / count if factor",
         "return count if factor",
         (LAYERS, RULES, "-k", "Embedding or embedding"),
     ),
     "a maximum is linear": Mutation(
-        "rules.py", 'return a.get("mode", "mean") != "max" and', "return", (LAYERS, "-k", "refused")
+        "ops/rules.py", 'return a.get("mode", "mean") != "max" and', "return", (LAYERS, "-k", "refused")
     ),
     # measuring
     "nothing draws": Mutation(
-        "trace.py",
+        "planning/trace.py",
         "drew = any(not a.equal(b)",
         "drew = any(False and not a.equal(b)",
         (AWKWARD, "-k", "noise or dropout"),
     ),
     "parameters may be written": Mutation(
-        "trace.py",
+        "planning/trace.py",
         "if name is not None:\n                raise",
         "if False:\n                raise",
         (LAYERS, "-k", "refused"),
     ),
     "statistics are not written": Mutation(
-        "trace.py",
+        "planning/trace.py",
         "            is_float(leaf)\n            and",
         "            False\n            and",
         (AWKWARD, LAYERS, MODES, "-k", "BatchNorm or batch_norm or buffers"),
     ),
     "parameters of zeros hide": Mutation(
-        "planning.py",
+        "planning/planner.py",
         "zero = [leaf.numel() > 0 and not bool(leaf.any()) for leaf in leaves]",
         "zero = [False for leaf in leaves]",
         (MOVES, "-k", "gate"),
     ),
     "hidden checkpoints": Mutation(
-        "planning.py", "    _refuse_reentrant_checkpoints(losses)\n", "", (WRAPPERS, "-k", "remedy")
+        "planning/planner.py", "    _refuse_reentrant_checkpoints(losses)\n", "", (WRAPPERS, "-k", "remedy")
     ),
-    "flags do not count": Mutation("digest.py", "flags.append(2 + leaf)", "pass", (AWKWARD, "-k", "by_a_flag")),
+    "flags do not count": Mutation("ops/digest.py", "flags.append(2 + leaf)", "pass", (AWKWARD, "-k", "by_a_flag")),
     "sizes do not count": Mutation(
-        "digest.py", "sizes.append(leaf.shape)", "pass", (VERIFY, AWKWARD, "-k", "new_sizes")
+        "ops/digest.py", "sizes.append(leaf.shape)", "pass", (VERIFY, AWKWARD, "-k", "new_sizes")
     ),
     # factors of per-sample gradients
     "swapped roles": Mutation(
-        "uses.py",
+        "ops/uses.py",
         "Outer(right, left, form) if a.swapped",
         "Outer(left, right, form) if a.swapped",
         (REDUCERS, "-k", "test_op and matmul"),
     ),
     "a scale forgotten": Mutation(
-        "uses.py", "left = left * product.scale", "left = left * 1", (REDUCERS, "-k", "test_op and addmm")
+        "ops/uses.py", "left = left * product.scale", "left = left * 1", (REDUCERS, "-k", "test_op and addmm")
     ),
     "a shift without its sign": Mutation(
-        "uses.py", "total * product.scale", "total * 1", (REDUCERS, "-k", "test_op and shift")
+        "ops/uses.py", "total * product.scale", "total * 1", (REDUCERS, "-k", "test_op and shift")
     ),
     "padding counts": Mutation(
-        "uses.py", "g * scale[0] if scale else g", "g", (REDUCERS, "-k", "called_otherwise and (padding or frequency)")
+        "ops/uses.py",
+        "g * scale[0] if scale else g",
+        "g",
+        (REDUCERS, "-k", "called_otherwise and (padding or frequency)"),
     ),
     "derivatives of all samples": Mutation(
-        "uses.py",
+        "ops/uses.py",
         "[sample] = where.by_sample(gradient, batch)[sample]",
         "[:] = where.by_sample(gradient, batch)",
         (REDUCERS, "-k", "test_layer and GRU"),
     ),
     "rows of all samples": Mutation(
-        "uses.py",
+        "ops/uses.py",
         "(where.samples == sample)",
         "(where.samples >= 0)",
         (REDUCERS, "-k", "test_awkward_model and (experts or sorted)"),
     ),
     "padding on the wrong side": Mutation(
-        "descriptions.py",
+        "ops/descriptions.py",
         "(size // 2, size - size // 2)",
         "(size - size // 2, size // 2)",
         (REDUCERS, "-k", "test_convolution and 1d"),
     ),
     "padding of the wrong axis": Mutation(
-        "descriptions.py", "for pair in reversed(pads)", "for pair in pads", (REDUCERS, "-k", "test_convolution and 2d")
+        "ops/descriptions.py",
+        "for pair in reversed(pads)",
+        "for pair in pads",
+        (REDUCERS, "-k", "test_convolution and 2d"),
     ),
     "alpha in place of beta": Mutation(
-        "descriptions.py",
+        "ops/descriptions.py",
         '"beta" if name == "input" else "alpha"',
         '"alpha" if name == "input" else "beta"',
         (REDUCERS, "-k", "test_op and addmm"),
     ),
     "reflected subtraction": Mutation(
-        "descriptions.py", "_add(-1, 1), T.__rsub__", "_add(1, -1), T.__rsub__", (REDUCERS, "-k", "shift or rsub")
+        "ops/descriptions.py", "_add(-1, 1), T.__rsub__", "_add(1, -1), T.__rsub__", (REDUCERS, "-k", "shift or rsub")
     ),
     "alpha of the other argument": Mutation(
-        "descriptions.py",
+        "ops/descriptions.py",
         '(name == "other" and sign_of_input > 0)',
         '(name == "input" and sign_of_input > 0)',
         (REDUCERS, "-k", "test_op and shift"),
     ),
     "rows from the start alone": Mutation(
-        "descriptions.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
+        "ops/descriptions.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
     ),
     "first row of a slice": Mutation(
-        "factors.py", "(factor.index >= start)", "(factor.index > start)", (CONTRACT, "-k", "exact")
+        "algebra/factors.py", "(factor.index >= start)", "(factor.index > start)", (CONTRACT, "-k", "exact")
     ),
-    "no law of factors": Mutation("witness.py", "if wrong:", "if False:", (REDUCERS, "-k", "law_of_factors")),
+    "no law of factors": Mutation("laws/factored.py", "if wrong:", "if False:", (REDUCERS, "-k", "law_of_factors")),
     "factors of other sizes are trusted": Mutation(
-        "steps.py",
+        "transforms/steps.py",
         "self._due(outcome.sizes not in checked.factored)",
         "self._due(not checked.factored)",
         (PAIRS, "-k", "verified_once"),
     ),
     # inner products of factors
     "every row the same": Mutation(
-        "contract.py", "same = one.index", "same = 0 * one.index", (CONTRACT, "-k", "exact")
+        "algebra/contractions.py", "same = one.index", "same = 0 * one.index", (CONTRACT, "-k", "exact")
     ),
     "outer products meet the first row": Mutation(
-        "contract.py", "index = other.index", "index = 0 * other.index", (CONTRACT, "-k", "exact")
+        "algebra/contractions.py", "index = other.index", "index = 0 * other.index", (CONTRACT, "-k", "exact")
     ),
-    "cross terms once": Mutation("contract.py", "if i == j else 2", "if i == j else 1", (CONTRACT, "-k", "exact")),
+    "cross terms once": Mutation(
+        "algebra/contractions.py", "if i == j else 2", "if i == j else 1", (CONTRACT, "-k", "exact")
+    ),
     "any positions as one": Mutation(
-        "contract.py",
+        "algebra/contractions.py",
         "isinstance(uses[0], Outer) and uses[0].positions ==",
         "isinstance(uses[0], Outer) and uses[0].positions >=",
         (CONTRACT, "-k", "exact"),
     ),
     "the last samples of a slice": Mutation(
-        "contract.py", "range(0, b, together)", "range(0, max(b - 1, 1), together)", (CONTRACT, "-k", "exact")
+        "algebra/contractions.py",
+        "range(0, b, together)",
+        "range(0, max(b - 1, 1), together)",
+        (CONTRACT, "-k", "exact"),
     ),
     "what is kept is written to": Mutation(
-        "contract.py", "or not isinstance(use, Dense)", "or True", (CONTRACT, "-k", "exact")
+        "algebra/contractions.py", "or not isinstance(use, Dense)", "or True", (CONTRACT, "-k", "exact")
     ),
     "blocks of another order": Mutation(
-        "contract.py",
+        "algebra/contractions.py",
         "use.form.plain and use.form.blocks == blocks",
         "use.form.blocks == blocks",
         (CONTRACT, "-k", "low_rank"),
     ),
     "reduced at the first use": Mutation(
-        "ledger.py", "if not self.pending[index] and not self.keep", "if not self.keep", (PAIRS, "-k", "quadratic")
+        "engine/ledger.py",
+        "if not self.pending[index] and not self.keep",
+        "if not self.keep",
+        (PAIRS, "-k", "quadratic"),
     ),
-    "scaled as if linear": Mutation("ledger.py", "self.scale**task.degree", "self.scale", (PAIRS, "-k", "quadratic")),
+    "scaled as if linear": Mutation(
+        "engine/ledger.py", "self.scale**task.degree", "self.scale", (PAIRS, "-k", "quadratic")
+    ),
     "axes the other way round": Mutation(
-        "ledger.py",
+        "engine/ledger.py",
         "tuple(axes[i] for i in part)",
         "tuple(back[i] for i in part)",
         (REDUCERS, "-k", "test_op and cycled"),
     ),
     "dense axes the other way round": Mutation(
-        "ledger.py",
+        "engine/ledger.py",
         "permute(0, *(1 + i for i in back))",
         "permute(0, *(1 + i for i in axes))",
         (REDUCERS, "-k", "test_op and cycled"),
     ),
     "activations among the sources": Mutation(
-        "shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "a_weight_meets")
+        "engine/shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "a_weight_meets")
     ),
     # reducers, directions and the head
     "the bound is rounded down": Mutation(
-        "lowrank.py", "rounded.double() < raised", "rounded.double() > raised", (LOWRANK, "-k", "rounded_up")
+        "algebra/compression.py",
+        "rounded.double() < raised",
+        "rounded.double() > raised",
+        (LOWRANK, "-k", "rounded_up"),
     ),
     "the bound of the last leaf": Mutation(
-        "lowrank.py", "total = total + torch.where(", "total = torch.where(", (LOWRANK, "-k", "bound_is_the_sum")
+        "algebra/compression.py",
+        "total = total + torch.where(",
+        "total = torch.where(",
+        (LOWRANK, "-k", "bound_is_the_sum"),
     ),
-    "a bound beyond all gradients": Mutation("lowrank.py", "| (norms[name] == 0)", "", (TRACKING, "-k", "no_bound")),
+    "a bound beyond all gradients": Mutation(
+        "algebra/compression.py", "| (norms[name] == 0)", "", (TRACKING, "-k", "no_bound")
+    ),
     "a bound where none is known": Mutation(
-        "tracking.py", "new_full((), math.inf)", "new_zeros(())", (TRACKING, "-k", "no_bound")
+        "algebra/tracking.py", "new_full((), math.inf)", "new_zeros(())", (TRACKING, "-k", "no_bound")
     ),
     "the first use alone is tracked": Mutation(
-        "tracking.py", "for use in factored]", "for use in factored[:1]]", (TRACKING, "-k", "every_form")
+        "algebra/tracking.py", "for use in factored]", "for use in factored[:1]]", (TRACKING, "-k", "every_form")
     ),
     "tracked in the dtype of autocast": Mutation(
-        "tracking.py", "with as_written(old.device):", "if True:", (TRACKING, "-k", "autocast")
+        "algebra/tracking.py", "with as_written(old.device):", "if True:", (TRACKING, "-k", "autocast")
     ),
     "squares of the whole range": Mutation(
-        "tracking.py",
+        "algebra/tracking.py",
         "side.abs().amax(1, keepdim=True)",
         "side.square().sum(1, keepdim=True).sqrt()",
         (TRACKING, "-k", "far_from_one"),
     ),
     "the longer side as the basis": Mutation(
-        "tracking.py", "if blocks[1] <= blocks[2] else", "if blocks[1] > blocks[2] else", (TRACKING, "-k", "every_form")
+        "algebra/tracking.py",
+        "if blocks[1] <= blocks[2] else",
+        "if blocks[1] > blocks[2] else",
+        (TRACKING, "-k", "every_form"),
     ),
     "zeros stay zeros": Mutation(
-        "tracking.py", "torch.where(found == 0, 1, found)", "found", (TRACKING, "-k", "zeros")
+        "algebra/tracking.py", "torch.where(found == 0, 1, found)", "found", (TRACKING, "-k", "zeros")
     ),
     "one projection for all names": Mutation(
-        "projections.py",
+        "reducers/projections.py",
         "self._of_use(seed_of(self.seed, name)",
         "self._of_use(seed_of(self.seed, '')",
         (PROJECTIONS, "-k", "every_name"),
     ),
     "two sides with the same signs": Mutation(
-        "projections.py", 'seed_of(seed, f"{side}")', 'seed_of(seed, "0")', (PROJECTIONS, "-k", "kronecker")
+        "reducers/projections.py", 'seed_of(seed, f"{side}")', 'seed_of(seed, "0")', (PROJECTIONS, "-k", "kronecker")
     ),
     "every slice is the first": Mutation(
-        "projections.py",
+        "reducers/projections.py",
         "torch.arange(at * n, stop * n",
         "torch.arange(0, (stop - at) * n",
         (PROJECTIONS, "-k", "no_split"),
     ),
     "what is left out is of the first segment": Mutation(
-        "positions.py", "self.segments, ids)", "0, ids)", (POSITIONS, "-k", "segments")
+        "reducers/positions.py", "self.segments, ids)", "0, ids)", (POSITIONS, "-k", "segments")
     ),
     "ignored tokens have a loss": Mutation(
         "functional.py",
@@ -476,73 +522,84 @@ MUTATIONS: dict[str, Mutation] = {
         (HEAD, "-k", "reductions"),
     ),
     "first derivatives once for all": Mutation(
-        "head.py", "if kept and not torch.is_grad_enabled():", "if kept:", (HEAD, "-k", "hessians or second_order")
+        "losses/head.py",
+        "if kept and not torch.is_grad_enabled():",
+        "if kept:",
+        (HEAD, "-k", "hessians or second_order"),
     ),
     "a softmax without curvature": Mutation(
-        "chunks.py", "(q - (p * q).sum(1, keepdim=True))", "q", (HEAD, "-k", "hessians or second_order")
+        "losses/chunks.py", "(q - (p * q).sum(1, keepdim=True))", "q", (HEAD, "-k", "hessians or second_order")
     ),
     # drawn values
     "layouts at the very values": Mutation(
-        "trace.py",
+        "planning/trace.py",
         "if self.generic and in_general",
         "if False and in_general",
         (AWKWARD, "-k", "chosen_from or starts_at_zero"),
     ),
     "what is written at the very values": Mutation(
-        "trace.py",
+        "planning/trace.py",
         "if self.generic is None or not writes",
         "if self.generic or not writes",
         (AWKWARD, "-k", "in_place or overwritten"),
     ),
     "another version of what is written": Mutation(
-        "generic.py",
+        "planning/drawn.py",
         "with _unsafe_preserve_version_counter(true):",
         "if True:",
         (AWKWARD, "-k", "in_place or overwritten"),
     ),
     "what is overwritten is gone": Mutation(
-        "generic.py", "if call.op in OVERWRITES:", "if False:", (AWKWARD, "-k", "overwritten")
+        "planning/drawn.py", "if call.op in OVERWRITES:", "if False:", (AWKWARD, "-k", "overwritten")
     ),
     # the law, and the wrappers
     "no law": Mutation(
-        "verify.py",
+        "laws/conservation.py",
         "if not abs(ours - wanted) <= seen.tolerance * scale:",
         "if False:",
         (AWKWARD, "-k", "hidden or view or vmap"),
     ),
     "small gradients vanish": Mutation(
-        "verify.py", "boost = min(largest / max(norm, 1e-30), 1e3)", "boost = min(1.0, 1e3)", (VERIFY, "-k", "missed")
+        "laws/conservation.py",
+        "boost = min(largest / max(norm, 1e-30), 1e3)",
+        "boost = min(1.0, 1e3)",
+        (VERIFY, "-k", "missed"),
     ),
     "memory is not put back": Mutation(
-        "state.py", "memory.copy_(copy)", "memory.copy_(memory)", (MODES, AWKWARD, "-k", "buffers or bank")
+        "side_effects.py", "memory.copy_(copy)", "memory.copy_(memory)", (MODES, AWKWARD, "-k", "buffers or bank")
     ),
     "directions and members swapped": Mutation(
-        "lifting.py",
+        "transforms/lifting.py",
         "found.unflatten(1, (info.batch_size, k)), 1",
         "found.unflatten(1, (k, info.batch_size)).mT, 1",
         (WRAPPERS, "-k", "directions"),
     ),
     "what is not wanted stays so": Mutation(
-        "sites.py", "meter.wanted = all_of_them or id(meter) in asked", "meter.wanted = id(meter) in asked", (LAYOUT,)
+        "planning/sites.py",
+        "meter.wanted = all_of_them or id(meter) in asked",
+        "meter.wanted = id(meter) in asked",
+        (LAYOUT,),
     ),
     "a round of measuring is enough": Mutation(
-        "planning.py",
+        "planning/planner.py",
         "if not all_of_them and clock.batch and not enough_measured(trace.records, len(leaves)):",
         "if False:",
         (LAYOUT, "-k", "not_measured"),
     ),
     "one draw is enough": Mutation(
-        "generic.py",
+        "planning/drawn.py",
         "1 if is_multilinear(call) else 3 if few else 2 if far else 1",
         "1",
-        ("tests/test_generic.py", AWKWARD),
+        ("tests/planning/test_drawn.py", AWKWARD),
     ),
     "losses need not repeat": Mutation(
-        "rehearsal.py", "if check and seen.finite and not seen.repeats(outcome.losses):", "if False:", (VERIFY,)
+        "planning/ways.py", "if check and seen.finite and not seen.repeats(outcome.losses):", "if False:", (VERIFY,)
     ),
-    "calls of a mode's own": Mutation("state.py", "with torch._C.DisableTorchFunction():", "if True:", (VERIFY,)),
+    "calls of a mode's own": Mutation(
+        "side_effects.py", "with torch._C.DisableTorchFunction():", "if True:", (VERIFY,)
+    ),
     "other draws for a derivative": Mutation(
-        "lifting.py",
+        "transforms/lifting.py",
         """            with untouched(problem.devices()), replaying(drawn):
                 losses""",
         """            with untouched(problem.devices()):
@@ -550,28 +607,31 @@ MUTATIONS: dict[str, Mutation] = {
         (WRAPPERS, "-k", "dropout"),
     ),
     "derivatives of unweighted losses": Mutation(
-        "lifting.py",
+        "transforms/lifting.py",
         "column = column.to(losses.dtype)",
         "column = torch.ones_like(losses)",
         (WRAPPERS, "-k", "transforms"),
     ),
     "patches where gradients are smaller": Mutation(
-        "uses.py",
+        "ops/uses.py",
         "if product.gradients is not None and in_front",
         "if False and in_front",
         (REDUCERS, "-k", "convolution"),
     ),
     "one form for all shapes": Mutation(
-        "tangent.py",
+        "ops/tangent.py",
         "known += (leaf.shape, leaf.dtype, leaf.layout)",
         "known += (leaf.dtype, leaf.layout)",
         (REDUCERS, "-k", "test_op or convolution"),
     ),
     "heads in place of examples": Mutation(
-        "batching.py", "if axis is None else operand.movedim(axis, 0)", "if axis is None else operand", (EXAMPLE,)
+        "losses/batching.py",
+        "if axis is None else operand.movedim(axis, 0)",
+        "if axis is None else operand",
+        (EXAMPLE,),
     ),
     "every chunk is the first": Mutation(
-        "losses.py", "leaf.narrow(axis, start, count)", "leaf.narrow(axis, 0, count)", (EXAMPLE, "-k", "chunk")
+        "losses/examples.py", "leaf.narrow(axis, start, count)", "leaf.narrow(axis, 0, count)", (EXAMPLE, "-k", "chunk")
     ),
 }
 

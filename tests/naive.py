@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcghost.oracle import per_sample_gradients
+from funcghost.laws.oracle import per_sample_gradients
 
 Params = dict[str, Tensor]
 

@@ -24,15 +24,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcghost.directions import Stack
+from funcghost.algebra.directions import Stack
+from funcghost.engine.plans import Plan
+from funcghost.engine.run import run_plain
 from funcghost.errors import InputError
-from funcghost.planning import Options
-from funcghost.plans import Plan
-from funcghost.reducers import dot
-from funcghost.run import Losses, Problem, Reduction, backward, run_plain
-from funcghost.steps import Step
-from funcghost.tangent import differentiable_kernels
-from funcghost.transforms import grad_and_reduce, reduce
+from funcghost.ops.tangent import differentiable_kernels
+from funcghost.options import Options
+from funcghost.problem import Losses, Problem, Reduction, backward
+from funcghost.reducers.dots import dot
+from funcghost.transforms.functions import grad_and_reduce, reduce
+from funcghost.transforms.steps import Step
 from funcghost.trees import Params, Tree, match_direction, split_params
 
 

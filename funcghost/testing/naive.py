@@ -8,18 +8,20 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra import apply, combine, materialize
+from funcghost.algebra.directions import as_dense
+from funcghost.algebra.factors import Dense
+from funcghost.algebra.pair_algebra import combine, materialize
+from funcghost.algebra.pairs import Pairs
 from funcghost.errors import InputError
-from funcghost.factors import Dense
-from funcghost.lowrank import as_dense
-from funcghost.oracle import per_sample_gradients
-from funcghost.pairs import Pairs
-from funcghost.planning import Options
-from funcghost.quadratic import cross, gram, squared_norm
-from funcghost.reducers import Additive, Directional, Reducer, dot, per_param, split_reducers
-from funcghost.run import Losses, Problem, backward, cotangents
-from funcghost.state import untouched
-from funcghost.transforms import grad_and_reduce, pairs, plan
+from funcghost.laws.oracle import per_sample_gradients
+from funcghost.options import Options
+from funcghost.problem import Losses, Problem, backward, cotangents
+from funcghost.reducers.bases import Additive, Directional, Reducer, split_reducers
+from funcghost.reducers.by_parameter import per_param
+from funcghost.reducers.dots import dot
+from funcghost.reducers.quadratic import cross, gram, squared_norm
+from funcghost.side_effects import untouched
+from funcghost.transforms.functions import apply, grad_and_reduce, pairs, plan
 from funcghost.trees import Params, Tree, split_params
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}

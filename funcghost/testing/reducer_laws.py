@@ -10,25 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from funcghost.algebra import apply
-from funcghost.cost import Means
+from funcghost.algebra.cost import Means
+from funcghost.algebra.factors import Factor, Outer
+from funcghost.algebra.pairs import Pairs
 from funcghost.errors import InputError
-from funcghost.factors import Factor, Outer
-from funcghost.pairs import Pairs
-from funcghost.planning import Options
-from funcghost.quadratic import squared_norm
-from funcghost.reducers import (
-    Additive,
-    Directional,
-    PerParamAdditive,
-    PerParamDirectional,
-    Reducer,
-    per_param,
-)
+from funcghost.options import Options
+from funcghost.reducers.bases import Additive, Directional, Reducer
+from funcghost.reducers.by_parameter import PerParamAdditive, PerParamDirectional, per_param
+from funcghost.reducers.quadratic import squared_norm
 from funcghost.testing.naive import naive_pairs
 from funcghost.testing.strategies import Model, models
 from funcghost.testing.strategies import pairs as drawn_pairs
-from funcghost.transforms import pairs, plan, reduce
+from funcghost.transforms.functions import apply, pairs, plan, reduce
 from funcghost.trees import Tree
 
 Make = Callable[[Tree, int], Reducer]

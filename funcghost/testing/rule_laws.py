@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import InputError
-from funcghost.rules import Op, Rule, find_rule
-from funcghost.tangent import Call, Outputs, covered_by_rule, flatten_call, is_float, pushforward
+from funcghost.ops.rules import Op, Rule, find_rule
+from funcghost.ops.tangent import Call, Outputs, covered_by_rule, flatten_call, is_float, pushforward
 
 SEEDS = range(4)
 ROUNDING = 256

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from funcghost.factors import Dense, Factor, Form, Lookup, Outer, matrix_form
-from funcghost.losses import module_losses
-from funcghost.pairs import Pairs
-from funcghost.run import Losses
+from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, matrix_form
+from funcghost.algebra.pairs import Pairs
+from funcghost.losses.modules import module_losses
+from funcghost.problem import Losses
 
 DIMS = st.integers(1, 3)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import funcghost as fg
+from funcghost.algebra.compression import certified_bound
 from funcghost.attribution import in_run
-from funcghost.lowrank import certified_bound
-from funcghost.oracle import per_sample_gradients
+from funcghost.laws.oracle import per_sample_gradients
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

@@ -1,0 +1,142 @@
+"""What can be asked of pairs: reducers, inner products with other pairs, weighted sums, the gradients themselves."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcghost.algebra.contractions import inner_products, squared_norms, weighted_sum
+from funcghost.algebra.cost import means_of
+from funcghost.algebra.factors import Factor, dense
+from funcghost.algebra.pairs import Pairs, check_weights
+from funcghost.errors import InputError
+from funcghost.options import Options, check_options
+from funcghost.trees import Tree
+
+Weights = Tensor | Mapping[str, Tensor]
+"""One weight per sample [b], or such weights for each parameter."""
+
+
+def _check(pairs: Any, what: str) -> Pairs:
+    if not isinstance(pairs, Pairs):
+        raise InputError(
+            f"{what}: takes Pairs as fg.pairs(losses)(params, batch) gives them, found {type(pairs).__name__}."
+        )
+    return pairs
+
+
+def _match(a: Pairs, b: Pairs) -> None:
+    if a.uses.keys() != b.uses.keys():
+        raise InputError("pairs: both must be of the same parameters.")
+    for name in a.uses:
+        if a.uses[name][0].shape != b.uses[name][0].shape:
+            raise InputError(f"pairs: parameter {name!r} has another shape in one than in the other.")
+
+
+def cross_dots(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+    """The inner products of any two per-sample gradients: `out[i, j] = <a_i, b_j>`.
+
+    Shapes: [a, b]. Units and cost: those of `fg.gram`.
+
+    Raises:
+        InputError: these are not pairs of the same parameters.
+        MemoryBudgetError: no tile of any route fits the budget.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.cross_dots(pairs, pairs[:1])
+        tensor([[1.],
+                [0.]])
+    """
+    a, b = _check(a, "cross_dots"), _check(b, "cross_dots")
+    _match(a, b)
+    means = means_of(check_options(options), a.device)
+    parts = [inner_products(a.uses[name], b.uses[name], means, name) for name in a.uses]
+    return torch.stack(parts).sum(0)
+
+
+def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+    """The cosines of the angles between per-sample gradients: `out[i, j] = <a_i, b_j> / (|a_i| |b_j|)`.
+
+    Shapes: [a, b]; 0 where a gradient is zero. Cost: that of `cross_dots` and of both norms.
+
+    Raises:
+        InputError: as in `cross_dots`.
+        MemoryBudgetError: as in `cross_dots`.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, 3 * torch.eye(2))
+        >>> fg.cosine(pairs, pairs)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    products = cross_dots(a, b, options=options)
+    means = means_of(check_options(options), a.device)
+    one, other = (sum(squared_norms(uses, means, name) for name, uses in p.uses.items()).sqrt() for p in (a, b))  # type: ignore[union-attr]
+    scale = one.unsqueeze(1) * other
+    return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
+
+
+def combine(pairs: Pairs, weights: Weights) -> Tree:
+    """`sum_i weights[i] grad_i`: the gradient of a weighted loss by book-keeping, without a second backward.
+
+    Law: equal to autograd's gradient of `(weights * losses).sum()`. With a dict of weights, the leaf of a parameter is
+    that of `combine` with its own.
+
+    Shapes: weights [b], or a dict from all names of parameters to weights [b]; a tree like params.
+
+    Cost: one product per use, as the weight's gradient in a backward.
+
+    Raises:
+        InputError: weights are no floating numbers [b], or not those of the parameters.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.combine(pairs, torch.tensor([2.0, 3.0]))
+        {'w': tensor([2., 3.])}
+    """
+    pairs = _check(pairs, "combine")
+    by_name = weights if isinstance(weights, Mapping) else dict.fromkeys(pairs.uses, weights)
+    if by_name.keys() != set(pairs.uses):
+        missing, extra = (sorted(set(a) - set(b))[:5] for a, b in ((pairs.uses, by_name), (by_name, pairs.uses)))
+        raise InputError(
+            f"combine: weights by parameter must be given for each, missing {missing}, unexpected {extra}."
+        )
+    for own in by_name.values():
+        check_weights("combine", pairs, own)
+    return _added(pairs, lambda name, use: weighted_sum(use, by_name[name]))
+
+
+def materialize(pairs: Pairs) -> Tree:
+    """The per-sample gradients themselves: a tree like params with leaves [b, *shape], in the parameters' dtype.
+
+    Cost: b copies of the parameters.
+
+    Raises:
+        InputError: these are not pairs.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.materialize(pairs)
+        {'w': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+    pairs = _check(pairs, "materialize")
+    return _added(pairs, lambda name, use: dense(use))
+
+
+def _added(pairs: Pairs, of_use: Callable[[str, Factor], Tensor]) -> Tree:
+    """A tree like params of the sums over the uses of each."""
+    leaves = []
+    for name, _, dtype in pairs.parameters:
+        total, *others = (of_use(name, use) for use in pairs.uses[name])
+        for other in others:
+            total = total + other
+        leaves.append(total.to(dtype))
+    return optree.tree_unflatten(pairs.spec, leaves)

@@ -1,0 +1,102 @@
+"""One forward and one backward of the losses along a plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcghost.algebra.directions import Direction, as_dense
+from funcghost.algebra.factors import Factor
+from funcghost.dtypes import score_dtype
+from funcghost.engine.capture import Capture, Choose
+from funcghost.engine.ledger import Ledger
+from funcghost.engine.plans import Plan
+from funcghost.errors import MismatchError
+from funcghost.problem import Problem, Reduction, backward, cotangents, detached
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a run gives: scores [b, k] in units of the losses, the training gradient if asked for, losses, aux.
+
+    `sizes` is the checksum of the sizes its ops ran with, `positions` the scores by position [b, t], by column.
+    `parts` is what the tasks of the ledger made of each parameter, `pairs` the factors it kept.
+    """
+
+    scores: Tensor
+    gradients: list[Tensor]
+    losses: Tensor
+    aux: Any
+    sizes: int = 0
+    positions: Mapping[int, Tensor] = field(default_factory=dict)
+    parts: Sequence[Mapping[str, Tensor]] = ()
+    pairs: Mapping[str, tuple[Factor, ...]] = field(default_factory=dict)
+
+
+def run(
+    problem: Problem,
+    plan: Plan,
+    directions: Sequence[Direction],
+    *,
+    reduction: Reduction | None,
+    choose: Choose | None = None,
+    standins: dict[int, Tensor] | None = None,
+    ledger: Ledger | None = None,
+    dtype: torch.dtype | None = None,
+) -> Outcome:
+    """Scores along the plan; with a `reduction` also the gradient of the reduced losses, from the same backward.
+
+    Factors of the gradients of the losses go to the `ledger`; products for scores are computed in the `dtype`.
+
+    Raises:
+        MismatchError: the call does not fit the plan.
+    """
+    batch = plan.batch_size(problem.batch)
+    if batch == 0:
+        return _run_empty(problem, len(directions), reduction)
+    leaves = problem.leaves()
+    probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
+    capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger, dtype)
+    with capture:
+        losses, aux = problem.evaluate(leaves)
+    if losses.shape[0] != batch:
+        raise MismatchError(
+            f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch."
+        )
+    capture.finish()
+    tail = capture.shadows.get(id(losses))
+    if ledger is not None and tail is not None:
+        ledger.expect(tail.sources)
+    wanted = [probe] if reduction is None else [probe, *leaves]
+    cotangent = cotangents(losses, reduction or "sum")
+    scores, *gradients = backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
+    if not problem.is_meta():
+        capture.check_moves(at_once=standins is None)
+    if directions:
+        scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
+    positions: Mapping[int, Tensor] = {}
+    if ledger is not None:
+        positions = ledger.close(tail, cotangent, losses.shape[0] if reduction == "mean" else 1)
+    carried = capture.tangents_of(losses)
+    if carried:
+        tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried]
+        scores = scores + torch.stack(tails, -1).to(scores.dtype)
+    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, positions)
+
+
+def run_plain(problem: Problem, reduction: Reduction | None) -> Outcome:
+    """The losses, and with a `reduction` the training gradient: nothing is scored."""
+    leaves = problem.leaves()
+    losses, aux = problem.evaluate(leaves)
+    gradients = [] if reduction is None else backward(losses, leaves, cotangents(losses, reduction))
+    return Outcome(losses.new_zeros((losses.shape[0], 0)), gradients, losses.detach(), detached(aux))
+
+
+def _run_empty(problem: Problem, columns: int, reduction: Reduction | None) -> Outcome:
+    """A batch without samples has no sites worth a look, and no scores."""
+    outcome = run_plain(problem, reduction)
+    if outcome.losses.shape[0]:
+        raise MismatchError(f"the losses are of {outcome.losses.shape[0]} samples where the plan expects none.")
+    return replace(outcome, scores=outcome.losses.new_zeros((0, columns), dtype=score_dtype(problem.params)))

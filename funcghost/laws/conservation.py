@@ -1,0 +1,158 @@
+"""The conservation law: for random c and V, `<sum_i c_i grad_i, V>` by autograd equals `c . dots` by funcghost.
+
+Autograd knows nothing of sites. A use of a parameter that was not seen, a wrong rule or a wrong layout breaks the law.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from funcghost.dtypes import wide
+from funcghost.engine.plans import Plan
+from funcghost.errors import ConservationError
+from funcghost.laws.draws import PERIOD, TOLERANCE, repeated
+from funcghost.trees import Params
+
+Scores = Callable[[Sequence[Sequence[Tensor | None]]], Tensor]
+"""Maps directions (None for zero) to scores [b, k]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """What autograd says: the gradient of `<c, losses>`, and the direction V to test it in.
+
+    `share` is the size of the share that a parameter has in `<gradient, V>`.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    gradients: list[Tensor]
+    direction: list[Tensor]
+    tolerance: float
+    share: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is anything to compare: NaN and inf in the losses spread over a batch's gradient."""
+        return all(map(isfinite, (float(self.losses.double().sum()), *self.shares)))
+
+    def repeats(self, losses: Tensor) -> bool:
+        """Whether the losses of another run are these, but for rounding."""
+        off, size = (losses - self.losses).abs().max(), self.losses.abs().max()
+        return bool(off <= self.tolerance * size) if losses.numel() else True
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """`<gradient, V>` of each parameter."""
+        pairs = zip(self.gradients, self.direction, strict=True)
+        return [float((wide(g) * wide(v)).sum(dtype=torch.float64)) for g, v in pairs]
+
+
+def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision: torch.dtype) -> Witness:
+    """Chooses V so that every parameter has a share of like size: along its gradient and across it.
+
+    A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it.
+    `precision` is the lowest precision met on the way.
+    """
+    norms = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients]
+    largest = max((n for n in norms if 0 < n < inf), default=1.0)
+    direction, drawn = [], torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu") - 0.5
+    for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
+        noise = repeated(drawn.roll(-4001 * index).to(gradient.device), gradient.shape)
+        across = max(float(torch.linalg.vector_norm(noise)), 1e-30)
+        along = 0.5 + ((index * 7919) % 101) / 101
+        # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
+        boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
+        value = wide(gradient) * (along * boost / max(norm, 1e-30)) + noise * (boost / across)
+        direction.append(value.to(gradient.dtype))
+    return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
+
+
+def check_conservation(
+    params: Params,
+    scores: Scores,
+    seen: Witness,
+    groups: Sequence[list[int]],
+    nearby: Callable[[int], Sequence[Tensor]],
+) -> None:
+    """Compares the sum of shares of each group of parameters, and then of its halves where it is off.
+
+    A column for each group costs no more than one for all where directions do not meet.
+
+    `nearby(seed)` gives autograd's gradients where all differs by rounding: what such a change does to a share is
+    no evidence against ours.
+
+    Raises:
+        ConservationError: naming the parameters.
+    """
+    wrong = _broken(scores, seen, groups)
+    while any(len(group) > 1 for group in wrong):
+        halves = [half for group in wrong for half in _halves(group)]
+        wrong = _broken(scores, seen, halves) or [[index] for group in wrong for index in group]
+    culprits = sorted(index for group in wrong for index in group)
+    if not culprits:
+        return
+    shares, moved = seen.shares, [replace(seen, gradients=list(nearby(seed))).shares for seed in (1, 2)]
+    found = _weighted(scores(_restricted(seen.direction, [[index] for index in culprits])), seen.weights).sum(0)
+    ours = dict(zip(culprits, found.tolist(), strict=True))
+    rounding = {index: 16 * max(abs(other[index] - shares[index]) for other in moved) for index in culprits}
+    culprits = [index for index in culprits if not abs(ours[index] - shares[index]) <= rounding[index]]
+    if not culprits:
+        return
+    named = [params.names[i] for i in culprits[:10]]
+    raise ConservationError(
+        f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
+        f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
+        f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where a torch function mode does not see it "
+        "(inside a custom autograd Function, a torch.func transform of their own, a derivative that the losses take by "
+        "torch.autograd.grad, a compiled submodule, a C++ extension), changed in place through a view, or by an op "
+        "whose rule is wrong. Call ordinary torch ops on these parameters, out of place, with derivatives written out "
+        "by hand; correct the rule given to fg.register_rule; or leave them out of params."
+    )
+
+
+def _weighted(scores: Tensor, weights: Tensor) -> Tensor:
+    return scores.double() * weights.double().unsqueeze(1)
+
+
+def _broken(scores: Scores, seen: Witness, groups: Sequence[list[int]]) -> list[list[int]]:
+    """The groups whose scores do not add up to their shares."""
+    shares = seen.shares
+    terms = _weighted(scores(_restricted(seen.direction, groups)), seen.weights)
+    wrong = []
+    for group, ours, size in zip(groups, terms.sum(0).tolist(), terms.abs().sum(0).tolist(), strict=True):
+        wanted = sum(shares[i] for i in group)
+        scale = seen.share + size + sum(abs(shares[i]) for i in group)
+        if not abs(ours - wanted) <= seen.tolerance * scale:
+            wrong.append(group)
+    return wrong
+
+
+def _halves(group: list[int]) -> list[list[int]]:
+    return [half for half in (group[: len(group) // 2], group[len(group) // 2 :]) if half]
+
+
+def _restricted(direction: Sequence[Tensor], groups: Sequence[list[int]]) -> list[list[Tensor | None]]:
+    return [[v if i in group else None for i, v in enumerate(direction)] for group in groups]
+
+
+def together(plan: Plan, names: Sequence[str]) -> list[list[int]]:
+    """The parameters to check together: those of one tap, since `J V` is had there for all of them at once.
+
+    Tangents that are carried meet those of other sites on their way: of such parameters there are 8 sums.
+    """
+    numbers = {name: index for index, name in enumerate(names)}
+    carried = {numbers[name] for site in plan.sites if site.action == "carry" for name in site.parameters}
+    groups = {index: [index] for index in numbers.values() if index not in carried}
+    for site in plan.sites:
+        for name in site.parameters[1:]:
+            one, other = (groups.get(numbers[n]) for n in (site.parameters[0], name))
+            if one is not None and other is not None and one is not other:
+                one.extend(other)
+                groups.update(dict.fromkeys(other, one))
+    apart = list({id(group): group for group in groups.values()}.values())
+    return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]

@@ -1,0 +1,35 @@
+"""What the laws are tested with: weights of samples, directions, rounding, and how far off a sum may be."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Relative to the sum of the sizes of the terms: rounding of a deep network, far below one parameter's share."""
+
+
+def shaken(value: Tensor, size: float, seed: int) -> Tensor:
+    """The value with every entry off by `size` relative to it, up or down."""
+    generator = torch.Generator(value.device).manual_seed(seed)
+    sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device).to(value.dtype) * 2 - 1
+    return value.detach() * (1 + size * sign)
+
+
+def repeated(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape, filled with the numbers over and over."""
+    copies = -(-prod(shape) // len(numbers))
+    return numbers.expand(copies, -1).reshape(-1)[: prod(shape)].view(tuple(shape))
+
+
+def sample_weights(losses: Tensor) -> Tensor:
+    """The weights c [b]: of either sign, of size 1/2 to 3/2, the same for the same b."""
+    generator = torch.Generator().manual_seed(losses.shape[0])
+    size = torch.rand(losses.shape, generator=generator, device="cpu") + 0.5
+    sign = torch.randint(0, 2, losses.shape, generator=generator, device="cpu") * 2 - 1
+    return (size * sign).to(losses)
+
+
+PERIOD = 65521
+"""How many numbers are drawn; a prime, so that rows of a tensor are not alike."""

@@ -1,0 +1,37 @@
+"""The losses of an `nn.Module`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from funcghost.problem import Losses
+from funcghost.trees import Tree
+
+
+def module_losses(model: nn.Module, criterion: Callable[[Any, Tree], Tensor]) -> Losses:
+    """The losses of a module: `losses(params, batch) = criterion(model(batch), batch)`, by `functional_call`.
+
+    Calls `model(**batch)` for a mapping, `model(*batch)` for a tuple or list, otherwise `model(batch)`. The criterion
+    gives [b]. Parameters of the model that are not in `params` stay as they are in the model, and so do its buffers
+    and its training mode.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> losses = fg.module_losses(model, lambda output, batch: output.square().sum(1))
+        >>> losses(dict(model.named_parameters()), torch.ones(3, 2)).shape
+        torch.Size([3])
+    """
+
+    def losses(params: Tree, batch: Tree) -> Tensor:
+        if isinstance(batch, Mapping):
+            output = functional_call(model, params, (), dict(batch))
+        elif isinstance(batch, tuple | list):
+            output = functional_call(model, params, tuple(batch))
+        else:
+            output = functional_call(model, params, (batch,))
+        return criterion(output, batch)
+
+    return losses

@@ -1,0 +1,35 @@
+"""Ops that are programs of other ops: a mode is to see their parts, of which each has a form that is known."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
+
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from funcghost.ops.rules import Op
+
+COMPOSITES = frozenset([F.multi_head_attention_forward])
+"""Functions with weights of several linear layers in one call."""
+
+
+@cache
+def opened(op: Op) -> Op | None:
+    """The same function, but for the question whether a mode takes it as a whole; None where it is to be one."""
+    if op not in COMPOSITES or not isinstance(op, FunctionType) or "has_torch_function" not in op.__code__.co_names:
+        return None
+    names = {**op.__globals__, "has_torch_function": lambda _: False}
+    same = FunctionType(op.__code__, names, op.__name__, op.__defaults__, op.__closure__)
+    same.__kwdefaults__ = op.__kwdefaults__
+    return same
+
+
+@contextmanager
+def seen_by(mode: TorchFunctionMode) -> Iterator[None]:
+    """Lets a mode that is handling an op see the ops that run for it."""
+    TorchFunctionMode.__enter__(mode)
+    try:
+        yield
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)

@@ -1,0 +1,293 @@
+"""`J V` of one op: its derivative in the direction of tangents of some of its arguments.
+
+There is one meaning and three ways to get it, in the order of their cost: a rule of linearity (one call of the
+op), the op's own forward derivative, and the transpose of the op's own backward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, wraps
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from funcghost.ops.rules import Op, Rule, find_rule
+
+Way = Literal["rule", "forward", "transpose"]
+Outputs = tuple[Tensor, ...]
+Term = tuple[tuple[int, ...], tuple[int, ...]]
+
+PLAIN = frozenset(
+    [int, float, bool, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout]
+)
+"""What is known by its value alone."""
+LEAVES = PLAIN - {type(None)} | {Tensor, torch.nn.Parameter}
+MOST_KEYS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an op: its flat arguments, and which of them carry a tangent or are written to."""
+
+    op: Op
+    leaves: tuple[Any, ...]
+    spec: optree.PyTreeSpec
+    tracked: tuple[int, ...]
+    written: tuple[int, ...] = ()
+
+    def emptied(self) -> "Call":
+        """The same call without its tensors, so that keeping it keeps none of them."""
+        leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves)
+        return Call(self.op, leaves, self.spec, self.tracked, self.written)
+
+    def key(self) -> tuple[Any, ...] | None:
+        """Equal for calls that differ in the values of tensors alone; None where that cannot be told, as in vmap."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            return None
+        known: list[Any] = [self.op, find_rule(self.op), self.spec, self.tracked, self.written]
+        for leaf in self.leaves:
+            kind = type(leaf)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                known += (leaf.shape, leaf.dtype, leaf.layout)
+            elif kind in PLAIN:
+                known += (kind, leaf)
+            else:
+                return None
+        return tuple(known)
+
+    def evaluate(self, leaves: Sequence[Any]) -> Outputs:
+        """The differentiable outputs of the op on these leaves; what the op writes to is copied first."""
+        if not self.written:
+            args, kwargs = optree.tree_unflatten(self.spec, leaves)
+            return outputs(self.op(*args, **kwargs), ())
+        copied = list(leaves)
+        for slot in self.written:
+            copied[slot] = copied[slot].clone()
+        args, kwargs = optree.tree_unflatten(self.spec, copied)
+        return outputs(self.op(*args, **kwargs), [copied[slot] for slot in self.written])
+
+
+@dataclass(frozen=True, eq=False)
+class Pushforward:
+    """`J V` of a call, as a function of the tensors in the slots it needs and of the tangents."""
+
+    needed: tuple[int, ...]
+    evaluate: Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a call and of hashable values that is evaluated once for all calls with the same key.
+
+    What it gives must hold nothing of the call but shapes and flags.
+    """
+    known: dict[Any, Any] = {}
+
+    @wraps(function)
+    def recall(call: Call, *others: Any) -> Any:
+        own = call.key()
+        if own is None:
+            return function(call, *others)
+        key = (own, others)
+        found = known.get(key, known)
+        if found is known:
+            if len(known) >= MOST_KEYS:
+                known.clear()
+            found = known[key] = function(call, *others)
+        return found
+
+    return recall
+
+
+def flatten_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of an op's arguments."""
+    if not kwargs and LEAVES.issuperset(map(type, args)):
+        return list(args), _flat_spec(len(args))
+    nest: Any = (tuple(args), kwargs)
+    return optree.tree_flatten(nest)
+
+
+@cache
+def _flat_spec(count: int) -> optree.PyTreeSpec:
+    """The structure of so many arguments without containers."""
+    nest: Any = ((0,) * count, {})
+    return optree.tree_structure(nest)
+
+
+def is_float(value: object) -> bool:
+    """Whether a value is a tensor that can have a derivative."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def outputs(returned: Any, written: Sequence[Tensor]) -> Outputs:
+    """What an op gave: the floating tensors it returned, then those it wrote to."""
+    if not written and isinstance(returned, Tensor):
+        return (returned,) if is_float(returned) else ()
+    leaves = [returned] if isinstance(returned, Tensor) else optree.tree_leaves(returned)
+    fresh = [leaf for leaf in leaves if is_float(leaf) and not any(leaf is w for w in written)]
+    return (*fresh, *(w for w in written if is_float(w)))
+
+
+def physical(value: Tensor) -> Tensor:
+    """The tensor inside the wrappers of `torch.func` transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
+def swap(returned: Any, replaced: dict[int, Tensor]) -> Any:
+    """What an op returned, with some of its tensors replaced."""
+    if isinstance(returned, Tensor):
+        return replaced.get(id(returned), returned)
+    return optree.tree_map(lambda leaf: replaced.get(id(leaf), leaf), returned)
+
+
+def covered_by_rule(call: Call) -> bool:
+    """Whether a rule gives the derivative in every tracked argument of this call."""
+    rule = find_rule(call.op)
+    return rule is not None and _terms(call, rule) is not None
+
+
+def is_linear(call: Call) -> bool:
+    """Whether a rule says that the op is linear in all tensors of this call at once."""
+    rule = find_rule(call.op)
+    terms = None if rule is None else _terms(call, rule)
+    given = {slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
+    return terms is not None and len(terms) == 1 and given.issubset((*terms[0][0], *terms[0][1]))
+
+
+def is_multilinear(call: Call) -> bool:
+    """Whether a rule says that the op is linear in each tensor of this call, the others held."""
+    given = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    return all(is_float(call.leaves[slot]) for slot in given) and covered_by_rule(replace(call, tracked=given))
+
+
+def pushforward(call: Call, way: Way) -> Pushforward:
+    """The function that computes `J V` of a call in a given way."""
+    rule = find_rule(call.op)
+    if way == "rule" and rule is not None:
+        found: Pushforward = _by_rule(call, rule)
+        return found
+    return _by_derivative(call, _forward if way == "forward" else _transpose)
+
+
+@remembered
+def _by_rule(call: Call, rule: Rule) -> Pushforward:
+    """The sum over the sets of arguments of the op with tangents and zeros in the places of the set."""
+    terms = _terms(call, rule)
+    if terms is None:
+        raise AssertionError("covered_by_rule() was asked when the plan was made")
+    tensors = [slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
+    needed = tuple(slot for slot in tensors if any(slot not in filled + empty for filled, empty in terms))
+    blanks = {
+        slot: (call.leaves[slot].shape, call.leaves[slot].dtype) if isinstance(call.leaves[slot], Tensor) else None
+        for _, empty in terms
+        for slot in empty
+    }
+    call, own = call.emptied(), {slot: i for i, slot in enumerate(call.tracked)}
+
+    def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
+        total: Outputs | None = None
+        for filled, empty in terms:
+            leaves = list(call.leaves)
+            for slot, value in zip(needed, saved, strict=True):
+                leaves[slot] = value
+            for slot in empty:
+                blank = blanks[slot]
+                leaves[slot] = tangents[0].new_zeros((), dtype=blank[1]).expand(blank[0]) if blank else 0
+            for slot in filled:
+                leaves[slot] = tangents[own[slot]]
+            term = call.evaluate(leaves)
+            factor = rule.factor(_bind(call, rule, leaves)) if rule.factor else None
+            term = term if factor is None else tuple(value * factor for value in term)
+            total = term if total is None else tuple(a + b for a, b in zip(total, term, strict=True))
+        assert total is not None
+        return total
+
+    return Pushforward(needed, evaluate)
+
+
+def _terms(call: Call, rule: Rule) -> list[Term] | None:
+    """For each set of arguments used: the slots to fill with tangents, and those to fill with zeros."""
+    if rule.when is not None and not rule.when(_bind(call, rule, call.leaves)):
+        return None
+    if rule.linear == "each":
+        return [((slot,), ()) for slot in call.tracked]
+    if rule.linear == "jointly":
+        floats = (slot for slot, leaf in enumerate(call.leaves) if is_float(leaf))
+        return [(call.tracked, tuple(slot for slot in floats if slot not in call.tracked))]
+    return _named_terms(rule, call.spec, call.tracked)
+
+
+@lru_cache(maxsize=4096)
+def _named_terms(rule: Rule, spec: optree.PyTreeSpec, tracked: tuple[int, ...]) -> list[Term] | None:
+    """The terms where they follow from the names of the arguments alone: the same in every step."""
+    nest: Any = optree.tree_unflatten(spec, range(spec.num_leaves))
+    slots = rule.bind(*nest)
+    remaining, terms = set(tracked), []
+    for names in rule.linear:
+        members = [slots[name] for name in names if isinstance(slots.get(name), int)]
+        filled = tuple(slot for slot in members if slot in remaining)
+        if filled:
+            terms.append((filled, tuple(slot for slot in members if slot not in filled)))
+            remaining.difference_update(filled)
+    return None if remaining else terms
+
+
+def _bind(call: Call, rule: Rule, leaves: Sequence[Any]) -> dict[str, Any]:
+    nest: Any = optree.tree_unflatten(call.spec, leaves)
+    return rule.bind(*nest)
+
+
+Derivative = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
+
+
+def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    call = call.emptied()
+
+    def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
+        values = dict(zip(needed, saved, strict=True))
+
+        def op(*primals: Tensor) -> Outputs:
+            moved = values | dict(zip(call.tracked, primals, strict=True))
+            return call.evaluate([moved.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
+
+        with differentiable_kernels():
+            return derivative(op, tuple(values[slot] for slot in call.tracked), tuple(tangents))
+
+    return Pushforward(needed, evaluate)
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Fused kernels without second derivatives give way to their plain forms."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def _forward(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
+    derivative: Outputs = torch.func.jvp(op, primals, tangents)[1]
+    return derivative
+
+
+def _transpose(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
+    """The backward `u -> u J` is linear in `u`, hence its own backward is `V -> J V`.
+
+    By autograd itself, which knows more ops than `torch.func`.
+    """
+    with torch.enable_grad():
+        leaves = [primal.detach().requires_grad_() for primal in primals]
+        values = op(*leaves)
+        smooth = [value for value in values if value.requires_grad]
+        duals = [torch.zeros_like(value, requires_grad=True) for value in smooth]
+        pulled = torch.autograd.grad(smooth, leaves, duals, create_graph=True, allow_unused=True)
+        pairs = [(u, v) for u, v in zip(pulled, tangents, strict=True) if u is not None and u.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(duals)
+        if pairs:
+            found = torch.autograd.grad([u for u, _ in pairs], duals, [v for _, v in pairs], allow_unused=True)
+    derivatives = dict(zip(map(id, smooth), found, strict=True))
+    return tuple(torch.zeros_like(v) if (d := derivatives.get(id(v))) is None else d for v in values)

@@ -1,0 +1,70 @@
+"""How to go about it, as far as the caller has a say."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from funcghost.errors import InputError
+
+RouteName = Literal["ghost", "materialise"]
+ROUTES: tuple[RouteName, ...] = ("ghost", "materialise")
+Rates = tuple[float, float]
+"""FLOP/s of products and bytes/s of memory."""
+
+DEFAULT_BUDGET = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to go about it.
+
+    Args:
+        verify: when to check the conservation law: on the "first" call (with each new plan), "always" or "never".
+        route: "backward" takes scores in the backward wherever a layout fits; "forward" carries every tangent to
+            the losses: no backward and no stored activations, for scoring with `fg.reduce`. "ghost" and "materialise"
+            are "backward" with this one route to inner products of gradients where it exists, not the cheapest.
+        memory_budget: bytes for the tiles of inner products between gradients; 256 MiB by default.
+        rates: the machine's FLOP/s of matrix products and bytes/s of memory, by which routes are chosen; measured in
+            a few milliseconds when a plan is made, and part of it, if not given.
+        compute_dtype: the dtype to which the operands of products for scores are rounded, such as `torch.bfloat16`; by
+            default their own (for inner products of gradients float32 at least). Sums are of float32 at least, and
+            training gradients are not touched. Ops that are no products, such as norms, keep their precision. Of a
+            dtype of 8 bits, such as `torch.float8_e4m3fn`, only the rounding is had, with one scale for each operand:
+            products of such numbers run in bfloat16, which holds them exactly.
+
+    Raises:
+        InputError: an option has a value that is not listed.
+
+    Example:
+        >>> import funcghost as fg
+        >>> fg.Options(verify="always").route
+        'backward'
+    """
+
+    verify: Literal["first", "always", "never"] = "first"
+    route: Literal["backward", "forward", "ghost", "materialise"] = "backward"
+    memory_budget: int = DEFAULT_BUDGET
+    rates: Rates | None = None
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name, allowed in (("verify", ("first", "always", "never")), ("route", ("backward", "forward", *ROUTES))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"Options.{name} must be one of {allowed}, found {getattr(self, name)!r}.")
+        if type(self.memory_budget) is not int or self.memory_budget < 1:
+            raise InputError(f"Options.memory_budget must be a number of bytes, found {self.memory_budget!r}.")
+        pair = isinstance(self.rates, tuple) and len(self.rates) == 2 and all(rate > 0 for rate in self.rates)
+        if self.rates is not None and not pair:
+            raise InputError(f"Options.rates must be (FLOP/s, bytes/s), two positive numbers, found {self.rates!r}.")
+        floating = isinstance(self.compute_dtype, torch.dtype) and self.compute_dtype.is_floating_point
+        if self.compute_dtype is not None and not floating:
+            raise InputError(f"Options.compute_dtype must be a floating dtype, found {self.compute_dtype!r}.")
+
+
+def check_options(options: Options | None) -> Options:
+    """The options, or those by default."""
+    if options is not None and not isinstance(options, Options):
+        raise InputError(f"options: must be fg.Options(...), found {type(options).__name__}.")
+    return options or Options()

@@ -1,0 +1,271 @@
+"""Ops at values of no meaning: what an op does with the samples, whatever the data.
+
+Whether samples mix may hang on values: a mask, a matrix that pools rows, a weight that is zero at first, a hinge that
+is not active yet. A layout measured at such values would not hold later. So while a plan is made, the derivative of
+every op is taken at drawn values of the same size, in place of those that come; its outputs are the true ones.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import saved_tensors_hooks
+
+from funcghost.laws.draws import PERIOD
+from funcghost.ops.layout import Clock
+from funcghost.ops.moves import MOVES, OVERWRITES
+from funcghost.ops.tangent import Call, Outputs, is_float, is_linear, is_multilinear, physical
+
+FEW = 1024
+"""Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""
+FAR = 64.0
+"""Entries larger by this than one, or smaller, may all lie where an op is constant, however many there are."""
+TRUE, DRAWN = 0.73, (1.0, 0.61, 0.37)
+"""The weights of the true derivative and of those at the drawn values, so odd that they do not cancel."""
+
+DOUBLE = (torch.float64, torch.complex128)
+LARGEST = 2.0**1023
+
+_T: Any = Tensor
+PRODUCTS = frozenset((torch.mul, _T.mul, torch.multiply, _T.multiply, _T.__mul__, _T.__rmul__))
+"""Where an integer tensor is a factor, and a zero in it one of no meaning. Elsewhere integers may be indices."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a tensor's entries on average, and the largest if there is no negative one."""
+
+    mean: float
+    largest: float | None
+
+
+class Generic:
+    """Takes the derivatives of ops at drawn values."""
+
+    def __init__(self, clock: Clock) -> None:
+        """Draws once for all. The clock says when the true derivatives are to be taken after all."""
+        self.clock = clock
+        self.normal = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.farthest = float(self.normal.abs().max())
+        self.pools: dict[Any, Tensor] = {}
+        self.scales: dict[int, tuple[weakref.ref[Tensor], int, Scale]] = {}
+        self.count = 0
+
+    def outputs(self, call: Call, found: Outputs) -> Outputs:
+        """What the call gave, with the derivative of the op at drawn values; as it is where that cannot be had.
+
+        Its derivative is the same everywhere where the op is linear in all its tensors.
+        """
+        tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
+        if any(physical(leaf) is not leaf for leaf in tensors.values()):
+            return found
+        if call.op in OVERWRITES:
+            return self._as_if_kept(call, found)
+        if call.op in MOVES or is_linear(call):
+            return found
+        varied = {
+            slot: leaf
+            for slot, leaf in tensors.items()
+            if leaf.dtype == torch.bool or is_float(leaf) or call.op in PRODUCTS
+        }
+        scales = {slot: self._scale(leaf) for slot, leaf in varied.items()}
+        few = all(leaf.numel() <= FEW for leaf in varied.values())
+        far = any(scale.mean and not 1 / FAR < scale.mean < FAR for scale in scales.values())
+        terms: list[tuple[float, Outputs]] = []
+        # The derivative of a product is that of a product everywhere.
+        for number, weight in enumerate(DRAWN[: 1 if is_multilinear(call) else 3 if few else 2 if far else 1]):
+            values = {slot: self._other(leaf, scales[slot], slot, number) for slot, leaf in varied.items()}
+            terms += [(weight, drawn) for drawn in _evaluated(call, found, values)]
+        if not terms:
+            values = {slot: self._near(leaf, slot) for slot, leaf in varied.items()}
+            if not all(torch.equal(values[slot], leaf) for slot, leaf in varied.items()):
+                terms = [(1.0, drawn) for drawn in _evaluated(call, found, values)]
+        self.count += 2 * len(call.leaves)
+        if not terms:
+            return found
+        unwritten = len(found) - sum(is_float(call.leaves[slot]) for slot in call.written)
+        return tuple(
+            self._back(true, [(w, o[i]) for w, o in terms], i >= unwritten, true.numel() <= FEW)
+            for i, true in enumerate(found)
+        )
+
+    def _scale(self, leaf: Tensor) -> Scale:
+        """What a tensor's entries are like; many go into several ops."""
+        known = self.scales.get(id(leaf))
+        if known is not None and known[0]() is leaf and known[1] == leaf._version:
+            return known[2]
+        scale = scale_of(leaf.detach())
+        if not leaf.is_inference():
+            self.scales[id(leaf)] = weakref.ref(leaf), leaf._version, scale
+        return scale
+
+    def _as_if_kept(self, call: Call, found: Outputs) -> Outputs:
+        """The derivative also of what was overwritten: data may say where, and another time leave all of it."""
+        first, out = call.leaves[0], found[0]
+        like = isinstance(first, Tensor) and (first.shape, first.dtype) == (out.shape, out.dtype)
+        if len(found) > 1 or not like or not first.requires_grad:
+            return found
+        return (self._back(out, [(1.0, first)], bool(call.written), True),)
+
+    def _back(self, true: Tensor, terms: Sequence[tuple[float, Tensor]], written: bool, among: bool) -> Tensor:
+        """The true value with the weighted mean of derivatives; the true one is `among` them, if there are few entries.
+
+        What was `written` to stays the same tensor, with another history.
+        """
+        if not true.requires_grad:
+            return true
+        weights = [TRUE if among else 0.0, *(weight for weight, _ in terms)]
+        shares = [weight / sum(weights) for weight in weights]
+        history = true.clone() if written else true
+        value: Tensor = Back.apply(self.clock, shares, history, *(drawn for _, drawn in terms))
+        if not written:
+            return value
+        with _unsafe_preserve_version_counter(true):  # whoever keeps it, keeps the same values
+            return true.copy_(value)
+
+    def _other(self, leaf: Tensor, scale: Scale, slot: int, number: int) -> Tensor:
+        """Of the size of the entries, 1/50 if those are zero, and positive if they are; for bools, of either kind.
+
+        The second time of size 1 and the other sign or kind, the third time of size 1/8.
+        """
+        value, place = _dense(leaf), slot if number < 2 else slot + 1
+        sign = -1.0 if number == 1 else 1.0
+        if value.dtype == torch.bool:
+            return self._noise(value, place, sign, torch.float32) > 0
+        if not is_float(value):
+            return torch.where(value == 0, 1, value)
+        size = (_rounded(1.25 * scale.mean) or 0.02, 1.0, 0.125)[number]
+        largest = torch.finfo(value.dtype).max
+        if scale.largest is not None:
+            largest = scale.largest if number == 0 else max(scale.largest, 1.0)
+            sign = 1.0
+        noise = self._noise(value, place, sign * size, value.dtype, positive=scale.largest is not None)
+        return _sparse(noise.clamp(-largest, largest) if size * self.farthest > largest else noise, leaf)
+
+    def _near(self, leaf: Tensor, slot: int) -> Tensor:
+        """Off by a quarter at most, for ops that do not take any values."""
+        value = _dense(leaf)
+        if not is_float(value):
+            return torch.ones_like(value)
+        return _sparse(value * (1 + self._noise(value, slot, 1.0, value.dtype).clamp(-1, 1) / 4), leaf)
+
+    def _noise(self, value: Tensor, number: int, size: float, dtype: torch.dtype, *, positive: bool = False) -> Tensor:
+        """Normal numbers of this size in the shape of a value, in memory that others share."""
+        key = value.device, dtype, size, positive
+        pool = self.pools.get(key)
+        if pool is None or len(pool) < value.numel() + PERIOD:
+            noise = self.normal.to(value.device, torch.float64 if dtype in DOUBLE else torch.float32) * size
+            copies = -(-value.numel() // PERIOD) + 1
+            pool = self.pools[key] = (noise.abs() if positive else noise).to(dtype).repeat(copies)
+        start = 4001 * (self.count + number + 1) % PERIOD
+        return pool[start : start + value.numel()].view(value.shape)
+
+
+def _evaluated(call: Call, found: Outputs, values: dict[int, Tensor]) -> list[Outputs]:
+    """What the call gives for other values, with the derivative of what it gave; nothing where that cannot be had."""
+    leaves = list(call.leaves)
+    try:
+        for slot, value in values.items():
+            leaf = leaves[slot]
+            leaves[slot] = Away.apply(leaf, value) if leaf.requires_grad else value
+        # A checkpoint counts what the ops of its region keep: these are not among them. Kept as it is, an op's own
+        # output would keep the op, and the op it.
+        with saved_tensors_hooks(Tensor.detach, _as_it_is):
+            drawn = call.evaluate(leaves)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return []
+    return [drawn] if len(drawn) == len(found) and all(map(_alike, drawn, found)) else []
+
+
+def scale_of(value: Tensor) -> Scale:
+    """What the finite entries of a tensor are like."""
+    if not is_float(value) or not value.numel():
+        return Scale(0.0, None)
+    some = _some(_dense(value)).resolve_conj().resolve_neg()
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    entries = some.to("cpu", wide).numpy()  # so few that calls of ops are what costs
+    entries = np.where(np.isfinite(entries), entries, 0)
+    sizes = np.abs(entries)
+    largest = float(sizes.max())
+    mean = largest * float((sizes / largest).mean()) if largest else 0.0
+    return Scale(mean, None if value.is_complex() or not largest or (entries < 0).any() else largest)
+
+
+def _some(value: Tensor) -> Tensor:
+    """Every so many entries of a large tensor."""
+    step = max(1, round((value.numel() / FEW) ** (1 / max(1, value.dim()))))
+    return value[tuple(slice(None, None, step) for _ in value.shape)]
+
+
+def _rounded(size: float) -> float:
+    """The nearest power of the root of two, so that many tensors share one size; zero for zero."""
+    return 2.0 ** (round(2 * log2(min(size, LARGEST))) / 2) if size else 0.0
+
+
+def _dense(leaf: Tensor) -> Tensor:
+    return leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
+
+
+def _sparse(value: Tensor, leaf: Tensor) -> Tensor:
+    """What is drawn for a leaf in its layout; one that is sparse has its zeros anywhere."""
+    return value if leaf.layout is torch.strided else value.to_sparse(layout=leaf.layout)
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _alike(drawn: Tensor, true: Tensor) -> bool:
+    """Whether a drawn output can stand for the true one: infinite entries come of fills, if that has some, too."""
+    if (drawn.shape, drawn.dtype, drawn.requires_grad) != (true.shape, true.dtype, true.requires_grad):
+        return False
+    if not drawn.requires_grad or bool(drawn.detach().sum().isfinite()) or bool(drawn.isfinite().all()):
+        return True
+    return bool(true.isinf().any()) and not bool(drawn.isnan().any())
+
+
+class Away(torch.autograd.Function):
+    """`Away.apply(value, other) -> other`, with the gradient of `value`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        """The other value."""
+        ctx.set_materialize_grads(False)
+        return other
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        """The gradient as it is."""
+        return gradients[0], None
+
+
+class Back(torch.autograd.Function):
+    """`Back.apply(clock, weights, true, *drawn) -> true`, with the gradients of all of them, weighted."""
+
+    @staticmethod
+    def forward(ctx: Any, clock: Clock, weights: list[float], true: Tensor, *drawn: Tensor) -> Tensor:
+        """The true value."""
+        ctx.set_materialize_grads(False)
+        ctx.clock, ctx.weights = clock, weights
+        return true.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The weighted gradients, or that of the true value alone, as where the losses themselves differentiate."""
+        [gradient] = gradients
+        if gradient is None or ctx.clock.true or not ctx.clock.started:
+            return None, None, gradient, *(None for _ in ctx.weights[1:])
+        return None, None, *(_times(gradient, weight) for weight in ctx.weights)
+
+
+def _times(gradient: Tensor, weight: float) -> Tensor | None:
+    """The product, without the work where there is none."""
+    if not weight:
+        return None
+    return gradient if weight == 1 else gradient * weight

@@ -1,0 +1,169 @@
+"""Making a plan: measure the layouts, decide what is done at each site, and have it rehearsed."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from funcghost.engine.plans import Plan, batch_axes
+from funcghost.errors import GhostError, InputError, PlanError, UnsupportedOpError
+from funcghost.laws.draws import sample_weights
+from funcghost.ops.layout import Clock, codes
+from funcghost.options import Options
+from funcghost.planning.sites import (
+    Followed,
+    UnresolvedMoveError,
+    enough_measured,
+    find_sites,
+    follow_moves,
+    want_meters,
+)
+from funcghost.planning.trace import Trace
+from funcghost.planning.ways import rehearse
+from funcghost.problem import Problem, backward
+from funcghost.side_effects import Changes
+
+log = logging.getLogger("funcghost")
+
+
+def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> Plan:
+    """Plans the losses on this batch: `exactly` at the values that come, or at drawn ones if that can be done.
+
+    Costs the FLOPs of about four training steps, and memory for the output gradients of every op at once. Random
+    streams and tensors that the losses write to are put back.
+
+    Raises:
+        InputError: the losses do not depend on params, or are not [b].
+        UnsupportedOpError: an op has no derivative that can be had.
+        ConservationError: a use of a parameter was not seen, or is wrong.
+        PlanError: the losses do something else each time they run, or there are no values to measure.
+    """
+    if not callable(problem.losses):
+        raise InputError(
+            f"losses: must be a function losses(params, batch) -> [b], found {type(problem.losses).__name__}."
+        )
+    if problem.is_meta():
+        raise PlanError(
+            "plan: tensors on the meta device have no values to measure. Plan on a real device and pass the plan."
+        )
+    if exactly:
+        return _make_plan(problem, options, drawn=False)
+    try:
+        return _make_plan(without_zeros(problem), options, drawn=True)
+    except (InputError, UnsupportedOpError):
+        raise
+    except (GhostError, RuntimeError, ValueError) as error:
+        log.info("planning at the very values, since elsewhere: %s", error)
+        return _make_plan(problem, options, drawn=False)
+
+
+def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
+    changes, carry_all = Changes(problem.devices()), options.route == "forward"
+    try:
+        trace, losses, gradients = _observe(problem, drawn, carry_all, changes)
+    finally:
+        changes.undo()
+    plan = _decide(problem, trace, losses, carry_all)
+    plan = replace(plan, written=changes.written)
+    if plan.batch:
+        plan = rehearse(problem, plan, losses, gradients, options.verify != "never")
+    log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
+    return plan
+
+
+def without_zeros(problem: Problem) -> Problem:
+    """The same problem where parameters that are all zero have small values.
+
+    A gate or a head that starts at zero hides the way of the samples through what is before it; a plan has to serve
+    when it has been trained.
+    """
+
+    def noise(leaf: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator(leaf.device).manual_seed(seed)
+        values = torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=torch.float32)
+        return (0.02 * values).to(leaf.dtype)
+
+    leaves = problem.params.leaves
+    zero = [leaf.numel() > 0 and not bool(leaf.any()) for leaf in leaves]
+    if not any(zero):
+        return problem
+    point = (noise(leaf, i) if is_zero else leaf for i, (leaf, is_zero) in enumerate(zip(leaves, zero, strict=True)))
+    return replace(problem, point=tuple(point))
+
+
+def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+
+def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -> tuple[Trace, Tensor, list[Tensor]]:
+    """One forward with its losses, a backward to the first outputs, and one more for each code; then the gradients."""
+    clock, leaves = Clock(started=False), problem.leaves()
+    trace = Trace(problem, leaves, clock, drawn)
+
+    def measure(code: Tensor | None) -> None:
+        clock.code, cotangent = code, weights if code is None else weights * code
+        torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
+
+    with changes.watched():
+        with trace:
+            losses, _ = problem.evaluate(leaves)
+        _refuse_reentrant_checkpoints(losses)
+        if not losses.requires_grad:
+            raise InputError(
+                "losses: do not depend on params. Call the model with the params handed in, e.g. by "
+                "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
+            )
+        clock.batch, clock.started = losses.shape[0], True
+        weights, all_of_them = sample_weights(losses), carry_all or any(move.by_data for move in trace.moves.values())
+        want_meters(trace.records, len(leaves), all_of_them=all_of_them)
+        if clock.batch:
+            measure(None)
+    # What a backward writes to has been seen.
+    scales = codes(clock.batch, losses, half=torch.float16 in trace.dtypes) if clock.batch > 1 else []
+    for scale in scales:
+        measure(scale)
+    if not all_of_them and clock.batch and not enough_measured(trace.records, len(leaves)):
+        want_meters(trace.records, len(leaves), all_of_them=True)
+        for code in (None, *scales):
+            measure(code)
+    clock.true = True
+    gradients = backward(losses, leaves, weights) if clock.batch else []
+    return trace, losses.detach(), [gradient.to_dense() for gradient in gradients]
+
+
+def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool) -> Plan:
+    """The plan, without ways to `J V`, that follows from what was observed."""
+    batch = len(losses)
+    try:
+        followed = follow_moves(trace.records, trace.moves if batch > 1 else {}, batch)
+    except UnresolvedMoveError as op:
+        log.info("%s moves samples by the values of data: tangents are carried to the losses.", op)
+        followed, carry_all = Followed({}, ()), True
+    return Plan(
+        sites=tuple(find_sites(trace.records, problem.params.names, followed.rows, carry_all)),
+        moves=() if carry_all else followed.moved,
+        batch=batch,
+        digest=trace.digest.ops,
+        sizes=frozenset([trace.digest.sizes]),
+        precision=_lowest([*trace.dtypes, losses.dtype]),
+        axes=batch_axes(problem.batch, batch),
+        captured=trace.captured(),
+    )
+
+
+def _refuse_reentrant_checkpoints(losses: Tensor) -> None:
+    """Their gradients flow in `.backward()` alone: `torch.autograd.grad` would give zero for what is inside."""
+    todo, seen = [losses.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise UnsupportedOpError(
+                "torch.utils.checkpoint with use_reentrant=True hides its region from torch.autograd.grad. Pass "
+                "use_reentrant=False and context_fn=fg.checkpoint_context."
+            )
+        todo.extend(child for child, _ in node.next_functions)

@@ -1,0 +1,267 @@
+"""Measuring: one forward that follows everything computed from parameters, then a few backwards over its graph.
+
+Every op downstream of a parameter is recorded with the gradients of its outputs. From these the layouts follow.
+"""
+
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from funcghost.engine.tap import Observe
+from funcghost.errors import UnsupportedOpError
+from funcghost.ops.composite import opened, seen_by
+from funcghost.ops.digest import Digest, op_name
+from funcghost.ops.layout import Clock, Meter
+from funcghost.ops.moves import BY_DATA, MOVES, Move
+from funcghost.ops.tangent import Call, flatten_call, is_float, outputs, physical, swap
+from funcghost.planning.drawn import Generic
+from funcghost.problem import Problem
+from funcghost.side_effects import random_state, set_random_state
+from funcghost.trees import tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """One output of a recorded op. `value` is its number, None if it has no derivative."""
+
+    value: int | None
+    shape: tuple[int, ...]
+    meter: Meter | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One op downstream of a parameter: the numbers of the values in its slots, and what came out.
+
+    `fixed`: computed from parameters alone. `bound`: an output shares memory with an input (a view, or the result
+    of an op in place), so it cannot be put behind a tap. `move`: the number of the call among those in `moves.MOVES`.
+    """
+
+    op: str
+    inputs: dict[int, int]
+    outputs: tuple[Output, ...]
+    written: tuple[int, ...]
+    fixed: bool
+    bound: bool
+    random: bool
+    move: int | None
+
+
+class Noted(NamedTuple):
+    """A call that may move samples: by the values in the slots `by`, or by an order if `by_data` all the same.
+
+    `unseen`: it takes something computed from parameters by an op that no mode shows.
+    """
+
+    move: Move
+    by: tuple[int, ...]
+    by_data: bool
+    unseen: bool
+
+
+class Trace(TorchFunctionMode):
+    """Records what is computed from the parameters while the losses run.
+
+    A backward as far as the `roots` comes past every meter.
+    """
+
+    def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock, drawn: bool) -> None:
+        super().__init__()
+        params, names = leaves, problem.params.names
+        self.devices = problem.devices()
+        self.memory = {storage_of(param): name for param, name in zip(params, names, strict=True)}
+        self.clock = clock
+        self.records: list[Record] = []
+        self.values = {id(param): number for number, param in enumerate(params)}
+        self.count = len(params)
+        self.digest = Digest()
+        self.fixed = set(range(len(params)))
+        self.params = {id(param) for param in params}
+        self.seen: dict[int, Tensor] = {id(t): t for t in (*params, *tensors(problem.batch))}
+        self.dtypes = {param.dtype for param in params}
+        self.foreign: dict[int, weakref.ref[Tensor]] = {}
+        self.roots: list[Any] = []
+        self.moves: dict[int, Noted] = {}
+        self.calls = 0
+        self.generic = Generic(clock) if drawn else None
+
+    def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the op as it is and notes what went in and came out."""
+        kwargs, parts = kwargs or {}, opened(op)
+        if parts is not None:
+            with seen_by(self):
+                return parts(*args, **kwargs)
+        leaves, spec = flatten_call(args, kwargs)
+        given = {slot: leaf for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        for leaf in given.values():
+            if id(leaf) not in self.seen and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+                self.foreign.setdefault(id(leaf), weakref.ref(leaf))
+        inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
+        move = self._note_move(op, leaves, spec, given, inputs) if op in MOVES else None
+        versions = {slot: physical(leaf)._version for slot, leaf in given.items() if not leaf.is_inference()}
+        copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
+        kept = self._before_a_write(op, leaves, inputs) if inputs else None
+        before = random_state(self.devices)
+        returned = op(*args, **kwargs)
+        self.digest.add(op, leaves, returned)
+        drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(self.devices), strict=True))
+        if not inputs or not torch.is_grad_enabled():
+            return self._keep(returned)
+        written = tuple(
+            slot
+            for slot, version in versions.items()
+            if physical(given[slot])._version != version or (slot in copies and not _equal(copies[slot], given[slot]))
+        )
+        self._refuse_writes(op, [given[slot] for slot in written])
+        found = outputs(returned, [given[slot] for slot in written])
+        if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
+            return self.digest.give(returned)
+        # Views of one memory count as written, all of them: which of them an op changed cannot be told.
+        as_before = kept if kept is not None and len(written) == 1 else None
+        call = Call(op, tuple(leaves if as_before is None else as_before), spec, tuple(inputs), written)
+        in_general = as_before is not None or not written
+        return self._keep(self._record(call, given, inputs, found, returned, drew, move, in_general))
+
+    def _record(
+        self,
+        call: Call,
+        given: dict[int, Tensor],
+        inputs: dict[int, int],
+        found: tuple[Tensor, ...],
+        returned: Any,
+        drew: bool,
+        move: int | None,
+        in_general: bool,
+    ) -> Any:
+        fixed = len(inputs) == len(given) and self.fixed.issuperset(inputs.values())
+        smooth = [value for value in found if physical(value).requires_grad]
+        memory = {storage_of(leaf) for leaf in given.values()}
+        bound = any(storage_of(value) in memory for value in smooth)
+        drawn = found
+        if self.generic and in_general and not fixed and (call.written or not bound):
+            after = random_state(self.devices) if drew else []
+            with _disable_current_modes():  # what the op writes to has been seen when it ran
+                drawn = self.generic.outputs(call, found)
+            set_random_state(after)
+        outs, replaced = [], {}
+        for original, value in zip(map(id, found), drawn, strict=True):
+            if id(value) != original:
+                replaced[original] = value
+            if not physical(value).requires_grad:
+                self.values.pop(id(value), None)
+                outs.append(Output(None, tuple(value.shape)))
+                continue
+            self.dtypes.add(value.dtype)
+            wrapped = physical(value) is not value
+            meter = None if fixed or (bound and wrapped) else Meter(self.clock, None if wrapped else value.shape)
+            if meter is not None:
+                if not self.fixed.isdisjoint(inputs.values()):
+                    self.roots.append(get_gradient_edge(physical(value)))
+                if wrapped or (value._is_view() and not bound):
+                    # A hook would stay with the view's present node, which an op in place on it replaces.
+                    value = replaced[original] = Observe.apply(meter.see, value)
+                else:
+                    _ = value.grad_fn  # A view's history must be up to date first: torch crashes otherwise (#196459).
+                    value.register_hook(meter.see)
+            self.values[id(value)] = self.count
+            self.seen[id(value)] = value
+            outs.append(Output(self.count, tuple(value.shape), meter))
+            if fixed:
+                self.fixed.add(self.count)
+            self.count += 1
+        self.records.append(Record(op_name(call.op), inputs, tuple(outs), call.written, fixed, bound, drew, move))
+        return swap(returned, replaced) if replaced else returned
+
+    def _before_a_write(self, op: Any, leaves: Sequence[Any], inputs: dict[int, int]) -> list[Any] | None:
+        """The leaves of a call that may write to one of them, with copies of those."""
+        fixed = {slot for slot, value in inputs.items() if value in self.fixed}
+        name, flag = op_name(op).rpartition(".")[2], any(leaf is True for leaf in leaves)
+        writes = flag or op is Tensor.__setitem__ or re.fullmatch(r".*[^_]_|__i.*__", name) is not None
+        if self.generic is None or not writes or len(fixed) == len(inputs):
+            return None
+        return [leaf.clone() if is_float(leaf) and slot not in fixed else leaf for slot, leaf in enumerate(leaves)]
+
+    def _may_be_statistics(self, leaf: Tensor) -> bool:
+        """Batch norms update their running statistics without a trace in the version counter."""
+        return (
+            is_float(leaf)
+            and physical(leaf) is leaf
+            and leaf.dim() == 1
+            and id(leaf) not in self.values
+            and not leaf.requires_grad
+        )
+
+    def _note_move(
+        self, op: Any, leaves: list[Any], spec: Any, given: dict[int, Tensor], inputs: dict[int, int]
+    ) -> int:
+        """Keeps a call that may move samples, to be looked at when layouts are known; gives its number."""
+        call, self.calls = self.calls, self.calls + 1
+        if any(physical(leaf) is not leaf for leaf in given.values()):  # under vmap, samples stay apart
+            return call
+        moved = tuple(slot for slot, value in inputs.items() if value not in self.fixed)
+        hidden = [leaf for slot, leaf in given.items() if leaf.grad_fn is not None and slot not in inputs]
+        unseen = op in BY_DATA and any(self.params & accumulators(leaf) for leaf in hidden)
+        if moved or unseen:
+            index = tuple(slot for slot, leaf in given.items() if not is_float(leaf)) if op in BY_DATA else ()
+            kept = tuple(
+                (leaf.new_empty(()).expand(leaf.shape) if is_float(leaf) else leaf.clone()) if slot in given else leaf
+                for slot, leaf in enumerate(leaves)
+            )
+            ordering = op in BY_DATA and op not in (Tensor.__getitem__, Tensor.__setitem__)
+            self.moves[call] = Noted(Move(op, kept, spec, moved), index, bool(index) or ordering, unseen)
+        return call
+
+    def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:
+        for value in written:
+            name = self.memory.get(storage_of(value))
+            if name is not None:
+                raise UnsupportedOpError(
+                    f"parameter {name!r} is written to by {op_name(op)} inside the losses (embeddings do so with "
+                    "max_norm). Losses must leave params as they are: change the parameter before the step."
+                )
+
+    def _keep(self, returned: Any) -> Any:
+        """Holds on to what an op returned, since a dead tensor's id may come again."""
+        for leaf in optree.tree_leaves(returned):
+            if isinstance(leaf, Tensor):
+                self.seen[id(leaf)] = leaf
+        return self.digest.give(returned)
+
+    def captured(self) -> tuple[Tensor, ...]:
+        """The tensors of the user that went into ops without being parameters or batch: buffers, constants."""
+        self.seen.clear()
+        alive = (reference() for reference in self.foreign.values())
+        return tuple(tensor for tensor in alive if tensor is not None and tensor.is_leaf)
+
+
+def storage_of(value: Tensor) -> int | None:
+    """What is the same for tensors that share memory; None for a sparse one."""
+    value = physical(value)
+    return value.untyped_storage()._cdata if value.layout is torch.strided else None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def accumulators(value: Tensor) -> set[int]:
+    """The ids of the leaves that autograd would come to from a value."""
+    todo, seen, found = [value.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo.extend(child for child, _ in node.next_functions)
+    return found

@@ -1,0 +1,96 @@
+"""What is differentiated: the losses of a batch at given parameters, and their gradient by autograd."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from funcghost.errors import InputError, UnsupportedOpError
+from funcghost.trees import Params, Tree, tensors
+
+Losses = Callable[[Tree, Tree], Any]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be differentiated: the losses at given parameters on a given batch.
+
+    `point`: other values to take the derivative at, in place of those of the parameters.
+    """
+
+    losses: Losses
+    params: Params
+    batch: Tree
+    has_aux: bool = False
+    point: tuple[Tensor, ...] | None = None
+
+    def devices(self) -> list[torch.device]:
+        """The devices of the parameters and of the batch."""
+        return list({tensor.device for tensor in (*self.params.leaves, *tensors(self.batch))})
+
+    def is_meta(self) -> bool:
+        """Whether there are no values to measure."""
+        return any(leaf.is_meta for leaf in self.params.leaves)
+
+    def leaves(self) -> list[Tensor]:
+        """Fresh leaves that share memory with the parameters, so that nothing of the user's is touched."""
+        return [leaf.detach().requires_grad_() for leaf in self.point or self.params.leaves]
+
+    def evaluate(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """The losses [b] and the auxiliary output."""
+        with torch.enable_grad():
+            out = self.losses(self.params.rebuild(leaves), self.batch)
+        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise InputError(f"losses: with has_aux=True it must return (losses, aux), found {type(out).__name__}.")
+        values, aux = out if self.has_aux else (out, None)
+        check_losses(values)
+        return values, aux
+
+
+def check_losses(values: Any) -> None:
+    """Losses must be one real number per sample."""
+    if not isinstance(values, Tensor):
+        hint = " Pass has_aux=True if it returns (losses, aux)." if isinstance(values, tuple) else ""
+        raise InputError(f"losses: must return a tensor [b], found {type(values).__name__}.{hint}")
+    if values.dim() != 1:
+        raise InputError(
+            f"losses: must return one number per sample, a tensor [b], found shape {tuple(values.shape)}. "
+            "Reduce over everything but the samples, e.g. reduction='none' and .flatten(1).mean(1)."
+        )
+    if not values.is_floating_point():
+        raise InputError(f"losses: must be real floating-point numbers, found {values.dtype}.")
+
+
+def cotangents(losses: Tensor, reduction: Reduction) -> Tensor:
+    """The gradient of the reduced losses with respect to the losses, [b]."""
+    return torch.full_like(losses, 1 / losses.shape[0] if reduction == "mean" and losses.shape[0] else 1.0)
+
+
+def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_graph: bool = False) -> list[Tensor]:
+    """The gradient of `<losses, cotangent>`; zeros where the losses do not depend on something."""
+    if not losses.requires_grad:
+        return [torch.zeros_like(leaf, requires_grad=False) for leaf in wanted]
+    try:
+        found = torch.autograd.grad(losses, wanted, cotangent, retain_graph=keep_graph, allow_unused=True)
+    except CheckpointError as error:
+        raise UnsupportedOpError(
+            "torch.utils.checkpoint recomputed a region differently. Pass context_fn=fg.checkpoint_context to "
+            "checkpoint(..., use_reentrant=False), and let params be the module's own tensors "
+            "(dict(model.named_parameters())), since that is what a recomputed module sees."
+        ) from error
+    return [
+        torch.zeros_like(leaf, requires_grad=False) if gradient is None else gradient.detach()
+        for gradient, leaf in zip(found, wanted, strict=True)
+    ]
+
+
+def detached(aux: Tree) -> Tree:
+    """The auxiliary output without its graph."""
+    if aux is None:
+        return None
+    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)

@@ -1,0 +1,4 @@
+"""Reducers: values that say what is wanted of the per-sample gradients.
+
+May import: the root, `algebra` and `ops`. Read `bases.py` first: the two kinds that there are, and what each must give.
+"""

@@ -1,0 +1,268 @@
+"""A step inside `torch.func` transforms, and the derivatives of its scores.
+
+Scores are linear in the directions: so a step can be vmapped over them. They can be differentiated once, in directions,
+params and batch. The losses always run below the transforms, on ordinary tensors, once for all directions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from funcghost.algebra.directions import Direction, LowRank, as_dense
+from funcghost.engine.run import Outcome
+from funcghost.errors import InputError
+from funcghost.ops.tangent import differentiable_kernels, physical
+from funcghost.problem import Losses, Problem, backward
+from funcghost.side_effects import RandomState, random_state, replaying, untouched
+from funcghost.trees import Tree, tensors
+
+Directions = Sequence[Direction]
+Solve = Callable[[Problem, Directions], Outcome]
+
+TRANSFORMS = (
+    "inside torch.func transforms a step takes directions under torch.func.vmap, or directions, params and batch under "
+    "one torch.func.grad or vjp of scores; what the losses close over are ordinary tensors, and the losses use no "
+    "torch.func of their own. Call the step in a loop; for several directions use fg.stack. For other derivatives of "
+    "(u * scores).sum() take those of torch.func.jvp(torch.func.grad(lambda p: (u * losses(p, batch)).sum()), "
+    "(params,), (direction,))[1]; along t in the direction it is the score of t, fg.dot(t)."
+)
+
+
+def lifted(solve: Solve, problem: Problem, directions: Directions, *, linear: bool) -> Outcome:
+    """`solve(problem, directions)`, whose scores know of a vmap over the directions, or of a derivative of them.
+
+    Law: `vmap(scores)(vs)[n]` equals `scores(vs[n])`, from one forward and one backward for all n, with the random
+    numbers of one. The gradient of `<u, scores>` in a direction is that of `<u, losses>` in params, and in params and
+    batch that of `<grad <u, losses>, direction>`: a backward runs the losses once more, with the same random numbers.
+    All but the scores comes without a graph.
+
+    Args:
+        solve: takes ordinary tensors.
+        problem: the losses, with tensors of a transform or without.
+        directions: of the scores.
+        linear: whether scores are all that is asked for.
+
+    Raises:
+        InputError: something else is transformed.
+    """
+    level = torch._C._functorch.maybe_current_level()
+    plain = level is None and not _differentiable(directions)
+    if plain and forward_ad._current_level < 0:
+        return solve(problem, directions)
+    low = [leaf for direction in directions for leaf in direction if isinstance(leaf, LowRank)]
+    if low and (level is not None or _differentiable([low])):
+        directions = [[leaf and as_dense(leaf) for leaf in direction] for direction in directions]
+    leaves = [leaf for direction in directions for leaf in direction if isinstance(leaf, Tensor)]
+    given = [*problem.params.leaves, *tensors(problem.batch)]
+    if any(map(_has_tangent, (*given, *leaves))):
+        raise InputError(TRANSFORMS)
+    if plain:
+        return solve(problem, directions)
+    stack = [part.key() for part in get_interpreter_stack() or ()]
+    if stack == [TransformType.Grad] and linear and directions:
+        return _below_grad(solve, problem, directions)
+    if any(map(_is_wrapped, given)) or (level is not None and not any(map(_is_wrapped, leaves))):
+        raise InputError(TRANSFORMS)
+    if any(key != TransformType.Vmap for key in stack):
+        raise InputError(TRANSFORMS)
+    return _below_vmap(solve, problem, directions, leaves)
+
+
+def _differentiable(directions: Directions) -> bool:
+    """Whether the caller may want a gradient in some direction."""
+    leaves = [leaf for direction in directions for leaf in direction if leaf is not None]
+    own = [value for leaf in leaves for value in ((leaf,) if isinstance(leaf, Tensor) else (leaf.rows, leaf.cols))]
+    return torch.is_grad_enabled() and any(value.requires_grad for value in own)
+
+
+def _below_grad(solve: Solve, problem: Problem, directions: Directions) -> Outcome:
+    """Scores that are differentiated in what goes into the step."""
+    batch, spec = optree.tree_flatten(problem.batch)
+    places = [i for i, leaf in enumerate(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    present = [[leaf is not None for leaf in direction] for direction in directions]
+    outcomes, drawn, plain = list[Outcome](), random_state(problem.devices()), list[Sequence[Tensor]]()
+
+    def at(params: Sequence[Tensor], floats: Sequence[Tensor]) -> Problem:
+        own = list(batch)
+        for place, value in zip(places, floats, strict=True):
+            own[place] = value
+        moved = problem.params._replace(leaves=tuple(params))
+        return replace(problem, params=moved, batch=optree.tree_unflatten(spec, own))
+
+    def filled(leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        given = iter(leaves)
+        return [[next(given) if there else None for there in direction] for direction in present]
+
+    def scores(leaves: Sequence[Tensor], params: Sequence[Tensor], floats: Sequence[Tensor]) -> Tensor:
+        here = at(params, floats)
+        plain[:] = leaves, params, floats
+        outcomes.append(solve(replace(here, losses=_below(problem.losses)), filled(leaves)))
+        return outcomes[-1].scores
+
+    def pulled(weights: Tensor) -> list[Tensor | None]:
+        """The gradients of `<weights, scores>`: of all that went into them, first ones of the losses or second ones."""
+        if not _only_tracked(weights):
+            raise InputError(TRANSFORMS)
+        # By autograd itself, below the transform: torch.func draws other random numbers.
+        with temporarily_clear_interpreter_stack(), torch.enable_grad(), differentiable_kernels():
+            leaves, params, floats = ([value.detach() for value in values] for values in plain)
+            inputs = [value.requires_grad_() for value in (*params, *floats)]
+            with untouched(problem.devices()), replaying(drawn):
+                losses, _ = at(params, floats).evaluate(params)
+            pairs = list[tuple[Tensor, Tensor]]()
+            for column, direction in zip(physical(weights).detach().unbind(1), filled(leaves), strict=True):
+                column = column.to(losses.dtype)
+                found = torch.autograd.grad(losses, params, column, create_graph=True, allow_unused=True)
+                for gradient, param, own in zip(found, params, direction, strict=True):
+                    if own is not None:
+                        pairs.append((torch.zeros_like(param) if gradient is None else gradient, own))
+            total = torch.stack([(gradient * own).sum().to(weights.dtype) for gradient, own in pairs]).sum()
+            second: Sequence[Tensor | None] = [None] * len(inputs)
+            if total.requires_grad:
+                second = torch.autograd.grad(total, inputs, allow_unused=True)
+        return [*(gradient.detach() for gradient, _ in pairs), *second]
+
+    given = [leaf for direction in directions for leaf in direction if isinstance(leaf, Tensor)]
+    floats = [batch[place] for place in places]
+    sizes = len(given), len(problem.params.leaves)
+    of_all: Tensor = Differentiable.apply(scores, pulled, sizes, *given, *problem.params.leaves, *floats)
+    return replace(outcomes[-1], scores=of_all)
+
+
+class Differentiable(torch.autograd.Function):
+    """`Differentiable.apply(scores, pulled, sizes, *leaves, *params, *floats) -> [b, k]`, under one gradient."""
+
+    @staticmethod
+    def forward(scores: Any, pulled: Any, sizes: tuple[int, int], *given: Tensor) -> Tensor:
+        """All scores at once."""
+        first, second = sizes[0], sum(sizes)
+        found: Tensor = scores(given[:first], given[first:second], given[second:])
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps what gives the gradients."""
+        ctx.pulled = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """By derivatives of the losses: first ones for the directions, second ones for all else."""
+        return (None, None, None, *ctx.pulled(gradients[0]))
+
+
+def _below_vmap(solve: Solve, problem: Problem, directions: Directions, leaves: Sequence[Tensor]) -> Outcome:
+    """Scores of all members of the vmapped axes at once."""
+    below = replace(problem, losses=_below(problem.losses)) if any(map(_is_wrapped, leaves)) else problem
+    outcomes, drawn = list[Outcome](), random_state(problem.devices())
+
+    def scores(flat: Sequence[Tensor]) -> Tensor:
+        given, members = iter(flat), len(flat) // len(leaves)
+        wanted = [
+            [next(given).detach() if isinstance(leaf, Tensor) else leaf for leaf in direction]
+            for _ in range(members)
+            for direction in directions
+        ]
+        outcomes.append(solve(below, wanted))
+        return outcomes[-1].scores
+
+    def pulled(weights: Tensor) -> list[Tensor]:
+        """The gradients of the losses times each column of weights [b, k], for the leaves of the directions."""
+        return _weighted_gradients(problem, weights, drawn, [[leaf is not None for leaf in d] for d in directions])
+
+    of_all: Tensor = Scores.apply(scores, pulled, len(directions), *leaves)
+    return replace(outcomes[-1], scores=of_all)
+
+
+def _weighted_gradients(
+    problem: Problem, weights: Tensor, drawn: RandomState, present: Sequence[Sequence[bool]]
+) -> list[Tensor]:
+    with torch.enable_grad(), untouched(problem.devices()), replaying(drawn):
+        leaves = problem.leaves()
+        losses, _ = problem.evaluate(leaves)
+    found = list[Tensor]()
+    for k, column in enumerate(weights.unbind(1)):
+        gradients = backward(losses, leaves, column.to(losses.dtype), keep_graph=True)
+        found += [g for g, there in zip(gradients, present[k % len(present)], strict=True) if there]
+    return found
+
+
+class Scores(torch.autograd.Function):
+    """`Scores.apply(scores, pulled, k, *leaves) -> [b, k]`: those of `k` directions with these leaves."""
+
+    @staticmethod
+    def forward(
+        scores: Callable[[Sequence[Tensor]], Tensor], pulled: Callable[[Tensor], list[Tensor]], k: int, *leaves: Tensor
+    ) -> Tensor:
+        """All of them at once."""
+        return scores(leaves)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps what gives the gradients of weighted losses."""
+        ctx.pulled = inputs[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Scores are linear: the gradient in a direction is that of the losses, weighted by what comes in."""
+        return (None, None, None, *ctx.pulled(gradients[0]))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], scores: Any, pulled: Any, k: int, *leaves: Tensor
+    ) -> tuple[Tensor, int]:
+        """The members of the vmapped axis are so many more directions."""
+        members = [
+            leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
+            for leaf, dim in zip(leaves, in_dims[3:], strict=True)
+        ]
+        flat = (leaf for member in zip(*members, strict=True) for leaf in member)
+        found = Scores.apply(scores, pulled, info.batch_size * k, *flat)
+        return found.unflatten(1, (info.batch_size, k)), 1
+
+
+def _below(losses: Losses) -> Losses:
+    """The losses, run below the transforms of the caller."""
+
+    def run_below(params: Tree, batch: Tree) -> Any:
+        with _Below():
+            return losses(params, batch)
+
+    return run_below
+
+
+class _Below(TorchFunctionMode):
+    """Stops at tensors of torch.func: those of the losses' own transforms cannot be told from the caller's."""
+
+    def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the op as it is."""
+        if any(map(_is_wrapped, tensors((args, kwargs)))):
+            raise InputError(TRANSFORMS)
+        return op(*args, **(kwargs or {}))
+
+
+def _only_tracked(value: Tensor) -> bool:
+    """Whether a value is wrapped for gradients alone."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            return False
+        value = torch._C._functorch.get_unwrapped(value)
+    return True
+
+
+def _is_wrapped(value: Tensor) -> bool:
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return wrapped
+
+
+def _has_tangent(value: Tensor) -> bool:
+    """By forward mode differentiation."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None

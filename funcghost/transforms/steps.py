@@ -1,0 +1,217 @@
+"""A loss with the plans made for it: a call runs along one that fits, and has one made where none does."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from funcghost.algebra.cost import means_of
+from funcghost.algebra.pairs import Pairs
+from funcghost.engine.plans import Plan
+from funcghost.engine.run import Outcome, run, run_plain
+from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
+from funcghost.laws.factored import verify_factors
+from funcghost.options import Options, check_options
+from funcghost.planning.planner import make_plan
+from funcghost.planning.ways import verify_plan
+from funcghost.problem import Losses, Problem, Reduction
+from funcghost.reducers.bases import split_reducers
+from funcghost.side_effects import undone_on_failure
+from funcghost.transforms.lifting import lifted
+from funcghost.transforms.requests import Request, requested
+from funcghost.trees import Tree, split_params
+
+log = logging.getLogger("funcghost")
+
+MOST_PLANS = 16
+"""How many plans a transform keeps; each is a short list of names and numbers."""
+
+
+class Step(NamedTuple):
+    """What a step gives: the training gradient, the losses [b], the reduced values, and the losses' aux."""
+
+    grads: Tree
+    losses: Tensor
+    reduced: Tree
+    aux: Any
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What the losses call runs as plain Python where it was given to `torch.compile`, so that a mode sees its ops.
+
+    Gradients are taken also where the caller has inference mode on.
+    """
+    enabled = torch.is_grad_enabled()
+    with torch.compiler.set_stance("force_eager"):
+        if not torch.is_inference_mode_enabled():
+            yield
+            return
+        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+            yield
+
+
+class Transform:
+    """A loss with its options, and the plans made for it so far, the latest used first."""
+
+    def __init__(
+        self, losses: Losses, reduction: Reduction | None, has_aux: bool, options: Options | None, plan: Plan | None
+    ) -> None:
+        if not callable(losses):
+            raise InputError(f"losses: must be a function losses(params, batch) -> [b], found {type(losses).__name__}.")
+        if plan is not None and not isinstance(plan, Plan):
+            raise InputError(f"plan: must come from fg.plan, found {type(plan).__name__}.")
+        self.losses, self.reduction, self.has_aux = losses, reduction, has_aux
+        self.options = check_options(options)
+        if reduction is not None and self.options.route == "forward":
+            raise InputError(
+                "Options.route='forward' has no backward to take a training gradient from; use it with fg.reduce."
+            )
+        self.plans = [] if plan is None else [plan]
+        self.captured = () if plan is None else plan.captured or ()
+        self._traced = torch._dynamo.nonstrict_trace(self._compiled)
+
+    def step(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
+        """The function that `grad_and_reduce` returns."""
+        if torch.compiler.is_compiling():
+            grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
+            return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
+        with uncompiled():
+            return self._solve(params, batch, reducers, ())
+
+    def _compiled(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The step as a compiler traces it: what the losses close over comes in as arguments, tensors alone go out."""
+        with torch.compiler.set_stance("force_eager"):
+            return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
+
+    def pairs(self, params: Tree, batch: Tree) -> tuple[Pairs, Tensor]:
+        """The per-sample gradients in factored form, and the losses [b]."""
+        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        with uncompiled():
+            outcome = self._outcome(problem, Request(keep=True), ())
+        shapes = tuple(
+            (name, tuple(leaf.shape), leaf.dtype)
+            for name, leaf in zip(problem.params.names, problem.params.leaves, strict=True)
+        )
+        return Pairs(outcome.pairs, shapes, problem.params.spec), outcome.losses
+
+    def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
+        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        wanted, spec = split_reducers(reducers)
+        request = requested(wanted, problem.params)
+        outcome = self._outcome(problem, request, captured)
+        reduced = request.results(wanted, problem.params, outcome)
+        grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
+        return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
+
+    def _outcome(self, problem: Problem, request: Request, captured: tuple[Tensor, ...]) -> Outcome:
+        traced = captured or torch.compiler.is_compiling() or get_proxy_mode() is not None
+        if not request.empty and traced:
+            return self._along_the_plan(problem, request, captured)
+        if request.positions and torch._C._functorch.maybe_current_level() is not None:
+            raise InputError("per_token and per_segment cannot be vmapped over directions: use fg.stack.")
+        return lifted(
+            lambda below, own: self._planned(
+                below, request if own is request.directions else replace(request, directions=tuple(own))
+            ),
+            problem,
+            request.directions,
+            linear=not (request.tasks or request.keep or request.positions),
+        )
+
+    def _run(
+        self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
+    ) -> Outcome:
+        ledger = request.ledger(
+            problem.params, lambda: means_of(self.options, problem.params.leaves[0].device, plan.rates)
+        )
+        outcome = run(
+            problem,
+            plan,
+            request.directions,
+            reduction=self.reduction,
+            standins=standins,
+            ledger=ledger,
+            dtype=self.options.compute_dtype,
+        )
+        if ledger is None:
+            return outcome
+        dtype = outcome.scores.dtype
+        kept = ledger.pairs(outcome.losses, problem.params.leaves) if request.keep else {}
+        return replace(outcome, parts=ledger.results(outcome.losses, dtype), pairs=kept)
+
+    def _along_the_plan(self, problem: Problem, request: Request, captured: Sequence[Tensor]) -> Outcome:
+        """Runs along the plan that was passed, and only that, while a compiler traces."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise InputError("while a compiler traces, a step cannot run inside torch.func transforms: use fg.stack.")
+        if not self.plans:
+            raise PlanError(
+                "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
+            )
+        if torch.compiler.is_compiling() and self.plans[0].captured is None:
+            raise PlanError(
+                "the plan was read from text, and the losses close over tensors, which a text does not hold and a "
+                "compiler needs: make plan = fg.plan(...) in this process, or hand those tensors in with the batch."
+            )
+        standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
+        try:
+            return self._run(problem, request, self.plans[0], standins)
+        except MismatchError as error:
+            raise PlanError(f"the plan passed is not for these losses: {error} Make it with fg.plan(...).") from None
+
+    def _planned(self, problem: Problem, request: Request) -> Outcome:
+        """Runs along the first plan that fits; plans anew where none does, and needs none where nothing is scored."""
+        if request.empty:
+            return run_plain(problem, self.reduction)
+        reasons = []
+        for plan in list(self.plans):
+            try:
+                return self._attempt(problem, request, plan)
+            except MismatchError as reason:
+                log.info("a plan does not fit this call: %s", reason)
+                reasons.append(reason)
+        if reasons and problem.is_meta():
+            raise PlanError(f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...).")
+        plan = make_plan(problem, self.options)
+        try:
+            return self._attempt(problem, request, plan, new=True)
+        except MismatchError:
+            return self._attempt(problem, request, make_plan(problem, self.options, exactly=True), new=True)
+
+    def _attempt(self, problem: Problem, request: Request, plan: Plan, new: bool = False) -> Outcome:
+        """Runs along a plan, known or just made (`new`); if that fails in any way, leaves no trace."""
+        with undone_on_failure(problem.devices(), plan.written) as changes:
+            outcome, checked = self._run(problem, request, plan), plan
+            if not new:
+                known = plan if plan.written is not None else replace(plan, written=changes.written)
+                checked = self._verified(problem, known, outcome)
+            if request.factored and len(outcome.losses) and self._due(outcome.sizes not in checked.factored):
+                checked = verify_factors(problem, checked, self.options)
+            self._remember(checked, instead_of=plan)
+        return outcome
+
+    def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
+        """The plan, verified for this call if that is due: with `verify="first"` once for new sizes."""
+        new = outcome.sizes not in plan.sizes
+        if not outcome.losses.shape[0] or not self._due(new or not plan.verified):
+            return plan
+        try:
+            checked = verify_plan(problem, plan)
+        except ConservationError as error:
+            if not new:
+                raise
+            raise MismatchError(f"it does not hold for these sizes: {error}") from error
+        return replace(checked, sizes=plan.sizes | {outcome.sizes}) if checked.verified else plan
+
+    def _due(self, new: bool) -> bool:
+        """Whether something is to be verified that is new, or is not."""
+        return self.options.verify == "always" or (new and self.options.verify == "first")
+
+    def _remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
+        self.plans = [plan, *(known for known in self.plans if known is not instead_of)][:MOST_PLANS]
