@@ -25,7 +25,7 @@ from funcghost.losses.examples import per_example
 from funcghost.losses.modules import module_losses
 from funcghost.ops.rules import register_rule
 from funcghost.options import Options
-from funcghost.reducers.bases import Reducer
+from funcghost.reducers.bases import Additive, Directional, Reducer
 from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.dots import dot
 from funcghost.reducers.positions import per_segment, per_token
@@ -35,8 +35,10 @@ from funcghost.transforms.functions import apply, grad_and_reduce, pairs, plan, 
 from funcghost.transforms.steps import Step
 
 __all__ = [
+    "Additive",
     "CheckError",
     "ConservationError",
+    "Directional",
     "GhostError",
     "InputError",
     "LowRank",

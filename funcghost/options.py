@@ -22,8 +22,9 @@ class Options:
     Args:
         verify: when to check the conservation law: on the "first" call (with each new plan), "always" or "never".
         route: "backward" takes scores in the backward wherever a layout fits; "forward" carries every tangent to
-            the losses: no backward and no stored activations, for scoring with `fg.reduce`. "ghost" and "materialise"
-            are "backward" with this one route to inner products of gradients where it exists, not the cheapest.
+            the losses: no backward and no stored activations, for scoring with `fg.reduce`.
+        inner_products: the route to inner products of gradients: the "cheapest", or always "ghost" or "materialise"
+            where it exists (see `fg.squared_norm`).
         memory_budget: bytes for the tiles of inner products between gradients; 256 MiB by default.
         rates: the machine's FLOP/s of matrix products and bytes/s of memory, by which routes are chosen; measured in
             a few milliseconds when a plan is made, and part of it, if not given.
@@ -43,14 +44,20 @@ class Options:
     """
 
     verify: Literal["first", "always", "never"] = "first"
-    route: Literal["backward", "forward", "ghost", "materialise"] = "backward"
+    route: Literal["backward", "forward"] = "backward"
+    inner_products: Literal["cheapest", "ghost", "materialise"] = "cheapest"
     memory_budget: int = DEFAULT_BUDGET
     rates: Rates | None = None
     compute_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name, allowed in (("verify", ("first", "always", "never")), ("route", ("backward", "forward", *ROUTES))):
+        choices = {
+            "verify": ("first", "always", "never"),
+            "route": ("backward", "forward"),
+            "inner_products": ("cheapest", *ROUTES),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"Options.{name} must be one of {allowed}, found {getattr(self, name)!r}.")
         if type(self.memory_budget) is not int or self.memory_budget < 1:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcghost.algebra.cost import Means, choose, common_form, sketch
+from funcghost.algebra.cost import ANY, Means, choose, common_form, sketch
 from funcghost.algebra.directions import Leaf, LowRank
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples
 from funcghost.dtypes import wide
@@ -23,7 +23,7 @@ PIECE = 2**14
 """How many squares are kept at once."""
 
 
-def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tensor:
+def squared_norms(uses: Sequence[Factor], means: Means = ANY, name: str = "") -> Tensor:
     """`|grad_i|^2` of one parameter from all of its uses, [b]."""
     b, sketches = samples(uses[0]), [sketch(use) for use in uses]
     route, _ = choose(sketches, sketches, (b, b), means, diagonal=True, same=True, name=name)
@@ -42,7 +42,7 @@ def squared_norms(uses: Sequence[Factor], means: Means, name: str = "") -> Tenso
     return total(found)
 
 
-def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means, name: str = "") -> Tensor:
+def inner_products(a: Sequence[Factor], b: Sequence[Factor], means: Means = ANY, name: str = "") -> Tensor:
     """`<grad_i, grad_j>` of one parameter for the samples of a and those of b, [a, b]; symmetric if a is b."""
     same = a is b
     route, _ = choose(

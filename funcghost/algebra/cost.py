@@ -20,7 +20,7 @@ from torch import Tensor
 
 from funcghost.algebra.factors import Factor, Form, Lookup, Outer
 from funcghost.errors import MemoryBudgetError
-from funcghost.options import DEFAULT_BUDGET, ROUTES, Options, Rates, RouteName
+from funcghost.options import DEFAULT_BUDGET, Options, Rates, RouteName
 
 NOMINAL: Rates = (1e11, 2e10)
 """Where nothing can be measured: their ratio is what matters."""
@@ -33,6 +33,10 @@ class Means(NamedTuple):
     route: RouteName | None = None
     rates: Rates = NOMINAL
     dtype: torch.dtype | None = None
+
+
+ANY = Means()
+"""What is used where the caller has no say."""
 
 
 class Sketch(NamedTuple):
@@ -207,5 +211,5 @@ def _wait(device: torch.device) -> None:
 
 def means_of(options: Options, device: torch.device, rates: Rates | None = None) -> Means:
     """What contractions may use: rates as given, those of the plan, or as measured."""
-    route = options.route if options.route in ROUTES else None
+    route = None if options.inner_products == "cheapest" else options.inner_products
     return Means(options.memory_budget, route, options.rates or rates or machine_rates(device), options.compute_dtype)

@@ -1,16 +1,18 @@
 """What can be asked of pairs: reducers, inner products with other pairs, weighted sums, the gradients themselves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import inner_products, squared_norms, weighted_sum
+from funcghost.algebra.contractions import along, inner_products, squared_norms, total, weighted_sum
 from funcghost.algebra.cost import means_of
+from funcghost.algebra.directions import Direction
 from funcghost.algebra.factors import Factor, dense
 from funcghost.algebra.pairs import Pairs, check_weights
+from funcghost.dtypes import wide
 from funcghost.errors import InputError
 from funcghost.options import Options, check_options
 from funcghost.trees import Tree
@@ -79,6 +81,17 @@ def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
     one, other = (sum(squared_norms(uses, means, name) for name, uses in p.uses.items()).sqrt() for p in (a, b))  # type: ignore[union-attr]
     scale = one.unsqueeze(1) * other
     return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
+
+
+def scores_along(pairs: Pairs, directions: Sequence[Direction]) -> Tensor:
+    """`<grad_i, V_k>` for directions of one leaf per parameter, None for zero: [b, k], in float32 at least."""
+    like = wide(next(iter(pairs.uses.values()))[0].tensors[-1])
+    columns = [like.new_zeros((len(pairs), 0))]
+    for direction in directions:
+        leaves = [(pairs.uses[name], leaf) for name, leaf in zip(pairs.params.names, direction, strict=True)]
+        terms = [along(use, leaf) for uses, leaf in leaves if leaf is not None for use in uses]
+        columns.append((total(terms) if terms else like.new_zeros(len(pairs))).unsqueeze(1))
+    return torch.cat(columns, 1)
 
 
 def combine(pairs: Pairs, weights: Weights) -> Tree:

@@ -259,9 +259,9 @@ def _complaints(rows: list[Row], same_losses: bool) -> list[str]:
     if factors:
         said.append(
             f"Scores are right, but what is made of factored gradients is wrong for {_listed(factors)}. If the terms "
-            "of several uses of a parameter cancel, Options(route='materialise') or float64 keeps more digits; "
-            "otherwise leave these parameters out of params for reducers such as fg.squared_norm, and please report "
-            "this with your model."
+            "of several uses of a parameter cancel, Options(inner_products='materialise') or float64 keeps more "
+            "digits; otherwise leave these parameters out of params for reducers such as fg.squared_norm, and please "
+            "report this with your model."
         )
     if unknown:
         said.append(f"Gradients are not finite for {_listed(unknown)}. Check with a batch whose are.")

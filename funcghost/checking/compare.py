@@ -7,7 +7,6 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.cost import Means
 from funcghost.algebra.factors import Dense
 from funcghost.dtypes import wide
 from funcghost.engine.plans import Plan
@@ -231,7 +230,7 @@ def _by_definition(
         own = torch.stack([gradient[k] for gradient in gradients])
         whole = own.new_full((batch, *own.shape[1:]), torch.nan)
         whole[chosen] = own.abs() if sizes else own
-        parts[name] = task.of_parameter(name, [Dense(whole)], Means())
+        parts[name] = task.of_parameter(name, [Dense(whole)])
     return _flat(task.result(parts))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from funcghost.algebra.cost import Means, Sketch, sketch
+from funcghost.algebra.cost import Sketch, sketch
 from funcghost.algebra.factors import Dense, Factor, Form, Outer
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import SampleAxisError
@@ -31,14 +31,13 @@ class Ledger:
         self,
         names: Sequence[str],
         tasks: Sequence[Additive] = (),
-        means: Means | None = None,
         *,
         keep: bool = False,
         sketching: bool = False,
         positions: frozenset[int] = frozenset(),
     ) -> None:
         """Starts empty."""
-        self.names, self.tasks, self.means, self.keep = names, tasks, means or Means(), keep
+        self.names, self.tasks, self.keep = names, tasks, keep
         self.sketches: dict[int, list[Sketch]] | None = {} if sketching else None
         self.pending = [0] * len(names)
         self.factors: dict[int, list[Factor]] = {}
@@ -92,7 +91,7 @@ class Ledger:
     ) -> None:
         name = self.names[index]
         for task, total, adds_up in tasks:
-            value = task.of_parameter(name, uses, self.means)
+            value = task.of_parameter(name, uses)
             key = ALL if adds_up else name
             known = total.get(key)
             total[key] = value if known is None else known + value

@@ -34,7 +34,7 @@ class Along(Additive):
     direction: dict[str, Tensor]
     degree: ClassVar[int] = 1
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b]."""
         return torch.stack([along(use, self.direction[name]) for use in uses]).sum(0)
 
@@ -62,7 +62,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
     groups = together(plan, names)
     directions = [[v if i in group else None for i, v in enumerate(seen.direction)] for group in groups]
     apart = PerParamAdditive(Along(dict(zip(names, seen.direction, strict=True))))
-    ledger = Ledger(names, [apart], means, sketching=True)
+    ledger = Ledger(names, [apart], sketching=True)
     with untouched(problem.devices(), plan.written):
         outcome = run(problem, plan, directions, reduction=None, ledger=ledger)
     (parts,) = ledger.results(outcome.losses, outcome.scores.dtype)
@@ -101,7 +101,7 @@ def _contractions(
     rows = []
     for task in tasks:
         for name, uses in sketches.items():
-            chosen = task.route(uses, batch, means, name)
+            chosen = task.within(means).route(uses, batch, name)
             if chosen is not None:
                 route, rejected = chosen
                 rows.append(

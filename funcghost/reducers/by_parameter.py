@@ -1,8 +1,8 @@
 """Reducers for each parameter by itself."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -53,20 +53,24 @@ class PerParamAdditive(Additive):
         """As the reducer."""
         return self.reducer.degree
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
-        """That of the reducer."""
+    def within(self, means: Means) -> Self:
+        """The reducer, by these means."""
+        return replace(self, reducer=self.reducer.within(means))
+
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
+        """The contribution to the reducer."""
         if self.names is not None and name not in self.names:
             return self.zero(samples(uses[0]), wide(uses[0].tensors[-1]))
-        return self.reducer.of_parameter(name, uses, means)
+        return self.reducer.of_parameter(name, uses)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
-        """That of the reducer."""
+        """The reducer's zero."""
         return self.reducer.zero(batch, like)
 
-    def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]] | None:
-        """That of the reducer."""
+    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]] | None:
+        """The reducer's route."""
         wanted = self.names is None or name in self.names
-        return self.reducer.route(uses, batch, means, name) if wanted else None
+        return self.reducer.route(uses, batch, name) if wanted else None
 
     def result(self, parts: Mapping[str, Tensor]) -> dict[str, Any]:
         """One result for each parameter."""

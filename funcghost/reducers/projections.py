@@ -6,15 +6,15 @@ and for every split of the batch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from funcghost.algebra.contractions import in_dtype
-from funcghost.algebra.cost import Means
+from funcghost.algebra.cost import ANY, Means
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, matrix_form, samples
 from funcghost.dtypes import wide
 from funcghost.errors import InputError
@@ -69,11 +69,16 @@ class Project(Additive):
     dim: int
     seed: int
     kind: Kind
+    means: Means = field(default=ANY, repr=False)
     degree: ClassVar[int] = 1
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def within(self, means: Means) -> Self:
+        """The same projection, in slices that fit the budget."""
+        return replace(self, means=means)
+
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b, dim]."""
-        first, *others = (self._of_use(seed_of(self.seed, name), use, means) for use in uses)
+        first, *others = (self._of_use(seed_of(self.seed, name), use) for use in uses)
         for other in others:
             first = first + other
         return first
@@ -82,11 +87,11 @@ class Project(Additive):
         """[b, dim]."""
         return like.new_zeros((batch, self.dim))
 
-    def _of_use(self, seed: int, use: Factor, means: Means) -> Tensor:
-        use = use.map(in_dtype(means.dtype))
+    def _of_use(self, seed: int, use: Factor) -> Tensor:
+        use = use.map(in_dtype(self.means.dtype))
         form = matrix_form(use.shape) if use.shape else use.form
         two_sided = self.kind == "kronecker" and form.blocks[2] > 1
-        found = self._two_sided(seed, use, form) if two_sided else self._entrywise(seed, use, form, means.budget)
+        found = self._two_sided(seed, use, form) if two_sided else self._entrywise(seed, use, form, self.means.budget)
         return found / math.sqrt(self.dim)
 
     def _entrywise(self, seed: int, use: Factor, form: Form, budget: int) -> Tensor:

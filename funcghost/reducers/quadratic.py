@@ -1,28 +1,40 @@
 """Reducers of inner products between the gradients of a batch: norms, Gram matrix, and training against validation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from torch import Tensor
 
 from funcghost.algebra.contractions import inner_products, squared_norms
-from funcghost.algebra.cost import Means, Route, Sketch, choose
+from funcghost.algebra.cost import ANY, Means, Route, Sketch, choose
 from funcghost.algebra.factors import Factor, samples
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Additive, register
 
 
 @dataclass(frozen=True, eq=False)
-class SquaredNorm(Additive):
-    """See `funcghost.reducers.quadratic.squared_norm`."""
+class Quadratic(Additive):
+    """A reducer of inner products, by the route that is the cheapest within the `means`."""
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    means: Means = field(default=ANY, kw_only=True, repr=False)
+
+    def within(self, means: Means) -> Self:
+        """The same inner products, by these means."""
+        return replace(self, means=means)
+
+
+@dataclass(frozen=True, eq=False)
+class SquaredNorm(Quadratic):
+    """See `squared_norm`."""
+
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b]."""
-        return squared_norms(uses, means, name)
+        return squared_norms(uses, self.means, name)
 
-    def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]]:
+    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]]:
         """As in `of_parameter`."""
-        return choose(uses, uses, (batch, batch), means, diagonal=True, same=True, name=name)
+        return choose(uses, uses, (batch, batch), self.means, diagonal=True, same=True, name=name)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
         """[b]."""
@@ -62,16 +74,16 @@ def squared_norm() -> SquaredNorm:
 
 
 @dataclass(frozen=True, eq=False)
-class Gram(Additive):
+class Gram(Quadratic):
     """See `gram`."""
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b, b]."""
-        return inner_products(uses, uses, means, name)
+        return inner_products(uses, uses, self.means, name)
 
-    def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]]:
+    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]]:
         """As in `of_parameter`."""
-        return choose(uses, uses, (batch, batch), means, same=True, name=name)
+        return choose(uses, uses, (batch, batch), self.means, same=True, name=name)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
         """[b, b]."""
@@ -103,12 +115,12 @@ def gram() -> Gram:
 
 
 @dataclass(frozen=True, eq=False)
-class Cross(Additive):
+class Cross(Quadratic):
     """See `cross`."""
 
     num_val: int
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b - v, v]."""
         at = samples(uses[0]) - self.num_val
         if at < 0:
@@ -118,11 +130,11 @@ class Cross(Additive):
             )
         train = [use.map(lambda value: value[:at]) for use in uses]
         validation = [use.map(lambda value: value[at:]) for use in uses]
-        return inner_products(train, validation, means, name)
+        return inner_products(train, validation, self.means, name)
 
-    def route(self, uses: Sequence[Sketch], batch: int, means: Means, name: str) -> tuple[Route, list[Route]]:
+    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]]:
         """As in `of_parameter`."""
-        return choose(uses, uses, (max(batch - self.num_val, 0), self.num_val), means, name=name)
+        return choose(uses, uses, (max(batch - self.num_val, 0), self.num_val), self.means, name=name)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
         """[b - v, v]."""

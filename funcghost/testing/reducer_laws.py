@@ -108,7 +108,7 @@ def _on_model(reducer: Reducer, model: Model, b: int, tolerance: float) -> None:
         naive = naive_pairs(model.losses, model.params, batch)
         _compare("is not what naive gradients give", alone, apply(reducer, naive), tolerance)
         for route in ("ghost", "materialise"):
-            forced = apply(reducer, kept, options=Options(route=route, memory_budget=1 << 14))
+            forced = apply(reducer, kept, options=Options(inner_products=route, memory_budget=1 << 14))
             _compare(f"is something else by the route {route!r}", forced, alone, tolerance)
     if not isinstance(reducer, PerParamAdditive | PerParamDirectional):
         parts = list(score(model.params, batch, per_param(reducer)).values())
@@ -141,15 +141,15 @@ def _local(reducer: Reducer | Make, model: Model, b: int, drawn: st.DataObject, 
 def _additive(reducer: Additive, kept: Pairs, means: Means, tolerance: float) -> None:
     """The laws of what a parameter contributes."""
     for name, uses in kept.uses.items():
-        whole = reducer.of_parameter(name, uses, Means())
-        _compare("depends on route or budget", reducer.of_parameter(name, uses, means), whole, tolerance)
-        twice = reducer.of_parameter(name, [_scaled(use, 2.0) for use in uses], Means())
+        whole = reducer.of_parameter(name, uses)
+        _compare("depends on route or budget", reducer.within(means).of_parameter(name, uses), whole, tolerance)
+        twice = reducer.of_parameter(name, [_scaled(use, 2.0) for use in uses])
         _compare(f"is not of degree {reducer.degree}", twice, whole * 2.0**reducer.degree, tolerance)
         if reducer.degree == 1:
-            apart = [reducer.of_parameter(name, [use], Means()) for use in uses]
+            apart = [reducer.of_parameter(name, [use]) for use in uses]
             _compare("is not the sum over uses, at degree 1", torch.stack(apart).sum(0), whole, tolerance)
         zero = reducer.zero(len(kept), whole.new_zeros(()))
-        nothing = reducer.of_parameter(name, [_scaled(use, 0.0) for use in uses], Means())
+        nothing = reducer.of_parameter(name, [_scaled(use, 0.0) for use in uses])
         _compare("has another `zero` than gradients of zero give", zero, nothing, tolerance)
 
 

@@ -1,15 +1,12 @@
 """The transforms: pure functions of parameters, batch and reducers, made from a loss."""
 
 from collections.abc import Callable
-from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import along
-from funcghost.algebra.cost import Means, means_of
-from funcghost.algebra.pair_algebra import _check
+from funcghost.algebra.cost import means_of
+from funcghost.algebra.pair_algebra import _check, scores_along
 from funcghost.algebra.pairs import Pairs
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
@@ -17,8 +14,8 @@ from funcghost.laws.factored import verify_factors
 from funcghost.options import Options, check_options
 from funcghost.planning.planner import make_plan
 from funcghost.problem import Losses, Problem, Reduction
-from funcghost.reducers.bases import Additive, Directional, split_reducers
-from funcghost.transforms.requests import requested
+from funcghost.reducers.bases import split_reducers
+from funcghost.reducers.requests import Answer, requested
 from funcghost.transforms.steps import Step, Transform, uncompiled
 from funcghost.trees import Tree, split_params
 
@@ -40,30 +37,14 @@ def apply(reducers: Tree, pairs: Pairs, *, options: Options | None = None) -> Tr
         {'norm': tensor([1., 1.])}
     """
     pairs, means = _check(pairs, "apply"), means_of(check_options(options), pairs.device)
-    found, spec = split_reducers(reducers)
-    return optree.tree_unflatten(spec, [_applied(reducer, pairs, means) for reducer in found])
-
-
-def _applied(reducer: Any, pairs: Pairs, means: Means) -> Any:
-    parts = reducer.parts()
-    if len(parts) > 1:
-        return reducer.joined([_applied(part, pairs, means) for part in parts])
-    if isinstance(reducer, Additive):
-        found = {name: reducer.of_parameter(name, uses, means) for name, uses in pairs.uses.items()}
-        return reducer.result(found)
-    assert isinstance(reducer, Directional)
-    if reducer.by_position:
+    wanted, spec = split_reducers(reducers)
+    request = requested(wanted, pairs.params)
+    if request.positions:
         raise InputError("apply: scores by position are those of a step: pass the reducer to fg.grad_and_reduce.")
-    columns, params = [], pairs.params
-    for direction in reducer.directions(params):
-        terms = [
-            along(use, value)
-            for name, value in zip(params.names, direction, strict=True)
-            if value is not None
-            for use in pairs.uses[name]
-        ]
-        columns.append(torch.stack(terms).sum(0))
-    return reducer.result(torch.stack(columns, -1), params)
+    tasks = [task.within(means) for task in request.tasks]
+    parts = [{name: task.of_parameter(name, uses) for name, uses in pairs.uses.items()} for task in tasks]
+    answer = Answer(scores_along(pairs, request.directions), parts)
+    return optree.tree_unflatten(spec, request.results(answer, pairs.params))
 
 
 def grad_and_reduce(

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from funcghost.algebra.cost import means_of
 from funcghost.algebra.pairs import Pairs
+from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
 from funcghost.engine.run import Outcome, run, run_plain
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
@@ -22,9 +23,9 @@ from funcghost.planning.planner import make_plan
 from funcghost.planning.ways import verify_plan
 from funcghost.problem import Losses, Problem, Reduction
 from funcghost.reducers.bases import split_reducers
+from funcghost.reducers.requests import Answer, Request, requested
 from funcghost.side_effects import undone_on_failure
 from funcghost.transforms.lifting import lifted
-from funcghost.transforms.requests import Request, requested
 from funcghost.trees import Tree, split_params
 
 log = logging.getLogger("funcghost")
@@ -106,7 +107,7 @@ class Transform:
         wanted, spec = split_reducers(reducers)
         request = requested(wanted, problem.params)
         outcome = self._outcome(problem, request, captured)
-        reduced = request.results(wanted, problem.params, outcome)
+        reduced = request.results(Answer(outcome.scores, outcome.parts, outcome.positions), problem.params)
         grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
         return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
 
@@ -128,9 +129,11 @@ class Transform:
     def _run(
         self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
     ) -> Outcome:
-        ledger = request.ledger(
-            problem.params, lambda: means_of(self.options, problem.params.leaves[0].device, plan.rates)
-        )
+        ledger = None
+        if request.tasks or request.keep or request.positions:
+            means = means_of(self.options, problem.params.leaves[0].device, plan.rates)
+            tasks = [task.within(means) for task in request.tasks]
+            ledger = Ledger(problem.params.names, tasks, keep=request.keep, positions=request.positions)
         outcome = run(
             problem,
             plan,

@@ -113,15 +113,15 @@ def test_terms_that_cancel_are_rounding() -> None:
         return (1e5 * (x @ p["w"]) + 1).square().sum(1) - (1e5 * (x @ p["w"])).square().sum(1)
 
     params, x = {"w": torch.randn(6, 3)}, torch.randn(4, 6)
-    report = fg.check(losses, params, x, options=Options(route="materialise"))
+    report = fg.check(losses, params, x, options=Options(inner_products="materialise"))
     assert report.ok, str(report)
     row = named(report)["w"]
     assert row["dots"] > report.facts["tolerance"]
     assert row["note"] == "rounding"
     # Products of the positions of one use with those of the other lose what is left of the norm.
-    report = fg.check(losses, params, x, options=Options(route="ghost"))
+    report = fg.check(losses, params, x, options=Options(inner_products="ghost"))
     assert named(report)["w"]["note"] == "norms"
-    assert "Options(route='materialise')" in report.failures[0]
+    assert "Options(inner_products='materialise')" in report.failures[0]
     fg.register_rule(Tensor.matmul, linear="each", factor=lambda a: torch.tensor(1.5))
     assert not fg.check(losses, {"w": torch.randn(6, 3)}, torch.randn(4, 6)).ok
 
@@ -261,7 +261,7 @@ def test_a_wrong_reducer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of factors is not what it makes of the gradients themselves."""
     ghost = contract._ghost_matrix
     monkeypatch.setattr(contract, "_ghost_matrix", lambda *given: 1.001 * ghost(*given))
-    report = fg.check(*net(), [fg.gram(), fg.squared_norm()], options=Options(route="ghost"))
+    report = fg.check(*net(), [fg.gram(), fg.squared_norm()], options=Options(inner_products="ghost"))
     assert {row["name"] for row in report.rows if not row["ok"]} == {"reducer 0"}
     assert "wrong for reducer 0. " in report.failures[0]
 

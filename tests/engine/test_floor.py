@@ -134,7 +134,7 @@ def test_pairs_cost_a_forward_and_the_gradients_of_the_activations() -> None:
 @pytest.mark.parametrize("route", ["ghost", "materialise"])
 def test_quadratic_reducers_cost_what_they_say(route: Any) -> None:
     losses, params, batch = mlp(bias=False)
-    score = scoring(losses, params, batch, route=route)
+    score = scoring(losses, params, batch, inner_products=route)
     forward = sum(USES) + ACTIVATIONS
     sides = sum(d + p for d, p in pairwise(WIDTHS))
     areas = sum(d * p for d, p in pairwise(WIDTHS))

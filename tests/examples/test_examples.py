@@ -1,11 +1,16 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 import custom_loop
+import funcghost as fg
 import mislabelled_digits
 import private_digits
 import prune_digits
+import write_your_own_reducer
+from funcghost.testing import assert_reducer_laws
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -38,6 +43,20 @@ def test_digits_of_large_gradients_are_worth_more(capsys: pytest.CaptureFixture[
     assert summary.accuracy["low"] + 0.05 < min(summary.accuracy["high"], summary.accuracy["random"])
     assert summary.effective_rank["low"] < summary.effective_rank["random"]
     assert "rank correlation of GraNd and EL2N 0.9" in capsys.readouterr().out
+
+
+def test_reducers_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_your_own_reducer.main() == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["contrast", "distances", "cosine"]
+
+
+def test_reducers_of_ones_own_keep_the_laws() -> None:
+    def contrast(params: dict[str, Tensor], _: int) -> fg.Reducer:
+        one, other = ({name: torch.full_like(value, by) for name, value in params.items()} for by in (1.0, -0.5))
+        return write_your_own_reducer.Contrast(one, other)
+
+    assert_reducer_laws(contrast, examples=5)
+    assert_reducer_laws(write_your_own_reducer.SquaredDistances(), examples=5)
 
 
 @pytest.mark.parametrize(

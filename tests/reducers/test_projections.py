@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
-from funcghost.algebra.cost import Means
 from funcghost.algebra.factors import Dense, Factor, Lookup, dense, matrix_form
 from funcghost.reducers.projections import KINDS, Project, numbers, seed_of
 from funcghost.testing import pairs
@@ -48,7 +47,7 @@ def chi_square(count: int) -> float:
 
 
 def projected(values: Tensor, dim: int, seed: int = 0, kind: Any = "rademacher", name: str = "w") -> Tensor:
-    return fg.project(dim, seed, kind).of_parameter(name, [Dense(values)], Means())
+    return fg.project(dim, seed, kind).of_parameter(name, [Dense(values)])
 
 
 # -- a function of seed, name and shape alone -----------------------------------------------------------
@@ -120,7 +119,7 @@ def test_factors_are_projected_as_the_gradients_they_stand_for(kept: fg.Pairs, k
     for name, uses in kept.uses.items():
         reducer = fg.project(dim, 3, kind)
         value = torch.stack([dense(use) for use in uses]).sum(0)
-        found = reducer.of_parameter(name, uses, Means())
+        found = reducer.of_parameter(name, uses)
         torch.testing.assert_close(found, projected(value, dim, 3, kind, name), rtol=1e-12, atol=1e-11)
 
 
@@ -146,7 +145,7 @@ def test_kronecker_is_the_product_of_two_sides(kept: fg.Pairs, dim: int) -> None
         p, q = sides(reducer, name, m, n)
         rows = torch.stack([dense(use).reshape(3, m * n) for use in uses]).sum(0)
         wanted = rows @ torch.kron(p.contiguous(), q.contiguous()) / math.sqrt(dim)
-        torch.testing.assert_close(reducer.of_parameter(name, uses, Means()), wanted, rtol=1e-12, atol=1e-11)
+        torch.testing.assert_close(reducer.of_parameter(name, uses), wanted, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -301,4 +300,4 @@ def test_rows_of_a_table_are_those_of_the_matrix() -> None:
     use: Sequence[Factor] = [Lookup(torch.tensor([[3, 0, 3]]), torch.randn(1, 3, 2), (2**40, 2))]
     small = [Lookup(torch.tensor([[3, 0, 3]]), use[0].tensors[1], (4, 2))]
     reducer = fg.project(6, kind="kronecker")
-    assert torch.equal(reducer.of_parameter("w", use, Means()), reducer.of_parameter("w", small, Means()))
+    assert torch.equal(reducer.of_parameter("w", use), reducer.of_parameter("w", small))

@@ -103,7 +103,7 @@ def test_convolution(name: str, channels: int, route: Any) -> None:
     module = layer(channels, channels, **{"kernel_size": 3, **given}).double()
     losses, x = fg.module_losses(module, lambda out, _: squares(out.sin())), normal(3, channels, *[5, 6, 4][:dims])
     params = dict(module.named_parameters())
-    assert_matches_naive(losses, params, x, fg.project(4), options=fg.Options(route=route))
+    assert_matches_naive(losses, params, x, fg.project(4), options=fg.Options(inner_products=route))
     # Patches and output gradients are kept where they are smaller than the gradient.
     (use,) = fg.pairs(losses)(params, x).uses["weight"]
     smaller = name == "1d, valid" or (channels == 40 and name not in ("2d, each channel", "2d, replicated"))
@@ -216,7 +216,7 @@ OPS: dict[str, tuple[Losses, dict[str, tuple[int, ...]], tuple[int, ...]]] = {
 def test_op(name: str, route: Any) -> None:
     out, sizes, shape = OPS[name]
     params = {k: normal(*size) for k, size in sizes.items()}
-    options = fg.Options(route=route)
+    options = fg.Options(inner_products=route)
     assert_matches_naive(lambda p, x: out(p, x).sin().reshape(3, -1).sum(1), params, normal(*shape), options=options)
 
 
@@ -530,7 +530,7 @@ def test_tied_reused_and_disguised_at_once() -> None:
 
     params = dict(module.named_parameters()) | {"table": table}
     for route in ("ghost", "materialise"):
-        assert_matches_naive(losses, params, torch.randint(0, 4, (3, 5)), options=fg.Options(route=route))
+        assert_matches_naive(losses, params, torch.randint(0, 4, (3, 5)), options=fg.Options(inner_products=route))
 
 
 def test_a_weight_meets_what_it_made_itself_where_samples_have_no_axis() -> None:

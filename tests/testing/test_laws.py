@@ -11,7 +11,6 @@ from hypothesis import Phase, given, settings
 from torch import Tensor
 
 import funcghost as fg
-from funcghost.algebra.cost import Means
 from funcghost.algebra.directions import Direction
 from funcghost.algebra.factors import Factor, Lookup, Outer, dense
 from funcghost.ops.descriptions import _DESCRIPTIONS
@@ -73,19 +72,19 @@ class Broken(SquaredNorm):
 
     how: str = ""
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         if self.how == "sees less of long budgets":
-            return super().of_parameter(name, uses, means) * (1 if means.route is None else 2)
+            return super().of_parameter(name, uses) * (1 if self.means.route is None else 2)
         if self.how == "adds up uses":
-            return torch.stack([super(Broken, self).of_parameter(name, [use], means) for use in uses]).sum(0)
+            return torch.stack([super(Broken, self).of_parameter(name, [use]) for use in uses]).sum(0)
         if self.how == "clips at one":
-            return super().of_parameter(name, uses, means).clamp(max=1.0)
+            return super().of_parameter(name, uses).clamp(max=1.0)
         if self.how == "is of the largest":
-            found = super().of_parameter(name, uses, means)
+            found = super().of_parameter(name, uses)
             return found / found.max().clamp(min=1e-9) if found.numel() else found
         if self.how == "remembers":
             self.__dict__["count"] = self.__dict__.get("count", 0) + 1
-        return super().of_parameter(name, uses, means)
+        return super().of_parameter(name, uses)
 
     def result(self, parts: Mapping[str, Tensor]) -> Tensor:
         total = super().result(parts)

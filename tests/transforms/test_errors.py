@@ -212,6 +212,10 @@ ARGUMENTS: dict[str, tuple[Callable[[World], Any], str]] = {
         lambda w: score(w, reducers={"v": w.direction}),
         "reducers: every leaf must be a reducer such as fg.dot(direction), found Tensor. Wrap a direction in fg.dot",
     ),
+    "a reducer of no kind": (
+        lambda w: score(w, reducers={"mine": fg.Reducer()}),
+        "reducers: Reducer is of neither kind. Derive it from fg.Directional",
+    ),
     "a name for a reducer": (lambda w: score(w, reducers=["dot"]), "reducers: every leaf must.*found str"),
     "losses that are no function": (lambda w: fg.reduce(w.x), "losses: must be a function.*found Tensor"),  # type: ignore[arg-type]
     "losses that are no function, to plan": (
@@ -233,7 +237,7 @@ ARGUMENTS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "an unknown route": (
         lambda w: score(w, options=fg.Options(route="sideways")),  # type: ignore[arg-type]
-        "Options.route must be one of ('backward', 'forward', 'ghost', 'materialise'), found 'sideways'",
+        "Options.route must be one of ('backward', 'forward'), found 'sideways'",
     ),
     "options that are none": (
         lambda w: score(w, options={"verify": "never"}),
