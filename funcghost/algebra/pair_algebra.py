@@ -21,7 +21,8 @@ Weights = Tensor | Mapping[str, Tensor]
 """One weight per sample [b], or such weights for each parameter."""
 
 
-def _check(pairs: Any, what: str) -> Pairs:
+def check_pairs(pairs: Any, what: str) -> Pairs:
+    """What a function of pairs was given, which must be pairs."""
     if not isinstance(pairs, Pairs):
         raise InputError(
             f"{what}: takes Pairs as fg.pairs(losses)(params, batch) gives them, found {type(pairs).__name__}."
@@ -53,7 +54,7 @@ def cross_dots(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
         tensor([[1.],
                 [0.]])
     """
-    a, b = _check(a, "cross_dots"), _check(b, "cross_dots")
+    a, b = check_pairs(a, "cross_dots"), check_pairs(b, "cross_dots")
     _match(a, b)
     means = means_of(check_options(options), a.device)
     parts = [inner_products(a.uses[name], b.uses[name], means, name) for name in a.uses]
@@ -113,7 +114,7 @@ def combine(pairs: Pairs, weights: Weights) -> Tree:
         >>> fg.combine(pairs, torch.tensor([2.0, 3.0]))
         {'w': tensor([2., 3.])}
     """
-    pairs = _check(pairs, "combine")
+    pairs = check_pairs(pairs, "combine")
     by_name = weights if isinstance(weights, Mapping) else dict.fromkeys(pairs.uses, weights)
     if by_name.keys() != set(pairs.uses):
         missing, extra = (sorted(set(a) - set(b))[:5] for a, b in ((pairs.uses, by_name), (by_name, pairs.uses)))
@@ -140,7 +141,7 @@ def materialize(pairs: Pairs) -> Tree:
         {'w': tensor([[1., 0.],
                 [0., 1.]])}
     """
-    pairs = _check(pairs, "materialize")
+    pairs = check_pairs(pairs, "materialize")
     return _added(pairs, lambda name, use: dense(use))
 
 

@@ -6,7 +6,7 @@ import optree
 from torch import Tensor
 
 from funcghost.algebra.cost import means_of
-from funcghost.algebra.pair_algebra import _check, scores_along
+from funcghost.algebra.pair_algebra import check_pairs, scores_along
 from funcghost.algebra.pairs import Pairs
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
@@ -36,7 +36,7 @@ def apply(reducers: Tree, pairs: Pairs, *, options: Options | None = None) -> Tr
         >>> fg.apply({"norm": fg.squared_norm()}, pairs)
         {'norm': tensor([1., 1.])}
     """
-    pairs, means = _check(pairs, "apply"), means_of(check_options(options), pairs.device)
+    pairs, means = check_pairs(pairs, "apply"), means_of(check_options(options), pairs.device)
     wanted, spec = split_reducers(reducers)
     request = requested(wanted, pairs.params)
     if request.positions:
