@@ -1,0 +1,5 @@
+"""What many processes add: gradients and directions that are of the samples of all ranks.
+
+May import: all wings up to `corpus`. Read `data_parallel.py` first. `torch.distributed` does the work; nothing here is
+needed for a single process, and everything runs in one as well.
+"""

@@ -1,0 +1,138 @@
+"""Data parallel: every rank has the whole model and samples of its own; gradients and directions are of all samples.
+
+    direction = data_parallel.validation_gradient(losses, params, own_validation_batches)
+    out = data_parallel.grad_and_reduce(losses)(params, own_batch, {"score": fg.dot(direction)})
+
+Directions travel, not samples: one all-reduce for the validation gradient, and one for the training gradient. What a
+rank gets for its samples is what one process would get for them; with `out.grads`, every rank takes the same step.
+
+Under `DistributedDataParallel`, let the losses call `ddp.module`, and params be `dict(ddp.module.named_parameters())`:
+DDP averages in its own `.backward()` alone, so a gradient that is taken as here is never averaged twice.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from funcghost.distributed.collectives import Group, check_replicated, several, summed_over_ranks
+from funcghost.engine.plans import Plan
+from funcghost.engine.run import run_plain
+from funcghost.errors import InputError
+from funcghost.options import Options
+from funcghost.problem import Losses, Problem, Reduction
+from funcghost.transforms import functions
+from funcghost.transforms.steps import Step
+from funcghost.trees import Params, Tree, named_leaves, split_params
+
+
+def grad_and_reduce(
+    losses: Losses,
+    *,
+    reduction: Reduction = "mean",
+    has_aux: bool = False,
+    options: Options | None = None,
+    plan: Plan | None = None,
+    group: Group = None,
+) -> Callable[..., Step]:
+    """`fg.grad_and_reduce` on the samples of all ranks of a process group.
+
+    `step(params, batch, reducers)` gives, on a rank with batch [b] of n samples in all, a `Step` whose `losses` [b] and
+    `reduced` are of the rank's own samples, and whose `grads` are
+
+        (1/n) sum over the samples of all ranks of grad losses[i]        (with reduction="sum" without 1/n)
+
+    the same on every rank, and those of one process on all batches together. Ranks may have different numbers of
+    samples, or none. (`DistributedDataParallel` averages the ranks' means, which weighs samples of small batches more.)
+    Reducers of several samples (`fg.gram`, `fg.cross`) are of the rank's own.
+
+    Every rank must call it in the same order. On the first call, and as often as params have other names or shapes,
+    the ranks compare their parameters. Without a process group it is `fg.grad_and_reduce`.
+
+    Args:
+        losses: as in `fg.grad_and_reduce`.
+        reduction: as in `fg.grad_and_reduce`, over the samples of all ranks.
+        has_aux: as in `fg.grad_and_reduce`.
+        options: as in `fg.grad_and_reduce`.
+        plan: as in `fg.grad_and_reduce`.
+        group: the ranks that take part; all by default.
+
+    Units: as in `fg.grad_and_reduce`. Cost: on top of it, one all-reduce of the gradient, in buckets.
+
+    Raises:
+        InputError: the parameters are not the same on all ranks, or sharded, or have sparse gradients.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> from funcghost.distributed import data_parallel
+        >>> step = data_parallel.grad_and_reduce(lambda params, x: x @ params["w"])
+        >>> step({"w": torch.zeros(2)}, torch.eye(2), fg.squared_norm()).grads["w"]
+        tensor([0.5000, 0.5000])
+    """
+    local = functions.grad_and_reduce(losses, reduction=reduction, has_aux=has_aux, options=options, plan=plan)
+    agreed: set[tuple[tuple[str, ...], tuple[torch.Size, ...]]] = set()
+
+    def step(params: Tree, batch: Tree, reducers: Tree) -> Step:
+        split = split_params(params)
+        known = split.names, tuple(leaf.shape for leaf in split.leaves)
+        if known not in agreed:
+            check_replicated(split, group)
+            agreed.add(known)
+        out = local(params, batch, reducers)
+        if not several(group):
+            return out
+        own = _dense_leaves(out.grads, split)
+        if reduction == "mean":
+            count = len(out.losses)
+            total = _total(count, own[0].device, group)
+            own = [leaf * (count / total).to(leaf.dtype) if count else torch.zeros_like(leaf) for leaf in own]
+        return out._replace(grads=split.rebuild(summed_over_ranks(own, group)))
+
+    return step
+
+
+def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree], group: Group = None) -> Tree:
+    """The gradient of the mean validation loss over the batches of all ranks: a tree like params, the same everywhere.
+
+        (1/n) sum over all n samples of all batches of all ranks of grad losses[i]
+
+    Ranks may have different numbers of batches, or none; each batch is taken by one rank. Cost: on each rank a forward
+    and a backward for each of its batches, and one all-reduce of the gradient, in buckets.
+
+    Raises:
+        InputError: no rank has a sample; or the parameters are not the same on all ranks, or sharded.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.distributed import data_parallel
+        >>> data_parallel.validation_gradient(lambda p, x: x @ p["w"], {"w": torch.zeros(2)}, [torch.eye(2)])["w"]
+        tensor([0.5000, 0.5000])
+    """
+    split, count = split_params(params), 0
+    check_replicated(split, group)
+    total = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves]
+    for batch in batches:
+        outcome = run_plain(Problem(losses, split, batch), "sum")
+        total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
+        count += len(outcome.losses)
+    everyone = _total(count, total[0].device, group)
+    if not int(everyone):
+        raise InputError("validation_gradient: no rank has a validation sample. Pass batches to at least one.")
+    return split.rebuild([leaf / everyone.to(leaf.dtype) for leaf in summed_over_ranks(total, group)])
+
+
+def _total(count: int, device: torch.device, group: Group) -> Tensor:
+    """The number of samples of all ranks, as a tensor, so that nobody waits for it."""
+    (total,) = summed_over_ranks([torch.tensor([count], dtype=torch.float64, device=device)], group)
+    return total.squeeze(0)
+
+
+def _dense_leaves(grads: Tree, params: Params) -> list[Tensor]:
+    _, leaves, _ = named_leaves(grads)
+    for name, leaf in zip(params.names, leaves, strict=True):
+        if leaf.layout is not torch.strided:
+            raise InputError(
+                f"grads[{name!r}] is sparse, and cannot be summed over ranks. Use dense gradients, as nn.Embedding "
+                "gives them with sparse=False."
+            )
+    return leaves

@@ -1,0 +1,111 @@
+"""What each rank of `test_data_parallel` runs, by torchrun: everything is compared with one process on all samples."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import funcghost as fg
+from funcghost.distributed import data_parallel
+from funcghost.distributed.collectives import summed_over_ranks
+
+SPLITS = ((3, 2), (1, 6), (0, 4), (5, 0), (1, 1))
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 11)).double()
+
+
+def losses_of(net: nn.Module) -> Any:
+    def losses(params: Any, batch: Any) -> torch.Tensor:
+        logits = torch.func.functional_call(net, params, (batch,))
+        return (
+            nn.functional.cross_entropy(logits.flatten(0, 1), batch.roll(1, 1).flatten(), reduction="none")
+            .view(batch.shape)
+            .sum(1)
+        )
+
+    return losses
+
+
+def close(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def held_to_one_process(net: nn.Module, rank: int, split: tuple[int, int], reduction: Any) -> None:
+    """Scores, norms and gradients of a rank's samples are those of one process on the samples of all."""
+    losses, params = losses_of(net), dict(net.named_parameters())
+    generator = torch.Generator().manual_seed(sum(split))
+    batch, validation = (torch.randint(11, (sum(split), 5), generator=generator) for _ in range(2))
+    own = slice(0, split[0]) if rank == 0 else slice(split[0], None)
+    direction = data_parallel.validation_gradient(losses, params, [validation[own]] if split[rank] else [])
+    reducers = {"dot": fg.dot(direction), "norm": fg.squared_norm()}
+    out = data_parallel.grad_and_reduce(losses, reduction=reduction)(params, batch[own], reducers)
+
+    whole = fg.grad_and_reduce(losses)(params, validation, {}).grads
+    close(direction, whole)
+    alone = fg.grad_and_reduce(losses, reduction=reduction)(
+        params, batch, {"dot": fg.dot(whole), "norm": fg.squared_norm()}
+    )
+    close(out.grads, alone.grads)
+    close(out.losses, alone.losses[own])
+    close(out.reduced, {name: value[own] for name, value in alone.reduced.items()})
+    (total,) = summed_over_ranks([out.reduced["dot"].sum(0, keepdim=True)])
+    inner = sum((a * b).sum() for a, b in zip(whole.values(), alone.grads.values(), strict=True))
+    close(total / (sum(split) if reduction == "mean" else 1), inner.view(1))
+
+
+def averaged_as_ddp_does(net: nn.Module, rank: int) -> None:
+    """With as many samples on each rank, the gradient is DDP's, and DDP's own is undisturbed."""
+    ddp = DistributedDataParallel(net)
+    params, batch = dict(ddp.module.named_parameters()), torch.arange(20).view(4, 5) % 11 + 0
+    own = batch[2 * rank : 2 * rank + 2]
+    out = data_parallel.grad_and_reduce(losses_of(ddp.module))(params, own, {"norm": fg.squared_norm()})
+    logits = ddp(own)
+    nn.functional.cross_entropy(logits.flatten(0, 1), own.roll(1, 1).flatten(), reduction="sum").div(2).backward()
+    close(out.grads, {name: param.grad for name, param in params.items()})
+
+
+def refused_where_ranks_differ(rank: int) -> None:
+    step = data_parallel.grad_and_reduce(lambda params, x: x @ params["w"])
+    for params, what in (
+        ({"w": torch.full((2,), float(rank))}, "values"),
+        ({"w": torch.zeros(2, dtype=(torch.float32, torch.float64)[rank])}, "dtypes"),
+    ):
+        with pytest.raises(fg.InputError, match=rf"{what} .*ranks \[1\]"):
+            step(params, torch.eye(2, dtype=params["w"].dtype), {})
+
+
+def buckets_do_not_matter(rank: int) -> None:
+    values = [torch.full(shape, rank + 1.0, dtype=dtype) for shape in ((3,), (), (2, 2), (0,)) for dtype in DTYPES]
+    for size in (1, 16, 2**20):
+        for found, value in zip(summed_over_ranks(values, bucket=size), values, strict=True):
+            assert torch.equal(found, torch.full_like(value, 3.0)), size
+
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def main() -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    net = model()
+    for split in SPLITS:
+        for reduction in ("mean", "sum"):
+            held_to_one_process(net, rank, split, reduction)
+    averaged_as_ddp_does(model(), rank)
+    refused_where_ranks_differ(rank)
+    buckets_do_not_matter(rank)
+    if os.environ.get("FUNCGHOST_FAIL") and rank == 1:
+        raise ValueError("a fault of rank 1")
+    distributed.barrier()
+    print(f"rank {rank} agrees", flush=True)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
