@@ -58,13 +58,11 @@ def _buckets(values: Sequence[Tensor], size: int) -> list[list[int]]:
     return done + [members for members in filling.values() if members]
 
 
-def check_replicated(params: Params, group: Group = None) -> None:
-    """The parameters must be the same on every rank: names, shapes, dtypes, and the values by a checksum.
-
-    Every rank must call it, and every rank raises if one differs. Host and device wait for each other.
+def check_whole(params: Params) -> None:
+    """No parameter may lie on several ranks in parts.
 
     Raises:
-        InputError: naming the ranks that differ from the first, or a parameter that is sharded.
+        InputError: naming a parameter that is sharded.
     """
     for name, leaf in zip(params.names, params.leaves, strict=True):
         if isinstance(leaf, DTensor):
@@ -72,6 +70,16 @@ def check_replicated(params: Params, group: Group = None) -> None:
                 f"params[{name!r}] is a DTensor, which lies on several ranks. Data parallel steps take parameters that "
                 "every rank has as a whole: score before fully_shard or parallelize_module, or on leaf.full_tensor()."
             )
+
+
+def check_replicated(params: Params, group: Group = None) -> None:
+    """The parameters must be the same on every rank: names, shapes, dtypes, and the values by a checksum.
+
+    Every rank must call it, and every rank raises if one differs. Host and device wait for each other.
+
+    Raises:
+        InputError: naming the ranks that differ from the first.
+    """
     if not several(group):
         return
     own = [_summary(params)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from funcghost.distributed.collectives import Group, check_replicated, several, summed_over_ranks
+from funcghost.distributed.collectives import Group, check_replicated, check_whole, several, summed_over_ranks
 from funcghost.engine.plans import Plan
 from funcghost.engine.run import run_plain
 from funcghost.errors import InputError
@@ -74,6 +74,7 @@ def grad_and_reduce(
 
     def step(params: Tree, batch: Tree, reducers: Tree) -> Step:
         split = split_params(params)
+        check_whole(split)
         known = split.names, tuple(leaf.shape for leaf in split.leaves)
         if known not in agreed:
             check_replicated(split, group)
@@ -100,7 +101,7 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree], g
     and a backward for each of its batches, and one all-reduce of the gradient, in buckets.
 
     Raises:
-        InputError: no rank has a sample; or the parameters are not the same on all ranks, or sharded.
+        InputError: no rank has a sample, or a parameter is sharded.
 
     Example:
         >>> import torch
@@ -109,7 +110,7 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree], g
         tensor([0.5000, 0.5000])
     """
     split, count = split_params(params), 0
-    check_replicated(split, group)
+    check_whole(split)
     total = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves]
     for batch in batches:
         outcome = run_plain(Problem(losses, split, batch), "sum")
