@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import funcghost as fg
@@ -80,6 +81,13 @@ def refused_where_ranks_differ(rank: int) -> None:
             step(params, torch.eye(2, dtype=params["w"].dtype), {})
 
 
+def refused_where_sharded() -> None:
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
+    params = {"w": distribute_tensor(torch.ones(2), mesh, [Shard(0)])}
+    with pytest.raises(fg.InputError, match="'w'.* is a DTensor"):
+        data_parallel.grad_and_reduce(lambda params, x: x @ params["w"])(params, torch.eye(2), {})
+
+
 def buckets_do_not_matter(rank: int) -> None:
     values = [torch.full(shape, rank + 1.0, dtype=dtype) for shape in ((3,), (), (2, 2), (0,)) for dtype in DTYPES]
     for size in (1, 16, 2**20):
@@ -99,6 +107,7 @@ def main() -> None:
             held_to_one_process(net, rank, split, reduction)
     averaged_as_ddp_does(model(), rank)
     refused_where_ranks_differ(rank)
+    refused_where_sharded()
     buckets_do_not_matter(rank)
     if os.environ.get("FUNCGHOST_FAIL") and rank == 1:
         raise ValueError("a fault of rank 1")
