@@ -84,7 +84,7 @@ def refused_where_ranks_differ(rank: int) -> None:
 def refused_where_sharded() -> None:
     mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
     params = {"w": distribute_tensor(torch.ones(2), mesh, [Shard(0)])}
-    with pytest.raises(fg.InputError, match="'w'.* is a DTensor"):
+    with pytest.raises(fg.InputError, match=r"'w'.* is a DTensor"):
         data_parallel.grad_and_reduce(lambda params, x: x @ params["w"])(params, torch.eye(2), {})
 
 
