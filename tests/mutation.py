@@ -72,22 +72,25 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # taps
     "no conjugate": Mutation(
-        "engine/tap.py", "slope.to(wide) * gradient.conj()", "slope.to(wide) * gradient", (AWKWARD, "-k", "complex")
+        "engine/contributions.py",
+        "slope.to(wide) * gradient.conj()",
+        "slope.to(wide) * gradient",
+        (AWKWARD, "-k", "complex"),
     ),
     "first output alone": Mutation(
-        "engine/tap.py",
+        "engine/contributions.py",
         "torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]",
         "parts[0]",
         (AWKWARD, LAYERS, "-k", "LSTM or several"),
     ),
     "columns in their own order": Mutation(
-        "engine/tap.py",
+        "engine/contributions.py",
         "in zip(self.columns, ",
         "in zip(range(len(self.columns)), ",
         (AWKWARD, "-k", "tied or norms"),
     ),
     "used after all": Mutation(
-        "engine/tap.py",
+        "engine/contributions.py",
         'layout == "unused"',
         'layout == "never"',
         (AWKWARD, "-k", "used_after_all"),
@@ -99,25 +102,28 @@ MUTATIONS: dict[str, Mutation] = {
         (AWKWARD, "-k", "written or convolutions"),
     ),
     "random numbers repeated once": Mutation(
-        "engine/prepared.py",
-        "with around():",
-        "with around() if start == 0 else torch.no_grad():",
+        "engine/contributions.py",
+        "with tapped.around():\n                slope",
+        "with tapped.around() if start == needed else torch.no_grad():\n                slope",
         (MODES, "-k", "every_direction"),
     ),
     "low-rank leaves of another form": Mutation(
-        "engine/tapping.py",
+        "engine/tap.py",
         "tuple([tuple(map(type, known)) for known in tangents])",
         "tuple([(object,) * len(known) for known in tangents])",
         ("tests/engine/test_floor.py", "tests/engine/test_flops.py"),
     ),
     "positions forgotten for factors": Mutation(
-        "engine/prepared.py", "if k not in manner.apart and (low[k] or", "if (low[k] or", (POSITIONS,)
+        "engine/contributions.py", "if k not in wanted.apart and (low[k] or", "if (low[k] or", (POSITIONS,)
     ),
     "a wide product by its output": Mutation(
-        "engine/prepared.py", "not smaller.isdisjoint(along)", "False", ("tests/engine/test_floor.py", "-k", "wide")
+        "engine/contributions.py",
+        "not smaller.isdisjoint(along)",
+        "False",
+        ("tests/engine/test_floor.py", "-k", "wide"),
     ),
     "a use that is by no product": Mutation(
-        "engine/prepared.py", "cheap.issuperset(along)", "True", ("tests/engine/test_floor.py", "-k", "wide")
+        "engine/contributions.py", "cheap.issuperset(along)", "True", ("tests/engine/test_floor.py", "-k", "wide")
     ),
     "attention as a whole": Mutation(
         "ops/composite.py",
@@ -147,7 +153,7 @@ MUTATIONS: dict[str, Mutation] = {
         "ops/arrangement.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
     ),
     "a tap that is a view": Mutation(
-        "engine/tap.py",
+        "ops/tangent.py",
         "torch.ops.aten._unsafe_view(value, value.shape)",
         "value.view_as(value)",
         (EXAMPLE,),
@@ -196,13 +202,13 @@ MUTATIONS: dict[str, Mutation] = {
         (AWKWARD, "-k", "noise or dropout"),
     ),
     "other draws in the backward": Mutation(
-        "engine/tapping.py",
+        "engine/tap.py",
         "enabled=autocast), replaying(drawn):",
         "enabled=autocast):",
         (AWKWARD, LAYERS, "-k", "noise or dropout"),
     ),
     "full precision in the backward": Mutation(
-        "engine/tapping.py",
+        "engine/tap.py",
         "torch.autocast(device, dtype, enabled=autocast)",
         "torch.autocast(device, dtype, enabled=False)",
         (MODES, WRAPPERS, "-k", "autocast"),
@@ -214,7 +220,7 @@ MUTATIONS: dict[str, Mutation] = {
         (AWKWARD, "-k", "by_a_flag"),
     ),
     "zero is one": Mutation(
-        "engine/tapping.py",
+        "engine/contributions.py",
         "torch.zeros_like(call.leaves[slot]) if leaf is None",
         "torch.ones_like(call.leaves[slot]) if leaf is None",
         (AWKWARD, "-k", "tied or norms or recursion"),
@@ -429,7 +435,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "reduced at the first use": Mutation(
         "engine/ledger.py",
-        "if not self.pending[index] and not self.keep",
+        "if not self.pending[number] and not self.keep",
         "if not self.keep",
         (PAIRS, "-k", "quadratic"),
     ),
@@ -437,13 +443,13 @@ MUTATIONS: dict[str, Mutation] = {
         "engine/ledger.py", "self.scale**task.degree", "self.scale", (PAIRS, "-k", "quadratic")
     ),
     "axes the other way round": Mutation(
-        "engine/ledger.py",
+        "engine/shadows.py",
         "tuple(axes[i] for i in part)",
         "tuple(back[i] for i in part)",
         (REDUCERS, "-k", "test_op and cycled"),
     ),
     "dense axes the other way round": Mutation(
-        "engine/ledger.py",
+        "engine/shadows.py",
         "permute(0, *(1 + i for i in back))",
         "permute(0, *(1 + i for i in axes))",
         (REDUCERS, "-k", "test_op and cycled"),

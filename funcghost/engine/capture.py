@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcghost.algebra.directions import Direction
+from funcghost.engine.contributions import Tangents, filled
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan, Site
+from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow, followed, of_parameters
-from funcghost.engine.tapping import Planned, Tangents, Taps, filled
+from funcghost.engine.tap import Planned, Taps
 from funcghost.errors import MismatchError, PlanError
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest, op_name
@@ -46,6 +48,7 @@ class Capture(TorchFunctionMode):
         choose: how a site without a way gets one (only while the plan is rehearsed).
         standins: tensors to take the place of others, by id; given while a compiler traces, when sizes are symbols.
         ledger: what collects factors of per-sample gradients, if something is made of these.
+        positions: what adds up scores by position, if any are wanted.
         dtype: what products are computed in for scores, if not in the dtype of their operands.
     """
 
@@ -59,11 +62,12 @@ class Capture(TorchFunctionMode):
         choose: Choose | None = None,
         standins: dict[int, Tensor] | None = None,
         ledger: Ledger | None = None,
+        positions: Positions | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
-        self.taps = Taps(probe, ledger, dtype)
+        self.taps = Taps(probe, ledger, positions, dtype)
         self.shadows: dict[int, Shadow] = {}
         self.traced = standins is not None
         self.params, self.originals, self.directions = params, originals, directions
@@ -77,7 +81,7 @@ class Capture(TorchFunctionMode):
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
         self._follow(params)
-        if ledger is not None and ledger.wants_factors:
+        if ledger is not None:
             self.shadows.update(zip(map(id, params), of_parameters(params), strict=True))
 
     def __enter__(self) -> "Capture":

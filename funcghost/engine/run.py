@@ -13,6 +13,7 @@ from funcghost.dtypes import score_dtype
 from funcghost.engine.capture import Capture, Choose
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
+from funcghost.engine.positions import Positions
 from funcghost.errors import MismatchError
 from funcghost.problem import Problem, Reduction, backward, cotangents, detached
 
@@ -44,11 +45,13 @@ def run(
     choose: Choose | None = None,
     standins: dict[int, Tensor] | None = None,
     ledger: Ledger | None = None,
+    positions: Positions | None = None,
     dtype: torch.dtype | None = None,
 ) -> Outcome:
     """Scores along the plan; with a `reduction` also the gradient of the reduced losses, from the same backward.
 
-    Factors of the gradients of the losses go to the `ledger`; products for scores are computed in the `dtype`.
+    Factors of the gradients of the losses go to the `ledger`, scores by position to `positions`; products for scores
+    are computed in the `dtype`.
 
     Raises:
         MismatchError: the call does not fit the plan.
@@ -58,7 +61,9 @@ def run(
         return _run_empty(problem, len(directions), reduction)
     leaves = problem.leaves()
     probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
-    capture = Capture(plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger, dtype)
+    capture = Capture(
+        plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger, positions, dtype
+    )
     with capture:
         losses, aux = problem.evaluate(leaves)
     if losses.shape[0] != batch:
@@ -68,7 +73,7 @@ def run(
     capture.finish()
     tail = capture.shadows.get(id(losses))
     if ledger is not None and tail is not None:
-        ledger.expect(tail.sources)
+        ledger.expect([tail])
     wanted = [probe] if reduction is None else [probe, *leaves]
     cotangent = cotangents(losses, reduction or "sum")
     scores, *gradients = backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
@@ -76,14 +81,15 @@ def run(
         capture.check_moves(at_once=standins is None)
     if directions:
         scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
-    positions: Mapping[int, Tensor] = {}
+    scale = losses.shape[0] if reduction == "mean" else 1
     if ledger is not None:
-        positions = ledger.close(tail, cotangent, losses.shape[0] if reduction == "mean" else 1)
+        ledger.close(tail, cotangent, scale)
+    by_position = {} if positions is None else positions.results(scale)
     carried = capture.tangents_of(losses)
     if carried:
         tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried]
         scores = scores + torch.stack(tails, -1).to(scores.dtype)
-    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, positions)
+    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, by_position)
 
 
 def run_plain(problem: Problem, reduction: Reduction | None) -> Outcome:

@@ -1,153 +1,131 @@
-"""The autograd Functions: identities in the forward that see the output gradient in the backward.
+"""Puts a tap behind a planned call: the identity, whose backward takes the contribution of the site on the way.
 
-`Observe` hands the gradient to a meter while a plan is made. `Tap` contracts it with `J V` and returns the
-contribution of the site *as the gradient of a zero probe*, so that autograd itself adds the sites up: no state,
-nothing kept after a layer's backward. Both see the physical batch under `torch.func.vmap`.
+The contribution to the scores goes out *as the gradient of a zero probe*, so that autograd itself adds the sites up: no
+state, nothing kept after a layer's backward. Under `torch.func.vmap` a tap sees the physical batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcghost.dtypes import wide_dtype
-from funcghost.engine.collector import Around, Collector
-from funcghost.engine.prepared import Slopes
+from funcghost.engine.contributions import Tangents, Tapped, Wanted, recipe, tried
+from funcghost.engine.ledger import Ledger
+from funcghost.engine.plans import OutputLayout, Site
+from funcghost.engine.positions import Positions
+from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError
-from funcghost.ops.layout import Layout, Placed
-from funcghost.ops.uses import Levels, Where
+from funcghost.ops.descriptions import description
+from funcghost.ops.layout import Layout, Placed, Rows
+from funcghost.ops.moves import Maps
+from funcghost.ops.tangent import Call, Outputs, Pushforward, alias
+from funcghost.ops.uses import Level, Where
+from funcghost.side_effects import RandomState, replaying
 
 
-def alias(value: Tensor) -> Tensor:
-    """The same memory under a new identity that autograd does not take for a view, so in-place ops stay legal."""
-    aliased: Tensor = torch.ops.aten._unsafe_view(value, value.shape)
-    return aliased
+class Planned(NamedTuple):
+    """A call at a site that the plan taps, before the tap is put.
 
-
-@dataclass(eq=False, slots=True)
-class Scorer:
-    """What a tap needs to know: `J V` of its outputs as a function of the saved tensors, and their layouts.
-
-    `columns` are the directions that reach the site, those `apart` by position. Before `ready()`, backwards are those
-    of the losses themselves. The forward ran in what is `around`. The first tensors, so many as are `kept`, are the
-    collector's, which takes the factors of the gradients.
+    `number`: of the site.
+    `site`: what the plan says of it.
+    `call`: the call.
+    `found`: what came out of it.
+    `tangents`: those that come in, for each tracked slot.
+    `targets`: the shadows of what is in these slots, if factors are wanted.
+    `drawn`: the random numbers from which the call drew.
     """
 
-    site: tuple[int, str]
-    slopes: Slopes
-    columns: tuple[int, ...]
-    layouts: tuple[Where, ...]
-    ready: Callable[[], bool]
-    around: Around
-    collector: Collector | None
-    kept: int
-    apart: Mapping[int, Callable[[int, Tensor], None]]
-    levels: Levels = ()
+    number: int
+    site: Site
+    call: Call
+    found: Outputs
+    tangents: Sequence[Tangents]
+    targets: Mapping[int, Shadow]
+    drawn: RandomState | None
 
-    def contribution(
-        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor
-    ) -> Tensor | None:
-        """[b, k]: per sample and direction, the sum of `(J V) * g` over the sample's entries; None for zero.
 
-        The first tensors are those kept for the factors, which are collected on the way.
+@dataclass(frozen=True, eq=False, slots=True)
+class Taps:
+    """Puts the taps of one run.
+
+    `probe`: what scores go to as its gradient.
+    `ledger`: what factors go to, if any are wanted.
+    `positions`: what scores by position go to, if any are wanted.
+    `dtype`: what products for scores are computed in, if not in the dtype of their operands.
+    """
+
+    probe: Tensor
+    ledger: Ledger | None
+    positions: Positions | None
+    dtype: torch.dtype | None
+
+    def put(
+        self, planned: Planned, maps: Maps, push: Callable[[int, Call, Site], Pushforward], ready: Callable[[], bool]
+    ) -> dict[int, Tensor]:
+        """The outputs behind a tap, by the id of what they replace; none where there is nothing to contribute.
+
+        `maps` say where data moved the samples, `push` gives `J V` of a call at a site. Before `ready()`, backwards are
+        those of the losses themselves.
         """
-        if not self.ready():
-            return None
-        used = False
-        for g, layout in zip(gradients, self.layouts, strict=True):
-            if g is not None:
-                used = True
-                if layout == "unused":
-                    number, op = self.site
-                    raise MismatchError(
-                        f"site {number} ({op}): an output that the losses did not use when the plan was made is used."
-                    )
-        if not used:
-            return None
-        found = dict[int, Tensor]()
-        if self.collector is not None:
-            found = self.collector.collect(self.around, tensors[: self.kept], self.levels, gradients)
-        if self.columns:
-            saved = tensors[self.kept :]
-            for k, slope in zip(self.columns, self.slopes(*saved), strict=True):
-                score = self._column(k, slope, gradients, probe, alone(slope, saved))
-                found[k] = found[k].to(score.dtype) + score if k in found else score
-        if not found:
-            return None
-        if len(found) == probe.shape[1] == 1:
-            return found[0].to(probe.dtype).unsqueeze(-1)
-        if len(found) < probe.shape[1]:
-            found = dict.fromkeys(range(probe.shape[1]), probe.new_zeros(len(probe))) | found
-        return torch.stack([found[k].to(probe.dtype) for k in range(probe.shape[1])], -1)
-
-    def _column(
-        self, k: int, slope: tuple[Tensor, ...], gradients: Sequence[Tensor | None], probe: Tensor, ours: bool
-    ) -> Tensor:
-        apart = self.apart.get(k)
-        parts = [
-            inner(value, g, layout, probe, ours, by_position=apart is not None)
-            for value, g, layout in zip(slope, gradients, self.layouts, strict=True)
-            if g is not None and not isinstance(layout, str)
-        ]
-        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        if apart is None:
-            return total
-        apart(k, total)
-        return total.sum(1)
-
-
-def inner(
-    slope: Tensor,
-    gradient: Tensor,
-    layout: Layout | Placed,
-    probe: Tensor,
-    ours: bool = False,
-    by_position: bool = False,
-) -> Tensor:
-    """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe.
-
-    If the memory of the slope is `ours`, the product is written there. With `by_position`, [b, t].
-    """
-    wide = wide_dtype(slope.dtype)
-    if ours and not by_position and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
-        return layout.sum(slope.mul_(gradient), probe)
-    product = slope.to(wide) * gradient.conj()
-    product = product.real if product.is_complex() else product
-    if by_position:
-        assert isinstance(layout, Layout)
-        return layout.by_sample(product, len(probe)).unsqueeze(-1).flatten(2).sum(2, dtype=probe.dtype)
-    return layout.sum(product, probe)
-
-
-def alone(slopes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether there is one slope, in memory that holds nothing else and that no other tensor shares."""
-    if len(slopes) != 1 or type(slopes[0]) is not Tensor or slopes[0].is_complex() or not slopes[0].is_contiguous():
-        return False
-    memory = slopes[0].untyped_storage()
-    own = memory._cdata
-    return memory.nbytes() == slopes[0].nbytes and not any(
-        other.untyped_storage()._cdata == own for other in others if other.layout is torch.strided
-    )
-
-
-def _unsqueezed(slopes: Slopes) -> Slopes:
-    return lambda *saved: [tuple(value.unsqueeze(0) for value in slope) for slope in slopes(*saved)]
+        number, site, call, found, tangents, targets, drawn = planned
+        values, batch = [found[i] for i in site.smooth], len(self.probe)
+        layouts = tuple([placed(number, site, found[i], site.layouts[i], maps, batch) for i in site.smooth])
+        if self.positions is not None:
+            for value, layout in zip(values, layouts, strict=True):
+                self.positions.check(f"site {number} ({site.op})", layout, batched_shape(value), batch)
+        wanted = Wanted(
+            chosen=site.smooth,
+            layouts=tuple([layout if isinstance(layout, Layout) else None for layout in layouts]),
+            vmapped=len(batched_shape(values[0])) - values[0].dim(),
+            kinds=tuple([tuple(map(type, known)) for known in tangents]),
+            collects=bool(targets),
+            apart=self.positions.columns if self.positions is not None else frozenset(),
+            dtype=self.dtype if site.way == "rule" and site.flops else None,
+        )
+        described = description(call.op)
+        if site.way is None:
+            terms = tried(call, wanted, described, push(number, call, site))
+        else:
+            terms = recipe(call, wanted, described, site.way)
+        if not terms:
+            return {}
+        if self.ledger is not None and targets and not ready():  # what is run again has been expected
+            self.ledger.expect(targets.values())
+        kept = [term.keeps(call, tangents) for term in terms]
+        tapped = Tapped(
+            site=(number, site.op),
+            terms=terms,
+            ends=tuple(accumulate(map(len, kept))),
+            layouts=layouts,
+            batch=batch,
+            ready=ready,
+            around=ambient(values[0].device.type, drawn),
+            tangents=dict(zip(call.tracked, tangents, strict=True)),
+            targets=targets,
+            ledger=self.ledger,
+            positions=self.positions,
+            dtype=self.dtype,
+        )
+        replaced = behind(self.probe, tapped, values, [tensor for own in kept for tensor in own])
+        return {id(value): tapped_value for value, tapped_value in zip(values, replaced, strict=True)}
 
 
 class Tap(torch.autograd.Function):
-    """`Tap.apply(probe, scorer, n, *outputs, *saved) -> outputs`; the gradient of `probe` [b, k] is the score."""
+    """`Tap.apply(probe, tapped, n, *outputs, *saved) -> outputs`; the gradient of `probe` [b, k] is the score."""
 
     @staticmethod
-    def forward(probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(probe: Tensor, tapped: Tapped, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs as they are."""
         return tuple(alias(value) for value in tensors[:n])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps what `J V` needs: the op's own inputs, which autograd keeps as well, and the directions."""
-        probe, ctx.scorer, ctx.n, *tensors = inputs
+        probe, ctx.tapped, ctx.n, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probe, *tensors[ctx.n :])
 
@@ -155,7 +133,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """The score for the probe, and the gradients passed on."""
         probe, *saved = ctx.saved_tensors
-        score = ctx.scorer.contribution(saved, gradients, probe)
+        score = ctx.tapped.contribution(saved, gradients, probe)
         return (score, None, None, *gradients, *(None for _ in saved))
 
     @staticmethod
@@ -164,18 +142,12 @@ class Tap(torch.autograd.Function):
         return tuple(tangents[3 : 3 + ctx.n])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], probe: Tensor, scorer: Scorer, n: int, *tensors: Tensor) -> Any:
-        """The tap of the physical batch: the vmapped axis goes first, `J V` is vmapped over the saved tensors."""
+    def vmap(info: Any, in_dims: tuple[Any, ...], probe: Tensor, tapped: Tapped, n: int, *tensors: Tensor) -> Any:
+        """The tap of the physical batch: the vmapped axis goes first, also in the tensors that are kept."""
         dims = in_dims[3:]
         values = [v if d is None else v.movedim(d, 0) for v, d in zip(tensors, dims, strict=True)]
-        has = tuple(d is not None for d in dims[n:])
-        mapped = tuple(0 if own else None for own in has[scorer.kept :])
-        if any(own is not None for own in mapped):
-            slopes = torch.func.vmap(scorer.slopes, in_dims=mapped, randomness=info.randomness)
-        else:
-            slopes = _unsqueezed(scorer.slopes)
-        levels = (has[: scorer.kept], *scorer.levels)
-        out = Tap.apply(probe, replace(scorer, slopes=slopes, levels=levels), n, *values)
+        level = Level(tuple(d is not None for d in dims[n:]), info.randomness)
+        out = Tap.apply(probe, replace(tapped, levels=(level, *tapped.levels)), n, *values)
         return out, tuple(None if d is None else 0 for d in dims[:n])
 
 
@@ -183,9 +155,9 @@ class EagerTap(torch.autograd.Function):
     """`Tap` where no `torch.func` transform is active: the same, without the cost of being ready for one."""
 
     @staticmethod
-    def forward(ctx: Any, probe: Tensor, scorer: Scorer, saved: Sequence[Tensor], *values: Tensor) -> Any:
+    def forward(ctx: Any, probe: Tensor, tapped: Tapped, saved: Sequence[Tensor], *values: Tensor) -> Any:
         """The outputs as they are."""
-        ctx.scorer = scorer
+        ctx.tapped = tapped
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probe, *saved)
         return tuple([value.detach() for value in values])
@@ -194,7 +166,7 @@ class EagerTap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """The score for the probe, and the gradients passed on."""
         probe, *saved = ctx.saved_tensors
-        return (ctx.scorer.contribution(saved, gradients, probe), None, None, *gradients)
+        return (ctx.tapped.contribution(saved, gradients, probe), None, None, *gradients)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
@@ -202,41 +174,57 @@ class EagerTap(torch.autograd.Function):
         return tuple(tangents[3:])
 
 
-def tap(probe: Tensor, scorer: Scorer, outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs, behind a tap that scores them in the backward."""
+def behind(probe: Tensor, tapped: Tapped, outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs, behind a tap that takes its contribution in the backward."""
     found: tuple[Tensor, ...]
     if torch._C._functorch.maybe_current_level() is None:
-        found = EagerTap.apply(probe, scorer, saved, *outputs)
+        found = EagerTap.apply(probe, tapped, saved, *outputs)
     else:
-        found = Tap.apply(probe, scorer, len(outputs), *outputs, *saved)
+        found = Tap.apply(probe, tapped, len(outputs), *outputs, *saved)
     return found
 
 
-class Observe(torch.autograd.Function):
-    """`Observe.apply(see, output) -> output`; the backward calls `see(gradient)`, with the physical batch."""
+def placed(number: int, site: Site, value: Tensor, layout: OutputLayout, maps: Maps, batch: int) -> Where:
+    """Where the samples of an output are in this run.
 
-    @staticmethod
-    def forward(see: Callable[[Tensor], None], value: Tensor) -> Tensor:
-        """The output as it is."""
-        return alias(value)
+    Raises:
+        MismatchError: the output has not the shape that the plan takes it to have.
+    """
+    shape = batched_shape(value)
+    if isinstance(layout, Layout):
+        if layout.fits(shape, batch):
+            return layout
+    elif layout == "unused":
+        return layout
+    elif isinstance(layout, Rows):
+        rows = maps.get((layout.call, layout.output))
+        if rows is not None and layout.axis < len(shape) and shape[layout.axis] == len(rows):
+            return Placed(layout.axis, rows.long())
+    raise MismatchError(f"site {number}: {site.op} gave shape {tuple(value.shape)}, which is not {layout}.")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps the observer."""
-        ctx.see = inputs[0]
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        """Shows the gradient and passes it on."""
-        ctx.see(gradient)
-        return None, gradient
+def batched_shape(value: Tensor) -> tuple[int, ...]:
+    """The shape with all vmapped axes in front, the outer before the inner: that of the gradients a tap sees."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return value.shape
+    vmapped, inner = list[int](), value
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        axis, inner = torch._C._functorch.maybe_get_bdim(inner), torch._C._functorch.get_unwrapped(inner)
+        if axis >= 0:
+            vmapped.insert(0, inner.shape[axis])
+    return (*vmapped, *value.shape)
 
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        """An identity in forward mode, too."""
-        return alias(tangent)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], see: Callable[[Tensor], None], value: Tensor) -> tuple[Tensor, int]:
-        """The same for the physical batch, the vmapped axis first."""
-        return Observe.apply(see, value.movedim(in_dims[1], 0)), 0
+def ambient(device: str, drawn: RandomState | None) -> Callable[[], AbstractContextManager[None]]:
+    """A context for the backward that repeats what surrounded the forward: autocast, and the random numbers drawn."""
+    autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
+    if not autocast and drawn is None:
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device) if autocast else None
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with torch.autocast(device, dtype, enabled=autocast), replaying(drawn):
+            yield
+
+    return around

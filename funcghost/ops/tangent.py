@@ -138,6 +138,12 @@ def physical(value: Tensor) -> Tensor:
     return value
 
 
+def alias(value: Tensor) -> Tensor:
+    """The same memory under a new identity that autograd does not take for a view, so in-place ops stay legal."""
+    aliased: Tensor = torch.ops.aten._unsafe_view(value, value.shape)
+    return aliased
+
+
 def swap(returned: Any, replaced: dict[int, Tensor]) -> Any:
     """What an op returned, with some of its tensors replaced."""
     if isinstance(returned, Tensor):

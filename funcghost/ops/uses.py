@@ -9,7 +9,7 @@ the gradient of the others masked: that is what all forms have to agree with.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,31 @@ from funcghost.ops.slices import Slices, slices_of
 from funcghost.ops.tangent import Call, Outputs, physical
 
 Where = Layout | Placed | Literal["unused"]
-Levels = tuple[tuple[bool, ...], ...]
-"""For each vmapped axis, the outermost first: which of the saved tensors have it (in front, in the same order)."""
+
+
+class Level(NamedTuple):
+    """A vmapped axis: which of some tensors have it, in front, and how random numbers are drawn along it."""
+
+    has: tuple[bool, ...]
+    randomness: str
+
+    def of(self, start: int, end: int) -> "Level":
+        """The same axis for some of the tensors."""
+        return Level(self.has[start:end], self.randomness)
+
+    @property
+    def has_any(self) -> bool:
+        """Whether any of the tensors has it."""
+        return any(self.has)
+
+    @property
+    def dims(self) -> tuple[int | None, ...]:
+        """As `torch.func.vmap` wants to be told."""
+        return tuple(0 if own else None for own in self.has)
+
+
+Levels = tuple[Level, ...]
+"""The vmapped axes of some tensors, the outermost first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +86,14 @@ def find_uses(
 
 def lifted(values: Callable[[Sequence[Tensor]], Any], saved: Sequence[Tensor], levels: Levels) -> Any:
     """`values(saved)` for every index of the vmapped axes of the saved tensors, which come in front."""
-    for has in reversed(levels):
-        if any(has):
-            values = _mapped(values, has)
+    for level in reversed(levels):
+        if level.has_any:
+            values = _mapped(values, level)
     return values(saved)
 
 
-def _mapped(values: Callable[[Sequence[Tensor]], Any], has: Sequence[bool]) -> Callable[[Sequence[Tensor]], Any]:
-    dims = tuple(0 if own else None for own in has)
-    mapped = torch.func.vmap(lambda *each: values(each), in_dims=dims, randomness="different")
+def _mapped(values: Callable[[Sequence[Tensor]], Any], level: Level) -> Callable[[Sequence[Tensor]], Any]:
+    mapped = torch.func.vmap(lambda *each: values(each), in_dims=level.dims, randomness=level.randomness)
     return lambda tensors: mapped(*tensors)
 
 
@@ -108,7 +130,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         coefficient = lifted(product.values, saved, levels)
         given = product.coefficient
         if levels:
-            given = (*(name for name, has in zip(a.front, levels, strict=True) if any(has)), *given)
+            given = (*(name for name, level in zip(a.front, levels, strict=True) if level.has_any), *given)
         inward = axes_of(given, a.positions, (*a.blocks, *a.cols))
         right = inward.arrange(coefficient, sizes, a.where, batch, (q, right_size))
         if product.scale != 1:
@@ -134,8 +156,8 @@ def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, v
         g = gradients[0]
         assert g is not None
         index, *scale = lifted(table.values, saved, levels)
-        for level, has in enumerate(levels):
-            index = index if any(has) else index.unsqueeze(level)
+        for axis, level in enumerate(levels):
+            index = index if level.has_any else index.unsqueeze(axis)
         g = g.unsqueeze(-2) if table.summed else g
         g = g * scale[0] if scale else g
         rows = layout.by_sample(index.expand(g.shape[:places]), batch).reshape(batch, -1)

@@ -16,7 +16,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from funcghost.engine.tap import Observe
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest, op_name
@@ -24,6 +23,7 @@ from funcghost.ops.layout import Clock, Meter
 from funcghost.ops.moves import BY_DATA, MOVES, Move
 from funcghost.ops.tangent import Call, flatten_call, is_float, outputs, physical, swap
 from funcghost.planning.drawn import Generic
+from funcghost.planning.observe import Observe
 from funcghost.problem import Problem
 from funcghost.side_effects import random_state, set_random_state
 from funcghost.trees import tensors

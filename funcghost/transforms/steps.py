@@ -15,6 +15,7 @@ from funcghost.algebra.cost import means_of
 from funcghost.algebra.pairs import Pairs
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
+from funcghost.engine.positions import Positions
 from funcghost.engine.run import Outcome, run, run_plain
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
 from funcghost.laws.factored import verify_factors
@@ -130,10 +131,9 @@ class Transform:
         self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
     ) -> Outcome:
         ledger = None
-        if request.tasks or request.keep or request.positions:
+        if request.tasks or request.keep:
             means = means_of(self.options, problem.params.leaves[0].device, plan.rates)
-            tasks = [task.within(means) for task in request.tasks]
-            ledger = Ledger(problem.params.names, tasks, keep=request.keep, positions=request.positions)
+            ledger = Ledger(problem.params.names, [task.within(means) for task in request.tasks], keep=request.keep)
         outcome = run(
             problem,
             plan,
@@ -141,6 +141,7 @@ class Transform:
             reduction=self.reduction,
             standins=standins,
             ledger=ledger,
+            positions=Positions(request.positions) if request.positions else None,
             dtype=self.options.compute_dtype,
         )
         if ledger is None:

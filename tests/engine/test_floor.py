@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcghost as fg
 from funcghost.algebra.contractions import along, in_dtype
 from funcghost.algebra.factors import Outer
-from funcghost.engine import collector
+from funcghost.engine import contributions
 from tests.engine.test_flops import (
     MODELS,
     Losses,
@@ -247,7 +247,7 @@ def test_wide_products_of_any_form_score_by_factors(name: str, monkeypatch: pyte
         met.append(use)
         return along(use, direction)
 
-    monkeypatch.setattr(collector, "along", seen)
+    monkeypatch.setattr(contributions, "along", seen)
     losses = lambda p, x: op(x, p["w"]).sin().flatten(1).sum(1)  # noqa: E731
     score, direction = fg.reduce(losses), like(params)
     for _ in range(2):

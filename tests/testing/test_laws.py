@@ -71,6 +71,7 @@ class Broken(SquaredNorm):
     """A squared norm that breaks one law."""
 
     how: str = ""
+    seen: dict[str, int] = field(default_factory=dict)
 
     def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         if self.how == "sees less of long budgets":
@@ -83,7 +84,7 @@ class Broken(SquaredNorm):
             found = super().of_parameter(name, uses)
             return found / found.max().clamp(min=1e-9) if found.numel() else found
         if self.how == "remembers":
-            self.__dict__["count"] = self.__dict__.get("count", 0) + 1
+            self.seen["count"] = self.seen.get("count", 0) + 1
         return super().of_parameter(name, uses)
 
     def result(self, parts: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,330 @@
+"""What a site contributes when the gradients `g` of its outputs come: by tangents, and by factors.
+
+    by tangents   scores `<grad_i, V> = sum over the entries of sample i of (J V) * g`
+    by factors    factors of the gradients of what went in, for the ledger; and scores of some V by these
+
+A call's recipe is the terms of these two kinds that it takes, worked out once for all calls of one form. A term says
+which tensors it `keeps` until the backward, and what it then `contributes`, in the same order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import NoneType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcghost.algebra.contractions import along, in_dtype
+from funcghost.algebra.directions import Leaf, LowRank, as_dense
+from funcghost.dtypes import wide_dtype
+from funcghost.engine.ledger import Ledger
+from funcghost.engine.positions import Positions
+from funcghost.engine.shadows import Shadow
+from funcghost.errors import MismatchError
+from funcghost.ops.layout import Layout, Placed
+from funcghost.ops.products import Description
+from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, pushforward, remembered
+from funcghost.ops.uses import Level, Use, Where, find_uses
+
+Tangents = tuple[Leaf | None, ...]
+"""One tangent per direction, None for zero; that of a parameter may be low-rank."""
+Scores = dict[int, Tensor]
+"""A contribution [b] to the scores in each direction, by its number."""
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a call, as far as its recipe depends on it.
+
+    `chosen`: the numbers of the outputs that have a derivative.
+    `layouts`: where the samples are in each of them; None where data says so.
+    `vmapped`: how many axes their cotangents have in front because of vmap.
+    `kinds`: the types of the tangents, by tracked slot and direction.
+    `collects`: whether factors are wanted of everything that went in.
+    `apart`: the directions that are scored by position.
+    `dtype`: what `J V` is computed in, if not in the dtype of its operands.
+    """
+
+    chosen: tuple[int, ...]
+    layouts: tuple[Layout | None, ...]
+    vmapped: int
+    kinds: tuple[tuple[type, ...], ...]
+    collects: bool
+    apart: frozenset[int]
+    dtype: torch.dtype | None
+
+
+@dataclass(eq=False, slots=True)
+class Tapped:
+    """One tapped call in one run: its recipe, and what the terms need besides the tensors that they keep.
+
+    `site`: its number and op.
+    `terms`: the recipe.
+    `ends`: where the tensors of each term end among all that are kept.
+    `layouts`: where the samples are in each output.
+    `batch`: the number of samples.
+    `ready`: says whether backwards have come to those that count; before, they are those of the losses themselves.
+    `around`: repeats in a backward what surrounded the forward.
+    `tangents`: the directions that come in, by tracked slot.
+    `targets`: the shadows of what is in each slot, if factors go to the ledger.
+    `levels`: the vmapped axes of the tensors that are kept, the outermost first.
+    """
+
+    site: tuple[int, str]
+    terms: "Sequence[Term]"
+    ends: Sequence[int]
+    layouts: Sequence[Where]
+    batch: int
+    ready: Callable[[], bool]
+    around: Callable[[], AbstractContextManager[None]]
+    tangents: Mapping[int, Tangents]
+    targets: Mapping[int, Shadow]
+    ledger: Ledger | None
+    positions: Positions | None
+    dtype: torch.dtype | None
+    levels: tuple[Level, ...] = ()
+
+    def contribution(self, kept: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor | None:
+        """The scores [b, k] of all terms together; None for zero."""
+        if not self.ready() or not self._used(gradients):
+            return None
+        found, start = Scores(), 0
+        for term, end in zip(self.terms, self.ends, strict=True):
+            levels = tuple([level.of(start, end) for level in self.levels])
+            for k, score in term.contribute(self, kept[start:end], levels, gradients, probe).items():
+                found[k] = found[k].to(score.dtype) + score if k in found else score
+            start = end
+        if self.ledger is not None:
+            self.ledger.passed(self.targets.values())
+        if not found:
+            return None
+        if len(found) == probe.shape[1] == 1:
+            return found[0].to(probe.dtype).unsqueeze(-1)
+        if len(found) < probe.shape[1]:
+            found = dict.fromkeys(range(probe.shape[1]), probe.new_zeros(len(probe))) | found
+        return torch.stack([found[k].to(probe.dtype) for k in range(probe.shape[1])], -1)
+
+    def _used(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether there is any gradient; none may come to an output that was not used."""
+        there = [layout for g, layout in zip(gradients, self.layouts, strict=True) if g is not None]
+        if any(layout == "unused" for layout in there):
+            number, op = self.site
+            raise MismatchError(
+                f"site {number} ({op}): an output that the losses did not use when the plan was made is used."
+            )
+        return bool(there)
+
+
+@dataclass(frozen=True, eq=False)
+class ByTangents:
+    """Scores in the directions `columns` by `J V` of the chosen outputs.
+
+    `elsewhere`: the tangents, by slot and direction, that another term scores: here they are zero.
+    """
+
+    push: Pushforward
+    columns: tuple[int, ...]
+    elsewhere: frozenset[tuple[int, int]]
+    wanted: Wanted
+
+    def keeps(self, call: Call, tangents: Sequence[Tangents]) -> list[Tensor]:
+        """What `J V` is computed from, and the tangents of each direction."""
+        given = [tangent for k in self.columns for tangent in filled(call, tangents, k, self.elsewhere)]
+        return [*(call.leaves[slot].detach() for slot in self.push.needed), *given]
+
+    def contribute(
+        self,
+        tapped: Tapped,
+        kept: Sequence[Tensor],
+        levels: tuple[Level, ...],
+        gradients: Sequence[Tensor | None],
+        probe: Tensor,
+    ) -> Scores:
+        """The inner products of `J V` with the gradients."""
+
+        def slopes(*tensors: Tensor) -> list[Outputs]:
+            return self._slopes(tapped, tensors)
+
+        for level in reversed(levels):
+            slopes = _below(slopes, level)
+        found = Scores()
+        for k, slope in zip(self.columns, slopes(*kept), strict=True):
+            ours, apart = alone(slope, kept), k in self.wanted.apart
+            parts = [
+                inner(value, g, layout, probe, ours, by_position=apart)
+                for value, g, layout in zip(slope, gradients, tapped.layouts, strict=True)
+                if g is not None and not isinstance(layout, str)
+            ]
+            found[k] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+            if apart and tapped.positions is not None:
+                tapped.positions.add(k, found[k])
+                found[k] = found[k].sum(1)
+        return found
+
+    def _slopes(self, tapped: Tapped, tensors: Sequence[Tensor]) -> list[Outputs]:
+        """`J V` of the chosen outputs for each direction."""
+        if self.wanted.dtype is not None:
+            tensors = list(map(in_dtype(self.wanted.dtype), tensors))
+        needed, count, chosen = len(self.push.needed), len(self.wanted.kinds), self.wanted.chosen
+        own, found = tensors[:needed], list[Outputs]()
+        for start in range(needed, len(tensors), count):
+            with tapped.around():
+                slope = self.push.evaluate(own, tensors[start : start + count])
+            found.append(slope if len(slope) == len(chosen) else tuple([slope[i] for i in chosen]))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class ByFactors:
+    """The factors of a use: for the ledger, and for scores of the tangents `scored`, by slot and direction."""
+
+    use: Use
+    scored: frozenset[tuple[int, int]]
+
+    def keeps(self, call: Call, tangents: Sequence[Tangents]) -> list[Tensor]:
+        """What the factors are made of."""
+        return [call.leaves[slot].detach() for slot in self.use.needed]
+
+    def contribute(
+        self,
+        tapped: Tapped,
+        kept: Sequence[Tensor],
+        levels: tuple[Level, ...],
+        gradients: Sequence[Tensor | None],
+        probe: Tensor,
+    ) -> Scores:
+        """Hands the factors to the ledger; gives the scores by them."""
+        with tapped.around():
+            factors = self.use.factors(kept, levels, gradients, tapped.layouts, tapped.batch)
+        found = Scores()
+        for slot, factor in zip(self.use.slots, factors, strict=True):
+            columns = sorted(k for where, k in self.scored if where == slot)
+            rounded = factor.map(in_dtype(tapped.dtype)) if columns and tapped.dtype is not None else factor
+            for k in columns:
+                leaf = tapped.tangents[slot][k]
+                assert leaf is not None
+                score = along(rounded, _rounded(leaf, tapped.dtype))
+                found[k] = found[k] + score if k in found else score
+            if tapped.ledger is not None and slot in tapped.targets:
+                tapped.ledger.collect(tapped.targets[slot], factor)
+        return found
+
+
+def _rounded(leaf: Leaf, dtype: torch.dtype | None) -> Leaf:
+    to = in_dtype(dtype)
+    return replace(leaf, rows=to(leaf.rows), cols=to(leaf.cols)) if isinstance(leaf, LowRank) else to(leaf)
+
+
+Term = ByTangents | ByFactors
+
+
+def recipe_of(
+    call: Call, wanted: Wanted, described: Description | None, push: Callable[[], Pushforward]
+) -> tuple[Term, ...]:
+    """The terms of a call to whose `J V` this is the way."""
+    scored, uses = _by_factors(call, wanted, described)
+    rest = [
+        [kind is not NoneType and (slot, k) not in scored for k, kind in enumerate(kinds)]
+        for slot, kinds in zip(call.tracked, wanted.kinds, strict=True)
+    ]
+    columns = tuple([k for k, tangents in enumerate(zip(*rest, strict=True)) if any(tangents)])
+    factors = [ByFactors(use, scored) for use in uses]
+    return (*factors, ByTangents(push(), columns, scored, wanted)) if columns else tuple(factors)
+
+
+@remembered
+def recipe(call: Call, wanted: Wanted, described: Description | None, way: Way) -> tuple[Term, ...]:
+    """As `recipe_of`, for one of the ways to `J V`."""
+    return recipe_of(call, wanted, described, lambda: pushforward(call, way))
+
+
+def tried(call: Call, wanted: Wanted, described: Description | None, push: Pushforward) -> tuple[Term, ...]:
+    """As `recipe_of`, while the way is tried: where factors score, `push` sees what it would take by shapes alone."""
+    found = recipe_of(call, wanted, described, lambda: push)
+    scored = any(isinstance(term, ByFactors) and term.scored for term in found)
+    if scored and not any(isinstance(term, ByTangents) for term in found):
+        blank = {slot: torch.empty_like(call.leaves[slot], device="meta") for slot in (*push.needed, *call.tracked)}
+        push.evaluate([blank[slot] for slot in push.needed], [blank[slot] for slot in call.tracked])
+    return found
+
+
+def _by_factors(
+    call: Call, wanted: Wanted, described: Description | None
+) -> tuple[frozenset[tuple[int, int]], tuple[Use, ...]]:
+    """The tangents (slot and direction) that are scored by factors, and the uses wanted.
+
+    Low-rank ones are, where factors are had without a derivative for each sample. Of others, those of a product whose
+    output is larger than what the parameter meets: `g V` takes less memory than `J V`, at the same FLOPs.
+    """
+    kinds = [
+        {slot: kind for slot, kind in zip(call.tracked, along, strict=True) if kind is not NoneType}
+        for along in zip(*wanted.kinds, strict=True)
+    ]
+    low = [any(issubclass(kind, LowRank) for kind in along.values()) for along in kinds]
+    if not wanted.collects and (wanted.vmapped or described is None) and not any(low):
+        return frozenset(), ()
+    uses = find_uses(call, described, wanted.layouts, wanted.chosen, wanted.vmapped)
+    cheap = {slot for use in uses if use.by_product for slot in use.slots}
+    smaller = {slot for use in uses if use.smaller and not wanted.vmapped for slot in use.slots}
+    found = frozenset(
+        (slot, k)
+        for k, along in enumerate(kinds)
+        if k not in wanted.apart and (low[k] or (cheap.issuperset(along) and not smaller.isdisjoint(along)))
+        for slot in along
+        if slot in cheap
+    )
+    slots = set(call.tracked) if wanted.collects else {slot for slot, _ in found}
+    return found, tuple(use for use in uses if not slots.isdisjoint(use.slots))
+
+
+def filled(
+    call: Call, tangents: Sequence[Tangents], k: int, elsewhere: frozenset[tuple[int, int]] = frozenset()
+) -> list[Tensor]:
+    """The tangents of a call in one direction, with zeros where there are none, or they are scored elsewhere."""
+    found = []
+    for slot, known in zip(call.tracked, tangents, strict=True):
+        leaf = None if (slot, k) in elsewhere else known[k]
+        found.append(torch.zeros_like(call.leaves[slot]) if leaf is None else as_dense(leaf))
+    return found
+
+
+def inner(
+    slope: Tensor,
+    gradient: Tensor,
+    layout: Layout | Placed,
+    probe: Tensor,
+    ours: bool = False,
+    by_position: bool = False,
+) -> Tensor:
+    """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe.
+
+    If the memory of the slope is `ours`, the product is written there. With `by_position`, [b, t].
+    """
+    wide = wide_dtype(slope.dtype)
+    if ours and not by_position and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
+        return layout.sum(slope.mul_(gradient), probe)
+    product = slope.to(wide) * gradient.conj()
+    product = product.real if product.is_complex() else product
+    if by_position:
+        assert isinstance(layout, Layout)
+        return layout.by_sample(product, len(probe)).unsqueeze(-1).flatten(2).sum(2, dtype=probe.dtype)
+    return layout.sum(product, probe)
+
+
+def alone(slopes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether there is one slope, in memory that holds nothing else and that no other tensor shares."""
+    if len(slopes) != 1 or type(slopes[0]) is not Tensor or slopes[0].is_complex() or not slopes[0].is_contiguous():
+        return False
+    memory = slopes[0].untyped_storage()
+    own = memory._cdata
+    return memory.nbytes() == slopes[0].nbytes and not any(
+        other.untyped_storage()._cdata == own for other in others if other.layout is torch.strided
+    )
+
+
+def _below(slopes: Callable[..., list[Outputs]], level: Level) -> Callable[..., list[Outputs]]:
+    """The slopes for every index of a vmapped axis, which comes in front; of length 1 where no tensor has it."""
+    if level.has_any:
+        return torch.func.vmap(slopes, in_dims=level.dims, randomness=level.randomness)
+    return lambda *kept: [tuple(value.unsqueeze(0) for value in slope) for slope in slopes(*kept)]
