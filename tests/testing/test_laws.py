@@ -1,7 +1,7 @@
 """The laws of `funcghost.testing`: what funcghost has keeps them, and what breaks one is caught."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
