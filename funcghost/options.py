@@ -30,9 +30,7 @@ class Options:
             a few milliseconds when a plan is made, and part of it, if not given.
         compute_dtype: the dtype to which the operands of products for scores are rounded, such as `torch.bfloat16`; by
             default their own (for inner products of gradients float32 at least). Sums are of float32 at least, and
-            training gradients are not touched. Ops that are no products, such as norms, keep their precision. Of a
-            dtype of 8 bits, such as `torch.float8_e4m3fn`, only the rounding is had, with one scale for each operand:
-            products of such numbers run in bfloat16, which holds them exactly.
+            training gradients are not touched. Ops that are no products, such as norms, keep their precision.
 
     Raises:
         InputError: an option has a value that is not listed.
@@ -65,9 +63,13 @@ class Options:
         pair = isinstance(self.rates, tuple) and len(self.rates) == 2 and all(rate > 0 for rate in self.rates)
         if self.rates is not None and not pair:
             raise InputError(f"Options.rates must be (FLOP/s, bytes/s), two positive numbers, found {self.rates!r}.")
-        floating = isinstance(self.compute_dtype, torch.dtype) and self.compute_dtype.is_floating_point
-        if self.compute_dtype is not None and not floating:
-            raise InputError(f"Options.compute_dtype must be a floating dtype, found {self.compute_dtype!r}.")
+        dtype = self.compute_dtype
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        if dtype is not None and not floating:
+            raise InputError(
+                f"Options.compute_dtype must be a floating dtype of 16 bits or more, found {dtype!r}. Of numbers of 8 "
+                "bits torch has no products on every device: use torch.bfloat16."
+            )
 
 
 def check_options(options: Options | None) -> Options:

@@ -129,25 +129,8 @@ def summed(uses: Sequence[Factor]) -> Tensor:
 
 
 def in_dtype(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """Rounds to the dtype that the caller chose to contract in, if any; numbers of rows stay.
-
-    To one of 8 bits with a scale for the tensor, a power of two that brings the largest entry near the dtype's: the
-    result is bfloat16, where these numbers are exact.
-    """
-
-    def rounded(value: Tensor) -> Tensor:
-        if dtype is None or not value.is_floating_point():
-            return value
-        return value.to(dtype) if dtype.itemsize > 1 or not value.numel() else _in_eight_bits(value, dtype)
-
-    return rounded
-
-
-def _in_eight_bits(value: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = wide(value).abs().amax()
-    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / largest)))
-    scale = torch.where((largest > 0) & (scale < torch.inf), scale, 1)
-    return ((wide(value) * scale).to(dtype).to(scale.dtype) / scale).bfloat16()
+    """Rounds to the dtype that the caller chose to contract in, if any; numbers of rows stay."""
+    return lambda value: value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -278,6 +278,7 @@ def test_a_route_is_forced() -> None:
         ({"verify": "sometimes"}, "verify"),
         ({"route": "ghost"}, "route"),
         ({"inner_products": "backward"}, "inner_products"),
+        ({"compute_dtype": torch.float8_e4m3fn}, "compute_dtype"),
         ({"memory_budget": 0}, "memory_budget"),
         ({"memory_budget": 1.5}, "memory_budget"),
         ({"rates": (1.0,)}, "rates"),

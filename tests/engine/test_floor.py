@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcghost as fg
-from funcghost.algebra.contractions import along, in_dtype
+from funcghost.algebra.contractions import along
 from funcghost.algebra.factors import Outer
 from funcghost.engine import contributions
 from tests.engine.test_flops import (
@@ -385,7 +385,7 @@ def test_a_planned_step_is_captured_in_a_cuda_graph(kind: str) -> None:
 
 # -- lower precision for scores ----------------------------------------------------------------------------------------
 
-NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+NARROW = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -415,21 +415,6 @@ def test_compute_dtype_is_within_the_rounding_of_two_operands(dtype: torch.dtype
     wanted = expected(losses, params, batch, direction)
     found = fg.reduce(losses, options=fg.Options(compute_dtype=dtype))(params, batch, fg.dot(direction))
     assert_scores(found, wanted, torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("dtype", NARROW)
-def test_numbers_that_a_dtype_holds_are_not_rounded(dtype: torch.dtype) -> None:
-    """Up to a power of two for the whole tensor, however large or small."""
-    held = torch.tensor([0.0, 1.0, -1.5, 0.75, 3.0, 0.25])
-    for power in (0, 3, -12):
-        value = held * 2.0**power
-        assert torch.equal(in_dtype(dtype)(value).float(), value)
-    if dtype.itemsize == 1:
-        assert torch.equal(in_dtype(dtype)(held * 2.0**60).float(), held * 2.0**60)
-    for value in (torch.zeros(3), torch.zeros(0, 2), torch.empty(2, 3, device="meta")):
-        assert in_dtype(dtype)(value).shape == value.shape
-    assert not in_dtype(dtype)(torch.zeros(3)).any()
-    assert in_dtype(dtype)(torch.tensor([1.0, torch.nan])).isnan().any()
 
 
 def test_a_plan_for_low_rank_directions_has_verified_their_factors() -> None:
