@@ -279,25 +279,31 @@ MUTATIONS: dict[str, Mutation] = {
         (AWKWARD, "-k", "written or added"),
     ),
     "padding in the mean": Mutation(
-        "ops/descriptions.py", "kept.sum(-1, keepdim=True)", "index.shape[-1] * kept.new_ones(1)", (LAYERS, "-k", "Bag")
+        "ops/families/tables.py",
+        "kept.sum(-1, keepdim=True)",
+        "index.shape[-1] * kept.new_ones(1)",
+        (LAYERS, "-k", "Bag"),
     ),
     "padding in the bag": Mutation(
-        "ops/descriptions.py", "if padding is None else (index", "if True else (index", (LAYERS, "-k", "Bag")
+        "ops/families/tables.py",
+        "if padding is None else (index != padding %",
+        "if True else (index != padding %",
+        (LAYERS, "-k", "Bag"),
     ),
     "bags without weights": Mutation(
-        "ops/descriptions.py", "(scale * weights[0] if weights else scale)", "scale", (LAYERS, "-k", "Bag")
+        "ops/families/tables.py", "(scale * weights[0] if weights else scale)", "scale", (LAYERS, "-k", "Bag")
     ),
     "only the padding": Mutation(
-        "ops/rules.py", "(index != padding)", "(index == padding)", (LAYERS, "-k", "Embedding")
+        "ops/families/tables.py", "(index != padding)", "(index == padding)", (LAYERS, "-k", "Embedding")
     ),
     "frequency upside down": Mutation(
-        "ops/rules.py",
+        "ops/families/tables.py",
         "return 1 / count if factor",
         "return count if factor",
         (LAYERS, RULES, "-k", "Embedding or embedding"),
     ),
     "a maximum is linear": Mutation(
-        "ops/rules.py", 'return a.get("mode", "mean") != "max" and', "return", (LAYERS, "-k", "refused")
+        "ops/families/tables.py", 'return a.get("mode", "mean") != "max" and', "return", (LAYERS, "-k", "refused")
     ),
     # measuring
     "nothing draws": Mutation(
@@ -363,34 +369,37 @@ MUTATIONS: dict[str, Mutation] = {
         (REDUCERS, "-k", "test_awkward_model and (experts or sorted)"),
     ),
     "padding on the wrong side": Mutation(
-        "ops/descriptions.py",
+        "ops/families/convolutions.py",
         "(size // 2, size - size // 2)",
         "(size - size // 2, size // 2)",
         (REDUCERS, "-k", "test_convolution and 1d"),
     ),
     "padding of the wrong axis": Mutation(
-        "ops/descriptions.py",
+        "ops/families/convolutions.py",
         "for pair in reversed(pads)",
         "for pair in pads",
         (REDUCERS, "-k", "test_convolution and 2d"),
     ),
     "alpha in place of beta": Mutation(
-        "ops/descriptions.py",
+        "ops/families/products.py",
         '"beta" if name == "input" else "alpha"',
         '"alpha" if name == "input" else "beta"',
         (REDUCERS, "-k", "test_op and addmm"),
     ),
     "reflected subtraction": Mutation(
-        "ops/descriptions.py", "_add(-1, 1), T.__rsub__", "_add(1, -1), T.__rsub__", (REDUCERS, "-k", "shift or rsub")
+        "ops/families/sums.py",
+        "((T.__rsub__,), (-1, 1))",
+        "((T.__rsub__,), (1, -1))",
+        (REDUCERS, "-k", "shift or rsub"),
     ),
     "alpha of the other argument": Mutation(
-        "ops/descriptions.py",
+        "ops/families/sums.py",
         '(name == "other" and sign_of_input > 0)',
         '(name == "input" and sign_of_input > 0)',
         (REDUCERS, "-k", "test_op and shift"),
     ),
     "rows from the start alone": Mutation(
-        "ops/descriptions.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
+        "ops/families/tables.py", "(saved[0] % size,)", "(saved[0],)", (REDUCERS, "-k", "test_op and rows")
     ),
     "first row of a slice": Mutation(
         "algebra/factors.py", "(factor.index >= start)", "(factor.index > start)", (CONTRACT, "-k", "exact")

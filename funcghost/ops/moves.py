@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import optree
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcghost.errors import MismatchError
+from funcghost.ops.families.sums import BY_SHAPE
+from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Layout, Rows, candidates, spread
 from funcghost.ops.rules import Op
 from funcghost.ops.tangent import is_float
@@ -24,34 +25,7 @@ from funcghost.ops.tangent import is_float
 _T: Any = torch.Tensor
 
 
-def _named(*names: str) -> frozenset[Op]:
-    return frozenset(
-        getattr(owner, name + suffix)
-        for name in names
-        for owner in (torch, _T)
-        for suffix in ("", "_")
-        if hasattr(owner, name + suffix)
-    )
-
-
-BY_DATA: frozenset[Op] = _named(
-    *("index_select", "gather", "take_along_dim", "take", "masked_select", "masked_scatter", "sort", "msort", "topk"),
-    *("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_reduce", "kthvalue"),
-    *("unique", "segment_reduce", "index_fill", "argwhere", "repeat_interleave"),
-) | {_T.__getitem__, _T.__setitem__, F.embedding, F.embedding_bag, torch.embedding}
-"""The ops that choose where an entry goes by an index or an order. Others compute in place."""
-
-BY_SHAPE: frozenset[Op] = _named(
-    *("cat", "stack", "split", "chunk", "unbind", "tensor_split", "narrow", "select", "flip", "roll"),
-    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze"),
-    *("expand", "expand_as", "repeat", "t", "contiguous", "clone"),
-)
-"""The ops that rearrange entries, whatever their values: followed where samples have been moved before."""
-
 MOVES = BY_DATA | BY_SHAPE
-OVERWRITES = _named("index_copy", "index_fill", "index_put", "masked_scatter", "scatter") | {_T.__setitem__}
-"""Those that put something in the place of entries of their first argument."""
-
 IN_PLACE = frozenset(op for op in MOVES if op is _T.__setitem__ or op.__name__.rstrip("_") + "_" == op.__name__)
 
 Where = Layout | Rows

@@ -5,7 +5,7 @@ patches, a norm's scale over normalised values, a shift with nothing. From the l
 of the per-sample gradients (see `funcghost.ops.uses`). A description is never needed for a right result: it saves work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Table:
     summed: bool = False
 
 
-Arguments = dict[str, Any]
+Arguments = Mapping[str, Any]
 Describe = Callable[[Call, dict[str, int], Arguments, str], Product | Table | None]
 Description = tuple[tuple[str, ...], Describe]
 """The names of an op's arguments, and what describes a call of it."""

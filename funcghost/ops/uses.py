@@ -17,9 +17,10 @@ from torch import Tensor
 from funcghost.algebra.factors import Dense, Factor, Lookup, Outer
 from funcghost.dtypes import wide, wide_dtype
 from funcghost.ops.arrangement import IN_FRONT, arrangement, axes_of
+from funcghost.ops.known import slices_of
 from funcghost.ops.layout import Layout, Placed
 from funcghost.ops.products import Description, Product, Table, describe, itself
-from funcghost.ops.slices import Slices, slices_of
+from funcghost.ops.slices import Slices
 from funcghost.ops.tangent import Call, Outputs, physical
 
 Where = Layout | Placed | Literal["unused"]

@@ -18,8 +18,10 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcghost.laws.draws import PERIOD
+from funcghost.ops.families.products import FACTORS
+from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.layout import Clock
-from funcghost.ops.moves import MOVES, OVERWRITES
+from funcghost.ops.moves import MOVES
 from funcghost.ops.tangent import Call, Outputs, is_float, is_linear, is_multilinear, physical
 
 FEW = 1024
@@ -31,10 +33,6 @@ TRUE, DRAWN = 0.73, (1.0, 0.61, 0.37)
 
 DOUBLE = (torch.float64, torch.complex128)
 LARGEST = 2.0**1023
-
-_T: Any = Tensor
-PRODUCTS = frozenset((torch.mul, _T.mul, torch.multiply, _T.multiply, _T.__mul__, _T.__rmul__))
-"""Where an integer tensor is a factor, and a zero in it one of no meaning. Elsewhere integers may be indices."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Generic:
         varied = {
             slot: leaf
             for slot, leaf in tensors.items()
-            if leaf.dtype == torch.bool or is_float(leaf) or call.op in PRODUCTS
+            if leaf.dtype == torch.bool or is_float(leaf) or call.op in FACTORS
         }
         scales = {slot: self._scale(leaf) for slot, leaf in varied.items()}
         few = all(leaf.numel() <= FEW for leaf in varied.values())

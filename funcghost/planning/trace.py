@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest, op_name
+from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Clock, Meter
-from funcghost.ops.moves import BY_DATA, MOVES, Move
+from funcghost.ops.moves import MOVES, Move
 from funcghost.ops.tangent import Call, flatten_call, is_float, outputs, physical, swap
 from funcghost.planning.drawn import Generic
 from funcghost.planning.observe import Observe

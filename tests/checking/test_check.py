@@ -25,7 +25,7 @@ from funcghost.algebra import contractions as contract
 from funcghost.checking import compare
 from funcghost.checking.checker import lowest_precision
 from funcghost.engine.run import run
-from funcghost.ops import descriptions
+from funcghost.ops.known import _KNOWN
 from funcghost.ops.layout import Layout
 from funcghost.ops.products import Product
 from funcghost.options import Options
@@ -240,13 +240,14 @@ def test_a_wrong_description_of_a_product_is_found(
     name: str, options: Options | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, note = WRONG_PRODUCTS[name]
-    names, describe = descriptions._DESCRIPTIONS[F.linear]
+    known = _KNOWN[F.linear]
+    describe: Any = known.product
 
     def changed(*given: Any) -> Any:
         product = describe(*given)
         return change(product) if isinstance(product, Product) else product
 
-    monkeypatch.setitem(descriptions._DESCRIPTIONS, F.linear, (names, changed))
+    monkeypatch.setitem(_KNOWN, F.linear, known._replace(product=changed))
     report = fg.check(*net(), {"gram": fg.gram()}, options=options)
     assert report.ok == (not note)
     assert {row["note"] for row in report.rows if row["kind"] != "reducer"} == {note}

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import funcghost as fg
 from funcghost.algebra.factors import Dense, Outer
 from funcghost.laws.oracle import per_sample_gradients
-from funcghost.ops.descriptions import _DESCRIPTIONS
+from funcghost.ops.known import _KNOWN
 from funcghost.testing import assert_matches_naive
 from tests.engine.test_nn_layers import LAYERS, REPARAMETRISED, Layer, prepared
 from tests.models.architectures import ARCHITECTURES
@@ -299,8 +299,9 @@ def test_every_description_of_a_product_is_met(monkeypatch: pytest.MonkeyPatch) 
 
         return description
 
-    for op, (names, describe) in list(_DESCRIPTIONS.items()):
-        monkeypatch.setitem(_DESCRIPTIONS, op, (names, watched(op, describe)))
+    described = {op: known for op, known in _KNOWN.items() if known.product is not None}
+    for op, known in described.items():
+        monkeypatch.setitem(_KNOWN, op, known._replace(product=watched(op, known.product)))
     for name in OPS:
         test_op(name, "ghost")
     for name in ("1d, same", "2d, all", "3d, all"):
@@ -308,7 +309,7 @@ def test_every_description_of_a_product_is_met(monkeypatch: pytest.MonkeyPatch) 
     test_einsum("btd,pd->btp", False)
     for name in MORE:
         test_op_called_otherwise(name)
-    assert [op for op in _DESCRIPTIONS if op not in met] == []
+    assert [op for op in described if op not in met] == []
 
 
 @pytest.mark.parametrize("op", [F.linear, torch.einsum, F.embedding, F.conv1d, torch.mul], ids=lambda op: op.__name__)
@@ -322,7 +323,8 @@ def test_the_law_of_factors_catches_a_wrong_description(op: Any, monkeypatch: py
 
     tokens, own = torch.randint(0, 6, (3, 5)), {F.linear: "w", F.embedding: "table", F.conv1d: "k", torch.mul: "s"}
     assert_matches_naive(losses, params, tokens)
-    names, describe = _DESCRIPTIONS[op]
+    known = _KNOWN[op]
+    describe: Any = known.product
 
     def wrong(call: Any, slots: Any, arguments: Any, name: str) -> Any:
         found = describe(call, slots, arguments, name)
@@ -334,7 +336,7 @@ def test_the_law_of_factors_catches_a_wrong_description(op: Any, monkeypatch: py
         object.__setattr__(moved, "values", shifted)
         return moved
 
-    monkeypatch.setitem(_DESCRIPTIONS, op, (names, wrong))
+    monkeypatch.setitem(_KNOWN, op, known._replace(product=wrong))
     with pytest.raises(fg.ConservationError, match=f"factored.*'{own.get(op, 'e')}'"):
         fg.reduce(losses)(params, tokens, fg.squared_norm())
     with pytest.raises(fg.ConservationError):

@@ -13,7 +13,7 @@ from torch import Tensor
 import funcghost as fg
 from funcghost.algebra.directions import Direction
 from funcghost.algebra.factors import Factor, Lookup, Outer, dense
-from funcghost.ops.descriptions import _DESCRIPTIONS
+from funcghost.ops.known import _KNOWN
 from funcghost.ops.products import Product
 from funcghost.reducers.bases import Directional, Reducer, register
 from funcghost.reducers.quadratic import SquaredNorm
@@ -273,13 +273,14 @@ def test_a_mismatch_with_naive_gradients_is_caught(broken: str, monkeypatch: pyt
     if broken == "rule":
         fg.register_rule(F.linear, linear=[["weight"], ["bias"]], arguments=["input", "weight", "bias"])
     elif broken == "description":
-        names, describe = _DESCRIPTIONS[F.linear]
+        known = _KNOWN[F.linear]
+        describe: Any = known.product
 
         def half(*given: Any) -> Any:
             found = describe(*given)
             return replace(found, scale=0.5) if isinstance(found, Product) else found
 
-        monkeypatch.setitem(_DESCRIPTIONS, F.linear, (names, half))
+        monkeypatch.setitem(_KNOWN, F.linear, known._replace(product=half))
         wanted = "squared_norm|materialize"
     else:
         monkeypatch.setattr(SquaredNorm, "result", lambda self, parts: parts["w"])

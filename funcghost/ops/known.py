@@ -1,0 +1,75 @@
+"""What is known of ops besides the rules that users may add to: filled family by family in `funcghost.ops.families`.
+
+Nothing here is needed for a right result, it saves work: an op that is not known is differentiated.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcghost.ops.products import Describe, Description
+from funcghost.ops.rules import Arguments, Op, register_rule
+from funcghost.ops.slices import Slice, Slices, sliced
+from funcghost.ops.tangent import Call
+
+
+class Known(NamedTuple):
+    """What is known of an op.
+
+    `arguments`: the names of the arguments in their order.
+    `product`: describes a call as a product, or as a lookup in a table.
+    `samples`: says which axes of a call are the samples', where it treats each by itself.
+    """
+
+    arguments: tuple[str, ...]
+    product: Describe | None
+    samples: Slice | None
+
+
+_KNOWN: dict[Op, Known] = {}
+
+
+def know(
+    *ops: Op,
+    arguments: Sequence[str] = (),
+    linear: Literal["each", "jointly"] | Sequence[Sequence[str]] | None = None,
+    when: Callable[[Arguments], bool] | None = None,
+    factor: Callable[[Arguments], Any] | None = None,
+    product: Describe | None = None,
+    samples: Slice | None = None,
+) -> None:
+    """States what is known of some ops: `linear`, `when` and `factor` as in `fg.register_rule`, the others in `Known`.
+
+    The names of the arguments are read from the signature where none are given.
+    """
+    for op in ops:
+        if linear is not None:
+            register_rule(op, linear=linear, arguments=arguments or None, when=when, factor=factor)
+        if product is not None or samples is not None:
+            _KNOWN[op] = Known(tuple(arguments or inspect.signature(op).parameters), product, samples)
+
+
+def description(op: Op) -> Description | None:
+    """What describes an op as a product, if anything does."""
+    known = _KNOWN.get(op)
+    return None if known is None or known.product is None else (known.arguments, known.product)
+
+
+def slices_of(call: Call) -> Slices | None:
+    """The axes of the samples in a call, if it is known to treat samples apart."""
+    known = _KNOWN.get(call.op)
+    return None if known is None or known.samples is None else sliced(call, known.arguments, known.samples)
+
+
+def named(*names: str) -> frozenset[Op]:
+    """The ops of these names, as functions and as methods, out of place and in place."""
+    return frozenset(
+        getattr(owner, name + suffix)
+        for name in names
+        for owner in (torch, Tensor)
+        for suffix in ("", "_")
+        if hasattr(owner, name + suffix)
+    )
