@@ -1,0 +1,289 @@
+"""The kinds of updates: by rules, of any function, with clipping before, with a schedule around."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from funcghost.errors import InputError
+from funcghost.training.path_average import Leaves, adaptive_average, elementwise_average, inner, pulled_back
+from funcghost.training.update_rules import Rule, Slots
+from funcghost.trees import Params, Tree, match_direction, split_params
+
+Credit = Literal["step", "impulse"]
+Schedule = Callable[[Tensor], Tensor | float]
+Function = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+
+CLIP_EPS = 1e-6
+"""What torch adds to a norm before it divides by it."""
+
+
+class Update(Protocol):
+    """A step of an optimizer, that can also say what a part of its gradient does in it."""
+
+    def __call__(self, params: Tree, grads: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The parameters and the state after the step."""
+
+    def share(
+        self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
+    ) -> list[Leaves]:
+        """For every cotangent V the D, like the parameters, such that a term g of the gradient has the part `<g, D>`.
+
+        With `credit="step"` the parts add up to `<V, u(G) - u(0)>`: what the gradient moves in this step. With
+        "impulse" a part is what g moves in this and all later steps through a memory that is linear in gradients, the
+        other quantities held: the step along the memory is shared out over what is in the memory, and a part of this
+        gradient counts as often as it will ever be in it.
+        """
+
+    def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
+        """`J^T V` for the derivative J of the step in its gradient at G."""
+
+
+@dataclass(frozen=True)
+class ByRules:
+    """An update that has a rule for every parameter."""
+
+    rules: Mapping[str, Rule]
+
+    def __call__(self, params: Tree, grads: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The parameters and the state after the step."""
+        split = split_params(params)
+        after, slots = [], {}
+        for name, param, grad, rule, own in self._rows(split, match_direction(grads, split, "grads"), state):
+            moved = rule.moved(param, grad, own)
+            after.append(moved.kept + moved.move)
+            slots[name] = moved.slots
+        return split.rebuild(after), slots
+
+    def share(
+        self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
+    ) -> list[Leaves]:
+        """See `Update.share`; parameter by parameter."""
+        rows = self._rows(params, grads, state)
+        columns = [
+            _shared(*row, [leaves[place] for leaves in cotangents], credit, tolerance) for place, row in enumerate(rows)
+        ]
+        return [list(leaves) for leaves in zip(*columns, strict=True)]
+
+    def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
+        """`J^T V`."""
+        rows = self._rows(params, grads, state)
+
+        def step(leaves: Leaves) -> Leaves:
+            return [
+                rule.moved(param, leaf, slots, rounded=False).move
+                for leaf, (_, param, _, rule, slots) in zip(leaves, rows, strict=True)
+            ]
+
+        return pulled_back(step, grads, cotangents)
+
+    def _rows(self, params: Params, grads: Leaves, state: Tree) -> list[tuple[str, Tensor, Tensor, Rule, Slots]]:
+        """Name, parameter, gradient, rule and slots of every parameter."""
+        if self.rules.keys() != set(params.names):
+            raise InputError(
+                f"params: the update was made for {sorted(self.rules)[:5]}, found {sorted(params.names)[:5]}. "
+                "Make it with updates.of(optimizer, params) for these parameters."
+            )
+        if not isinstance(state, Mapping) or state.keys() != self.rules.keys():
+            found = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
+            raise InputError(f"state: must be that of this update, slots for {sorted(self.rules)[:5]}, found {found}.")
+        rows = []
+        for name, param, grad in zip(params.names, params.leaves, grads, strict=True):
+            rule, slots = self.rules[name], state[name]
+            _check_slots(name, param, slots, rule.begin(torch.empty_like(param, device="meta")))
+            rows.append((name, param, grad, rule, slots))
+        return rows
+
+
+def _check_slots(name: str, param: Tensor, slots: Any, wanted: Slots) -> None:
+    if not isinstance(slots, Mapping) or slots.keys() != {*wanted, "lr"}:
+        found = sorted(slots) if isinstance(slots, Mapping) else type(slots).__name__
+        raise InputError(
+            f"state[{name!r}]: this optimizer has {sorted([*wanted, 'lr'])}, found {found}: the state of another one? "
+            "Pass the state that updates.of gave with this update, or that its last step gave."
+        )
+    for slot, value in slots.items():
+        shape = list(wanted[slot].shape) if slot in wanted else []
+        if not isinstance(value, Tensor) or list(value.shape) != shape:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"state[{name!r}][{slot!r}]: must be a tensor {shape}, found {found}.")
+
+
+def _shared(
+    name: str,
+    param: Tensor,
+    grad: Tensor,
+    rule: Rule,
+    slots: Slots,
+    cotangents: Sequence[Tensor],
+    credit: Credit,
+    tolerance: float,
+) -> list[Tensor]:
+    """D of one parameter for each cotangent."""
+    at: Tensor = grad
+    times: float | Tensor = 1.0
+
+    def step(leaf: Tensor) -> Tensor:
+        return rule.moved(param, leaf, slots, rounded=False).move
+
+    if credit == "impulse":
+        with torch.no_grad():
+            at, times = rule.remembered(param, grad, slots)
+
+        def step(leaf: Tensor) -> Tensor:
+            return rule.from_memory(param, grad, slots, leaf)
+
+    if rule.elementwise:
+        factor = elementwise_average(step, at) * times
+        return [factor * v for v in cotangents]
+    columns = [[v] for v in cotangents]
+    found = adaptive_average(lambda leaves: [step(leaves[0])], [at], columns, tolerance, f"the update of {name!r}")
+    return [value * times for [value] in found]
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """An update after clipping the gradient to a global norm, see `clipped`."""
+
+    inner: Update
+    max_norm: float
+
+    def _scale(self, grads: Leaves) -> tuple[Tensor, Tensor]:
+        """What the gradient is multiplied by, and its norm."""
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        return (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0), norm
+
+    def __call__(self, params: Tree, grads: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The parameters and the state after the step."""
+        split = split_params(params)
+        leaves = match_direction(grads, split, "grads")
+        scale, _ = self._scale(leaves)
+        return self.inner(params, split.rebuild([scale * leaf for leaf in leaves]), state)
+
+    def share(
+        self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
+    ) -> list[Leaves]:
+        """See `Update.share`.
+
+        On the way from no gradient to G, clipping changes how far along G the update is taken, and no more:
+        `s G` becomes `r G` with `r = min(s, c)`, c being the scale at G. Along G the parts are those of the update at
+        `c G`; across G they are those up to where clipping sets in, at s = c, and from there on the derivative of the
+        clipped gradient, `(c / s) J(c G)^T V`, whose integral is `c log(1 / c) J(c G)^T V`.
+        """
+        scale, norm = self._scale(grads)
+        at = [scale * grad for grad in grads]
+        found = self.inner.share(params, at, state, cotangents, credit, tolerance)
+        found = [[scale * leaf for leaf in leaves] for leaves in found]
+        if credit == "impulse" or not bool(scale < 1):
+            return found
+        beyond = self.inner.pulled(params, at, state, cotangents)
+        return [
+            _plus(leaves, _across(late, grads, norm), -scale * scale.log())
+            for leaves, late in zip(found, beyond, strict=True)
+        ]
+
+    def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
+        """`J^T V`."""
+        scale, norm = self._scale(grads)
+        found = self.inner.pulled(params, [scale * grad for grad in grads], state, cotangents)
+        if bool(scale < 1):
+            found = [_across(leaves, grads, norm) for leaves in found]
+        return [[scale * leaf for leaf in leaves] for leaves in found]
+
+
+def _across(leaves: Leaves, grads: Leaves, norm: Tensor) -> Leaves:
+    """Without the part along the gradient."""
+    along = inner(leaves, grads) / norm.square()
+    return [leaf - along.to(grad.dtype) * grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+
+def _plus(leaves: Leaves, others: Leaves, times: Tensor) -> Leaves:
+    return [leaf + times.to(leaf.dtype) * other for leaf, other in zip(leaves, others, strict=True)]
+
+
+class ScheduledState(NamedTuple):
+    """How many steps were taken, and the state of the update with its base learning rates."""
+
+    taken: Tensor
+    inner: Tree
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """An update with other learning rates from step to step, see `scheduled`."""
+
+    inner: Update
+    schedule: Schedule
+
+    def _now(self, state: Any) -> Tree:
+        if not isinstance(state, ScheduledState):
+            raise InputError(f"state: must be a ScheduledState, as scheduled gave it, found {type(state).__name__}.")
+        factor = self.schedule(state.taken)
+        return with_rates(state.inner, lambda _, lr: lr * factor)
+
+    def __call__(self, params: Tree, grads: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The parameters and the state after the step."""
+        params, after = self.inner(params, grads, self._now(state))
+        base = with_rates(after, lambda name, _: rates_of(state.inner)[name])
+        return params, ScheduledState(state.taken.detach() + 1, base)
+
+    def share(
+        self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
+    ) -> list[Leaves]:
+        """See `Update.share`."""
+        return self.inner.share(params, grads, self._now(state), cotangents, credit, tolerance)
+
+    def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
+        """`J^T V`."""
+        return self.inner.pulled(params, grads, self._now(state), cotangents)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An update that is any function, see `plain`."""
+
+    function: Function
+
+    def __call__(self, params: Tree, grads: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The parameters and the state after the step."""
+        return self.function(params, grads, state)
+
+    def _step(self, params: Params, state: Tree) -> Callable[[Leaves], Leaves]:
+        def step(grads: Leaves) -> Leaves:
+            after, _ = self.function(params.rebuild(params.leaves), params.rebuild(grads), state)
+            return match_direction(after, params, "update(...)[0]")
+
+        return step
+
+    def share(
+        self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
+    ) -> list[Leaves]:
+        """See `Update.share`."""
+        if credit == "impulse":
+            raise InputError(
+                "credit='impulse' has to know the memory of the optimizer: take an update from updates.of, or 'step'."
+            )
+        return adaptive_average(self._step(params, state), grads, cotangents, tolerance)
+
+    def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
+        """`J^T V`."""
+        return pulled_back(self._step(params, state), grads, cotangents)
+
+
+def rates_of(state: Any) -> dict[str, Tensor]:
+    """The learning rate of every parameter."""
+    if isinstance(state, ScheduledState):
+        return rates_of(state.inner)
+    if not isinstance(state, Mapping) or not all(isinstance(own, Mapping) and "lr" in own for own in state.values()):
+        raise InputError("state: must be that of updates.of, with a learning rate for every parameter.")
+    return {name: own["lr"] for name, own in state.items()}
+
+
+def with_rates(state: Any, rate: Callable[[str, Tensor], Tensor]) -> Tree:
+    """The state with other learning rates, each from the name of its parameter and what it was."""
+    rates_of(state)
+    if isinstance(state, ScheduledState):
+        return ScheduledState(state.taken, with_rates(state.inner, rate))
+    return {name: dict(own) | {"lr": rate(name, own["lr"])} for name, own in state.items()}
