@@ -16,6 +16,10 @@ negative value has lowered the validation loss: it helped. The values of a run a
 With `reduction="mean"` the step is `w - lr mean_j grad l_j`, so `eta = lr / b`; with "sum" `eta = lr`. An elementwise
 preconditioner P (Adam's `1 / (sqrt(v_hat) + eps)`, held as it is before the step) makes the step `w - lr P * grad`:
 every direction above is then multiplied by P.
+
+Both are about the gradient's part of a step that is linear in it. `along_path` accounts for the whole step of any
+optimizer, to higher order and at the price of first order: use it where the step is known. The others take a direction
+as it is, and serve as its reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +29,10 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.directions import Stack
+from funcghost.attribution.passes import Microbatches
+from funcghost.attribution.path import Account, along_path
+from funcghost.attribution.validation import Validation, check_batches, some, validation_gradient
 from funcghost.engine.plans import Plan
-from funcghost.engine.run import run_plain
 from funcghost.errors import InputError
 from funcghost.ops.tangent import differentiable_kernels
 from funcghost.options import Options
@@ -36,6 +42,18 @@ from funcghost.transforms.functions import grad_and_reduce, reduce
 from funcghost.transforms.steps import Step
 from funcghost.trees import Params, Tree, match_direction, split_params
 
+__all__ = [
+    "Account",
+    "Microbatches",
+    "Validation",
+    "Values",
+    "along_path",
+    "first_order",
+    "hessian_vector_product",
+    "second_order",
+    "validation_gradient",
+]
+
 
 class Values(NamedTuple):
     """In-run values [b] of a batch, their first-order part [b], and the step's training gradient and losses [b]."""
@@ -44,29 +62,6 @@ class Values(NamedTuple):
     first: Tensor
     grads: Tree
     losses: Tensor
-
-
-def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -> Tree:
-    """The gradient of the mean validation loss: `(1/n) sum over all n samples of all batches of grad losses[i]`.
-
-    Batches may differ in size and shape. Cost: a forward and a backward for each.
-
-    Raises:
-        InputError: there is no batch, or no sample in them.
-
-    Example:
-        >>> import torch
-        >>> from funcghost.attribution import in_run
-        >>> in_run.validation_gradient(lambda p, x: x @ p["w"], {"w": torch.zeros(2)}, [torch.eye(2)])["w"]
-        tensor([0.5000, 0.5000])
-    """
-    split = split_params(params)
-    total, count = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves], 0
-    for batch in _checked(batches):
-        outcome = run_plain(Problem(losses, split, batch), "sum")
-        total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
-        count += outcome.losses.shape[0]
-    return split.rebuild([leaf / _some(count) for leaf in total])
 
 
 def hessian_vector_product(losses: Losses, params: Tree, batches: Sequence[Tree], vector: Tree) -> Tree:
@@ -88,11 +83,11 @@ def hessian_vector_product(losses: Losses, params: Tree, batches: Sequence[Tree]
     split = split_params(params)
     along = match_direction(vector, split, "vector")
     total, count = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves], 0
-    for batch in _checked(batches):
+    for batch in check_batches(batches):
         product, samples = _hvp(Problem(losses, split, batch), along)
         total = [a + b for a, b in zip(total, product, strict=True)]
         count += samples
-    return split.rebuild([leaf / _some(count) for leaf in total])
+    return split.rebuild([leaf / some(count) for leaf in total])
 
 
 def first_order(
@@ -223,20 +218,6 @@ def _scaled(params: Params, leaves: Sequence[Tensor], preconditioner: Tree | Non
         return list(leaves)
     scales = match_direction(preconditioner, params, "preconditioner")
     return [leaf * scale for leaf, scale in zip(leaves, scales, strict=True)]
-
-
-def _checked(batches: Sequence[Tree]) -> Sequence[Tree]:
-    if not isinstance(batches, list | tuple) or not batches:
-        raise InputError(
-            f"validation: must be a list of one or more batches, found {type(batches).__name__}. Pass [batch]."
-        )
-    return batches
-
-
-def _some(count: int) -> int:
-    if count == 0:
-        raise InputError("validation: the batches have no samples.")
-    return count
 
 
 def _hvp(problem: Problem, along: Sequence[Tensor]) -> tuple[list[Tensor], int]:

@@ -44,8 +44,8 @@ def pulled_back(step: Step, grads: Leaves, cotangents: Sequence[Leaves]) -> list
     return found
 
 
-def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
-    """The diagonal of A where every entry of the step depends on its own entry of the gradient alone.
+def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal of A where every entry of the step depends on its own entry of the gradient alone, and `A G`.
 
         A = (u(G) - u(0)) / G
 
@@ -53,7 +53,7 @@ def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> Tenso
     difference has lost digits, the gradient being small beside what the step moves anyway, A is the derivative at the
     middle, `u'(G / 2)`, which is right to second order there.
 
-    Law: `A * G == u(G) - u(0)`. Cost: two evaluations and one derivative.
+    Cost: two evaluations and one derivative.
     """
     with torch.no_grad():
         whole, still = step(grad), step(torch.zeros_like(grad))
@@ -61,7 +61,7 @@ def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> Tenso
         least = torch.finfo(grad.dtype).eps ** (1 / 3)
         lost = (moved.abs() <= least * (whole.abs() + still.abs())) | (grad == 0)
     [[middle]] = pulled_back(lambda leaves: [step(leaves[0])], [grad / 2], [[torch.ones_like(grad)]])
-    return torch.where(lost, middle, moved / torch.where(grad == 0, 1.0, grad))
+    return torch.where(lost, middle, moved / torch.where(grad == 0, 1.0, grad)), moved
 
 
 def inner(a: Leaves, b: Leaves) -> Tensor:
@@ -80,8 +80,8 @@ def _size(leaves: Leaves) -> Tensor:
 
 def adaptive_average(
     step: Step, grads: Leaves, cotangents: Sequence[Leaves], tolerance: float, what: str = "the update"
-) -> list[Leaves]:
-    """`A^T V` for every V of the cotangents, by Gauss' rule on intervals that are halved where it is not yet right.
+) -> tuple[list[Leaves], list[Tensor]]:
+    """`A^T V` and `<V, A G>` for every V of the cotangents, by Gauss' rule on intervals halved as often as it takes.
 
     On an interval [a, b] the law `<integral_a^b J(s G)^T V ds, G> = <V, u(b G) - u(a G)>` tells the error, so nothing
     is guessed: halving goes on until all errors of an interval are within an eighth of `tolerance` of the whole
@@ -132,4 +132,4 @@ def adaptive_average(
                 f"of the gradient is still {max(map(float, errors)):.3g}, where {min(map(float, allowed)):.3g} is "
                 f"allowed. Raise tolerance={tolerance:g}, or use an update that is differentiable."
             )
-    return totals
+    return totals, [inner(v, moved) for v in cotangents]

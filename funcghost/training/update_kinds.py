@@ -20,6 +20,17 @@ CLIP_EPS = 1e-6
 """What torch adds to a norm before it divides by it."""
 
 
+class Shared(NamedTuple):
+    """How what a gradient G does in a step is shared out over the terms of G, seen along cotangents V.
+
+    `along` are lists of tensors D like the parameters, one list for every V: a term g of G has the part `<g, D>`.
+    `parts` are the numbers, one for every V, that the parts of all terms add up to.
+    """
+
+    along: list[Leaves]
+    parts: list[Tensor]
+
+
 class Update(Protocol):
     """A step of an optimizer, that can also say what a part of its gradient does in it."""
 
@@ -28,8 +39,8 @@ class Update(Protocol):
 
     def share(
         self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
-    ) -> list[Leaves]:
-        """For every cotangent V the D, like the parameters, such that a term g of the gradient has the part `<g, D>`.
+    ) -> Shared:
+        """What the gradient does in the step.
 
         With `credit="step"` the parts add up to `<V, u(G) - u(0)>`: what the gradient moves in this step. With
         "impulse" a part is what g moves in this and all later steps through a memory that is linear in gradients, the
@@ -59,13 +70,14 @@ class ByRules:
 
     def share(
         self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
-    ) -> list[Leaves]:
+    ) -> Shared:
         """See `Update.share`; parameter by parameter."""
         rows = self._rows(params, grads, state)
         columns = [
             _shared(*row, [leaves[place] for leaves in cotangents], credit, tolerance) for place, row in enumerate(rows)
         ]
-        return [list(leaves) for leaves in zip(*columns, strict=True)]
+        along = [[found[place] for found, _ in columns] for place in range(len(cotangents))]
+        return Shared(along, [torch.stack([parts[k] for _, parts in columns]).sum() for k in range(len(cotangents))])
 
     def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
         """`J^T V`."""
@@ -120,8 +132,8 @@ def _shared(
     cotangents: Sequence[Tensor],
     credit: Credit,
     tolerance: float,
-) -> list[Tensor]:
-    """D of one parameter for each cotangent."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """D of one parameter for each cotangent, and what the parts of its gradient add up to."""
     at: Tensor = grad
     times: float | Tensor = 1.0
 
@@ -136,11 +148,17 @@ def _shared(
             return rule.from_memory(param, grad, slots, leaf)
 
     if rule.elementwise:
-        factor = elementwise_average(step, at) * times
-        return [factor * v for v in cotangents]
-    columns = [[v] for v in cotangents]
-    found = adaptive_average(lambda leaves: [step(leaves[0])], [at], columns, tolerance, f"the update of {name!r}")
-    return [value * times for [value] in found]
+        factor, moved = elementwise_average(step, at)
+        found, parts = [factor * v for v in cotangents], [inner([v], [moved]) for v in cotangents]
+    else:
+        columns = [[v] for v in cotangents]
+        what = f"the update of {name!r}"
+        averaged, parts = adaptive_average(lambda leaves: [step(leaves[0])], [at], columns, tolerance, what)
+        found = [value for [value] in averaged]
+    if credit == "impulse":
+        found = [value * times for value in found]
+        parts = [inner([value], [grad]) for value in found]
+    return found, parts
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ class Clipped:
 
     def share(
         self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
-    ) -> list[Leaves]:
+    ) -> Shared:
         """See `Update.share`.
 
         On the way from no gradient to G, clipping changes how far along G the update is taken, and no more:
@@ -174,15 +192,15 @@ class Clipped:
         """
         scale, norm = self._scale(grads)
         at = [scale * grad for grad in grads]
-        found = self.inner.share(params, at, state, cotangents, credit, tolerance)
+        found, parts = self.inner.share(params, at, state, cotangents, credit, tolerance)
         found = [[scale * leaf for leaf in leaves] for leaves in found]
-        if credit == "impulse" or not bool(scale < 1):
-            return found
-        beyond = self.inner.pulled(params, at, state, cotangents)
-        return [
-            _plus(leaves, _across(late, grads, norm), -scale * scale.log())
-            for leaves, late in zip(found, beyond, strict=True)
-        ]
+        if credit == "step" and bool(scale < 1):
+            beyond = self.inner.pulled(params, at, state, cotangents)
+            found = [
+                _plus(leaves, _across(late, grads, norm), -scale * scale.log())
+                for leaves, late in zip(found, beyond, strict=True)
+            ]
+        return Shared(found, parts)
 
     def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
         """`J^T V`."""
@@ -231,7 +249,7 @@ class Scheduled:
 
     def share(
         self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
-    ) -> list[Leaves]:
+    ) -> Shared:
         """See `Update.share`."""
         return self.inner.share(params, grads, self._now(state), cotangents, credit, tolerance)
 
@@ -259,13 +277,13 @@ class Plain:
 
     def share(
         self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves], credit: Credit, tolerance: float
-    ) -> list[Leaves]:
+    ) -> Shared:
         """See `Update.share`."""
         if credit == "impulse":
             raise InputError(
                 "credit='impulse' has to know the memory of the optimizer: take an update from updates.of, or 'step'."
             )
-        return adaptive_average(self._step(params, state), grads, cotangents, tolerance)
+        return Shared(*adaptive_average(self._step(params, state), grads, cotangents, tolerance))
 
     def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
         """`J^T V`."""

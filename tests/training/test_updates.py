@@ -252,9 +252,9 @@ def test_parts_add_up_to_what_the_gradient_moves(which: str, before: int, how: s
     whole = compositions(update, how, params, grads)
     cotangents = [list(gradients(params, number).values()) for number in (30, 31)]
     tolerance = 1e-6 if which in SMOOTH else 1e-3
-    found = whole.share(split, list(grads.values()), state, cotangents, "step", tolerance)
+    found, parts = whole.share(split, list(grads.values()), state, cotangents, "step", tolerance)
     scale = whole._scale(list(grads.values()))[0] if isinstance(whole, Clipped) else 1.0
-    for along, v in zip(found, cotangents, strict=True):
+    for along, total, v in zip(found, parts, cotangents, strict=True):
         part = sum(float((a * g).sum()) for a, g in zip(along, grads.values(), strict=True))
         moved, size = 0.0, 0.0
         for name, value in zip(params, v, strict=True):
@@ -266,6 +266,7 @@ def test_parts_add_up_to_what_the_gradient_moves(which: str, before: int, how: s
             moved += float((value * (there - here)).sum())
             size += float((value * (there - here)).abs().sum())
         assert part == pytest.approx(moved, abs=tolerance * size)
+        assert float(total) == pytest.approx(moved, abs=1e-12 * size)
 
 
 @given(
@@ -279,7 +280,7 @@ def test_parts_are_those_of_quadrature_of_the_whole_step(which: str, how: str) -
     grads, part, split = gradients(params, 20), gradients(params, 21), split_params(detached(params))
     whole = compositions(update, how, params, grads)
     v = gradients(params, 30)
-    [along] = whole.share(split, list(grads.values()), state, [list(v.values())], "step", 1e-5)
+    [along], _ = whole.share(split, list(grads.values()), state, [list(v.values())], "step", 1e-5)
     found = sum(float((a * g).sum()) for a, g in zip(along, part.values(), strict=True))
 
     def moves(scale: float, more: float) -> float:
@@ -302,7 +303,9 @@ def test_the_first_step_of_adam_is_shared_by_the_limit_of_what_it_does() -> None
     params = {"w": torch.zeros(3, dtype=torch.float64, requires_grad=True)}
     update, state = updates.of(torch.optim.Adam(params.values(), lr=0.1), params)
     grad = torch.tensor([2.0, -1e-3, 0.0], dtype=torch.float64)
-    [[along]] = update.share(split_params(params), [grad], state, [[torch.ones(3, dtype=torch.float64)]], "step", 1e-3)
+    [[along]], _ = update.share(
+        split_params(params), [grad], state, [[torch.ones(3, dtype=torch.float64)]], "step", 1e-3
+    )
     torch.testing.assert_close(along[:2], -0.1 / grad[:2].abs(), rtol=1e-4, atol=0)
     assert bool(along.isfinite().all())
 
@@ -323,7 +326,7 @@ def test_impulses_are_all_that_a_gradient_moves() -> None:
         update, state = updates.of(optimizer, params)
         grads, v = gradients(params, 100), gradients(params, 101)
         split = split_params(detached(params))
-        [along] = update.share(split, list(grads.values()), state, [list(v.values())], "impulse", 1e-6)
+        [along], _ = update.share(split, list(grads.values()), state, [list(v.values())], "impulse", 1e-6)
         found = sum(float((a * g).sum()) for a, g in zip(along, grads.values(), strict=True))
         still = {name: torch.zeros_like(g) for name, g in grads.items()}
         ends = []
@@ -341,7 +344,7 @@ def test_any_function_is_an_update() -> None:
     params, grads = {"w": torch.zeros(4, dtype=torch.float64)}, {"w": torch.linspace(-2, 3, 4, dtype=torch.float64)}
     update = updates.plain(lambda p, g, s: ({"w": p["w"] - torch.sinh(g["w"])}, s))
     v = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
-    [[along]] = update.share(split_params(params), [grads["w"]], {}, [[v]], "step", 1e-9)
+    [[along]], _ = update.share(split_params(params), [grads["w"]], {}, [[v]], "step", 1e-9)
     torch.testing.assert_close(along, -v * torch.sinh(grads["w"]) / grads["w"], rtol=1e-7, atol=0)
     with pytest.raises(fg.InputError, match="memory of the optimizer"):
         update.share(split_params(params), [grads["w"]], {}, [[v]], "impulse", 1e-9)
