@@ -180,7 +180,11 @@ def accounts(which: str = "AdamW", of: str = "plain", **options: Any) -> tuple[A
     return in_run.along_path(weighted if of == "weighted" else losses, update, **options), params, state
 
 
-@given(st.sampled_from(["momentum", "AdamW"]), st.sampled_from(["step", "impulse"]), st.sampled_from([[4, 3, 2, 1, 0], [1, 2, 0, 4, 3]]))
+@given(
+    st.sampled_from(["momentum", "AdamW"]),
+    st.sampled_from(["step", "impulse"]),
+    st.sampled_from([[4, 3, 2, 1, 0], [1, 2, 0, 4, 3]]),
+)
 def test_permuted_equal_and_idle_samples(which: str, credit: Any, order: list[int]) -> None:
     (tokens,) = rows(5)
     tokens[3] = tokens[1]
