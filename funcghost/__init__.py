@@ -19,6 +19,7 @@ from funcghost.errors import (
     MemoryBudgetError,
     PlanError,
     SampleAxisError,
+    StoreError,
     UnsupportedOpError,
 )
 from funcghost.losses.examples import per_example
@@ -51,6 +52,7 @@ __all__ = [
     "Report",
     "SampleAxisError",
     "Step",
+    "StoreError",
     "UnsupportedOpError",
     "__version__",
     "apply",

@@ -38,3 +38,7 @@ class MemoryBudgetError(GhostError, RuntimeError):
 
 class SampleAxisError(GhostError, RuntimeError):
     """An axis of samples, positions or segments is not where a reducer needs it."""
+
+
+class StoreError(GhostError, RuntimeError):
+    """What is on the disk is damaged, belongs to something else, or cannot be written."""
