@@ -20,8 +20,8 @@ from funcghost.dtypes import wide
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Additive, register
 
-Kind = Literal["rademacher", "gaussian", "kronecker"]
-KINDS = ("rademacher", "gaussian", "kronecker")
+Kind = Literal["rademacher", "gaussian", "kronecker", "sjlt", "mask"]
+KINDS = ("rademacher", "gaussian", "kronecker", "sjlt", "mask")
 
 # Multipliers of the splitmix64 and of a Weyl sequence, as signed 64 bit numbers: products wrap around.
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -62,6 +62,12 @@ def numbers(kind: str, seed: int, places: Tensor, dim: int, dtype: torch.dtype) 
     return found[..., :dim]
 
 
+def places_and_signs(seed: int, places: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each place one of `count` numbers, as likely as another to 1 part in 2^31, and a sign; both like `places`."""
+    bits = _bits(seed, places, places.new_zeros(1)).squeeze(-1)
+    return ((bits >> 1) & 0x7FFFFFFFFFFFFFFF) % count, (2 * (bits & 1) - 1).to(dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Project(Additive):
     """See `project`."""
@@ -90,9 +96,60 @@ class Project(Additive):
     def _of_use(self, seed: int, use: Factor) -> Tensor:
         use = use.map(in_dtype(self.means.dtype))
         form = matrix_form(use.shape) if use.shape else use.form
+        if self.kind == "sjlt":
+            return self._hashed(seed, use, form, means.budget)
+        if self.kind == "mask":
+            return self._masked(seed, use, form, means.budget) * math.sqrt(math.prod(form.blocks) / self.dim)
         two_sided = self.kind == "kronecker" and form.blocks[2] > 1
         found = self._two_sided(seed, use, form) if two_sided else self._entrywise(seed, use, form, self.means.budget)
         return found / math.sqrt(self.dim)
+
+    def _hashed(self, seed: int, use: Factor, form: Form, budget: int) -> Tensor:
+        """Every entry, with a sign, added to one of the columns."""
+        own = use if isinstance(use, Lookup) or use.form == form else Dense(dense(use))
+        _, m, n = form.blocks
+        b = samples(use)
+        width = max(1, budget // max(1, 16 * n * (2 * b + 2)))
+        total = wide(use.tensors[-1]).new_zeros((self.dim, b))
+        for at in range(0, m, width):
+            stop = min(at + width, m)
+            part = blocks(own, form, at, stop).reshape(b, (stop - at) * n)
+            columns, signs = places_and_signs(
+                seed, torch.arange(at * n, stop * n, device=part.device), self.dim, part.dtype
+            )
+            total = total.index_add(0, columns, (part * signs).T.contiguous())
+        return total.T.contiguous()
+
+    def _masked(self, seed: int, use: Factor, form: Form, budget: int) -> Tensor:
+        """Entries drawn with replacement, one for each column, each with a sign: the others are never computed."""
+        _, m, n = form.blocks
+        b, like = samples(use), wide(use.tensors[-1])
+        columns = torch.arange(self.dim, device=like.device)
+        if not m * n:
+            return like.new_zeros((b, self.dim))
+        entries, signs = places_and_signs(seed, columns, m * n, like.dtype)
+        rows, cols = entries // n, entries % n
+        if isinstance(use, Lookup):
+            found = torch.cat(
+                [
+                    ((use.index.unsqueeze(2) == rows[at]) * wide(use.cols)[..., cols[at]]).sum(1)
+                    for at in self._slices(b * use.index.shape[1], budget)
+                ],
+                1,
+            )
+        elif isinstance(use, Outer) and use.form == form:
+            left, right = wide(use.rows).squeeze(2), wide(use.cols).squeeze(2)
+            found = torch.cat(
+                [(left[..., rows[at]] * right[..., cols[at]]).sum(1) for at in self._slices(b * left.shape[1], budget)],
+                1,
+            )
+        else:
+            found = form.fold(dense(use)).reshape(b, m * n)[:, entries]
+        return found * signs
+
+    def _slices(self, positions: int, budget: int) -> list[slice]:
+        width = max(1, budget // max(1, 32 * positions))
+        return [slice(at, min(at + width, self.dim)) for at in range(0, self.dim, width)]
 
     def _entrywise(self, seed: int, use: Factor, form: Form, budget: int) -> Tensor:
         """With a number for each entry and column, in slices of rows of the parameter."""
@@ -142,7 +199,11 @@ def project(dim: int, seed: int = 0, kind: Kind = "rademacher") -> Project:
     ("rademacher": signs; "gaussian") the variance is at most `2 |grad_i|^2 |grad_j|^2 / dim`, so by Johnson and
     Lindenstrauss `dim >= 8 log(b / delta) / eps^2` keeps all distances of b gradients to a factor `1 +- eps` with
     probability `1 - delta`. "kronecker" projects rows and columns of each weight on their own, `R = P (x) Q`: exact in
-    expectation, with up to three times the standard deviation, and by far the cheapest.
+    expectation, with up to three times the standard deviation, and by far the cheapest of these. Two kinds are sparse:
+    "sjlt" adds every entry, with a sign, to one of the columns: the variance of independent signs, for one addition an
+    entry in place of `dim`. "mask" takes one drawn entry for each column, with a sign and the factor `sqrt(m n / dim)`:
+    exact in expectation, the cheapest where positions are few, and good only where gradients are spread evenly over
+    their entries, as its variance is that of a sample: `m n sum(g^2 h^2) / dim`.
 
     Shapes: [b, dim]. Matrices of convolutions and of blocks are those with the first axis as rows; biases and other
     vectors are projected entry by entry. `dim` is left x right for "kronecker", as near to square as it divides.
@@ -155,7 +216,7 @@ def project(dim: int, seed: int = 0, kind: Kind = "rademacher") -> Project:
     `2 b t (m left + n right + dim)`.
 
     Raises:
-        InputError: dim is not 1 or more, the seed no integer, the kind none of the three.
+        InputError: dim is not 1 or more, the seed no integer, the kind none of these.
 
     Example:
         >>> import funcghost as fg, torch
@@ -165,7 +226,9 @@ def project(dim: int, seed: int = 0, kind: Kind = "rademacher") -> Project:
 
     Source: Johnson, Lindenstrauss (1984); Achlioptas, "Database-friendly random projections" (2003) for signs; Park et
     al., "TRAK" (arXiv 2303.14186), for gradients; Choe et al., "What is Your Data Worth to GPT?" (arXiv 2405.13954),
-    section 3, for the two-sided form.
+    section 3, for the two-sided form; Charikar, Chen, Farach-Colton (2002), and Kane, Nelson, "Sparser
+    Johnson-Lindenstrauss Transforms" (arXiv 1012.1577), with one entry for each column of R, for "sjlt"; Hu et al.,
+    "GraSS" (arXiv 2505.18976), for sparse projections and masks of gradients.
     """
     if type(dim) is not int or dim < 1:
         raise InputError(f"project: dim must be a number of dimensions, 1 or more, found {dim!r}.")

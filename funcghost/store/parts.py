@@ -95,11 +95,19 @@ class Store:
         Raises:
             StoreError: they are damaged or missing.
         """
+        return self.read_with(part, name)[1]
+
+    def read_with(self, part: Part, name: str) -> tuple[pa.Table, Vectors]:
+        """The table of a part and its vectors.
+
+        Raises:
+            StoreError: they are damaged or missing.
+        """
         column = next(column for column in self.manifest.vectors if column.name == name)
         table, note = self._read(part)
         digest, offset = note["vectors"][name]
         path = self.folder / VECTORS / name / Part(part.start, part.stop, digest).name("arrow")
-        return mapped(path, len(table), column, offset, digest)
+        return table, mapped(path, len(table), column, offset, digest)
 
     def _read(self, part: Part) -> tuple[pa.Table, dict[str, JSON]]:
         path = self.folder / VALUES / part.name("parquet")

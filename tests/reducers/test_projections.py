@@ -285,12 +285,39 @@ def test_johnson_lindenstrauss(kind: Any) -> None:
     assert failing < 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sjlt", "mask"])
+def test_sparse_kinds_keep_inner_products_in_expectation(kind: Any) -> None:
+    # With |g| = |h| = 1 and p entries, for each seed by itself: a mask is a mean of dim independent terms p g h, each
+    # at most p, of variance p sum(g^2 h^2) at most; the products of hashed entries have Var <= (1 + <g, h>^2) / dim
+    # and are at most |g|_1 |h|_1 <= p. Bernstein over N seeds: P(|mean| >= e) <= 2 exp(-N e^2 / (2 Var + 4/3 p e)).
+    rows = some_gradients().flatten(1)
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    dim, n_seeds, p = 256, 1500, rows.shape[1]
+    variance = 2 / dim if kind == "sjlt" else p * float((rows.square() @ rows.square().T).max()) / dim
+    log = math.log(2 / DELTA)
+    linear = 4 / 3 * p * log
+    allowed = (linear + math.sqrt(linear**2 + 8 * n_seeds * variance * log)) / (2 * n_seeds)
+    total = torch.zeros(4, 4, dtype=torch.float64)
+    for seed in range(n_seeds):
+        found = projected(rows.view(4, 3, 4), dim, seed, kind)
+        total += found @ found.T / n_seeds
+    assert allowed < 0.5
+    assert float((total - rows @ rows.T).abs().max()) <= allowed
+
+
+def test_sparse_kinds_have_one_entry_for_each_number_or_column() -> None:
+    every = torch.eye(12, dtype=torch.float64).view(12, 3, 4)
+    hashed, masked = projected(every, 5, 3, "sjlt"), projected(every, 7, 3, "mask")
+    assert ((hashed != 0).sum(1) == 1).all()
+    assert set(hashed.unique().tolist()) == {-1.0, 0.0, 1.0}
+    assert ((masked != 0).sum(0) == 1).all()
+    torch.testing.assert_close(masked.abs().amax(0), torch.full((7,), math.sqrt(12 / 7), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "mask"])
 @pytest.mark.parametrize("dim", [1, 7, 31, 32, 33, 100])
 def test_fewer_columns_are_a_part_of_more(kind: Any, dim: int) -> None:
     """Entry by entry: a column is what it is, however many there are."""
-    if kind == "kronecker":
-        return
     values = some_gradients()
     long, short = projected(values, 100, kind=kind) * 10, projected(values, dim, kind=kind) * math.sqrt(dim)
     torch.testing.assert_close(short, long[:, :dim])

@@ -1,0 +1,94 @@
+"""What numbers follow from, as JSON: fingerprints of parameters, losses and reducers."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from hashlib import sha256
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcghost.algebra.directions import LowRank
+from funcghost.errors import InputError
+from funcghost.reducers.bases import Reducer
+from funcghost.store.manifest import JSON
+from funcghost.trees import Tree, named_leaves
+
+SHORT = 16
+
+
+def of_tensors(names: Sequence[str], leaves: Sequence[Tensor]) -> str:
+    """A digest of tensors: their names, shapes, dtypes and every byte."""
+    digest = sha256()
+    for name, leaf in zip(names, leaves, strict=True):
+        digest.update(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
+        flat = leaf.detach().to_dense() if leaf.layout != torch.strided else leaf.detach()
+        digest.update(flat.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:SHORT]
+
+
+def of_tree(tree: Tree) -> str:
+    """A digest of a tree of tensors, low-rank leaves included."""
+    names, leaves, _ = named_leaves(tree)
+    flat: list[tuple[str, Tensor]] = []
+    for name, leaf in zip(names, leaves, strict=True):
+        flat += (
+            [(f"{name}.rows", leaf.rows), (f"{name}.cols", leaf.cols)] if isinstance(leaf, LowRank) else [(name, leaf)]
+        )
+    return of_tensors([name for name, _ in flat], [leaf for _, leaf in flat])
+
+
+def of_reducers(reducers: Tree) -> JSON:
+    """For each reducer by its name what it is, seeds and all.
+
+    Raises:
+        InputError: one of them holds something that is no number, name or tensor.
+    """
+    leaves, spec = optree.tree_flatten(reducers, is_leaf=lambda node: isinstance(node, Reducer))
+    names = [".".join(map(str, path)) or "value" for path in spec.paths()]
+    return {name: _of_value(leaf, name) for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _of_value(value: Any, where: str) -> JSON:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, Reducer) or (is_dataclass(value) and not isinstance(value, LowRank)):
+        if not is_dataclass(value):
+            raise InputError(f"reducers[{where!r}]: must be a dataclass to be described, found {type(value).__name__}.")
+        inside = {field.name: _of_value(getattr(value, field.name), where) for field in fields(value)}
+        return {"type": type(value).__name__, **inside}
+    if isinstance(value, tuple):
+        return [_of_value(item, where) for item in value]
+    leaves = optree.tree_leaves(value)
+    if leaves and all(isinstance(leaf, Tensor | LowRank) for leaf in leaves):
+        return {"tensors": of_tree(value)}
+    raise InputError(f"reducers[{where!r}]: holds {type(value).__name__}, which cannot be described in a manifest.")
+
+
+def of_function(function: Callable[..., Any]) -> JSON:
+    """The name of a function and a digest of its source, and of the source of what it closes over."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    sources = [_source(function)]
+    for cell in getattr(function, "__closure__", None) or ():
+        inside = cell.cell_contents
+        if isinstance(inside, nn.Module):
+            sources += [_source(kind) for kind in {type(module): None for module in inside.modules()}]
+            sources.append(repr(inside))
+        elif callable(inside):
+            sources.append(_source(inside))
+    named = function if hasattr(function, "__qualname__") else type(function)
+    digest = sha256("\n".join(sources).encode()).hexdigest()[:SHORT]
+    return {"name": named.__qualname__, "source": digest}  # the module of a script is __main__, or not
+
+
+def _source(value: Any) -> str:
+    try:
+        return inspect.getsource(value if inspect.isroutine(value) or inspect.isclass(value) else type(value))
+    except (OSError, TypeError):
+        return "unknown"

@@ -1,0 +1,108 @@
+"""What reducers give for a batch, as columns and vectors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optree
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from funcghost.errors import InputError
+from funcghost.reducers.bases import Reducer
+from funcghost.reducers.by_parameter import PerParamAdditive
+from funcghost.reducers.projections import Project
+from funcghost.reducers.quadratic import Cross, Gram
+from funcghost.store.manifest import JSON, Column, Manifest, VectorColumn, is_plain
+from funcghost.trees import Tree, named_leaves
+
+DTYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+ID, ONLY = "id", "value"
+MOST_COLUMNS = 4096
+
+
+def dtype_of(name: str) -> str:
+    """A dtype for what is kept.
+
+    Raises:
+        InputError: there is no such.
+    """
+    if name not in DTYPES:
+        raise InputError(f"dtype: must be one of {tuple(DTYPES)}, found {name!r}.")
+    return name
+
+
+@dataclass(frozen=True)
+class Results:
+    """The columns [b] and vectors [b, dim] of a batch of b = `size`, as they were computed."""
+
+    size: int
+    columns: dict[str, NDArray[Any]]
+    vectors: dict[str, NDArray[Any]]
+
+    def manifest(self, origin: dict[str, JSON], dtype: str, id_type: Any) -> Manifest:
+        """That of a store for such results; it says what is rounded."""
+        kind: Any = dtype
+        both = {**self.columns, **self.vectors}
+        rounded = {
+            name: f"{value.dtype} to {dtype}"
+            for name, value in both.items()
+            if value.dtype.itemsize > np.dtype(dtype).itemsize
+        }
+        columns = (Column(ID, id_type), *(Column(name, kind) for name in self.columns))
+        vectors = tuple(VectorColumn(name, value.shape[1], kind) for name, value in self.vectors.items())
+        return Manifest("corpus", columns, vectors, {**origin, "rounded": rounded})
+
+
+def results_of(reducers: Tree, reduced: Tree, batch: int) -> Results:
+    """The results of a batch by column.
+
+    Raises:
+        InputError: a reducer gives something that is not of one sample.
+    """
+    columns: dict[str, NDArray[Any]] = {}
+    vectors: dict[str, NDArray[Any]] = {}
+    for name, reducer, result in _by_reducer(reducers, reduced):
+        project = reducer.reducer if isinstance(reducer, PerParamAdditive) else reducer
+        for path, leaf in zip(*named_leaves(result)[:2], strict=True):
+            own = name if path == "<root>" else path if name == ONLY else f"{name}.{path}"
+            if not isinstance(leaf, Tensor) or leaf.dim() not in (1, 2) or leaf.shape[0] != batch:
+                raise InputError(
+                    f"reducers[{name!r}]: must give a number or a vector for each sample, [b] or [b, k], found "
+                    f"{tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__}."
+                )
+            value = _numpy(leaf)
+            if isinstance(project, Project):
+                vectors[own] = value
+            elif value.ndim == 1:
+                columns[own] = value
+            else:
+                columns |= {f"{own}_{k}": value[:, k] for k in range(value.shape[1])}
+    strange = [name for name in vectors if not is_plain(name)]
+    if strange or ID in columns or len(columns) > MOST_COLUMNS:
+        raise InputError(
+            f"reducers: names of projections must be plain words and no column may be called {ID!r}, found {strange}; "
+            f"at most {MOST_COLUMNS} columns, found {len(columns)}."
+        )
+    return Results(batch, columns, vectors)
+
+
+def _by_reducer(reducers: Tree, reduced: Tree) -> Iterator[tuple[str, Reducer, Tree]]:
+    leaves, spec = optree.tree_flatten(reducers, is_leaf=lambda node: isinstance(node, Reducer))
+    names = [".".join(map(str, path)) or ONLY for path in spec.paths()]
+    for name, reducer, result in zip(names, leaves, spec.flatten_up_to(reduced), strict=True):
+        mixed = isinstance(getattr(reducer, "reducer", reducer), Gram | Cross) or getattr(reducer, "by_position", False)
+        if mixed:
+            raise InputError(
+                f"reducers[{name!r}]: {type(reducer).__name__} is about the samples of a batch or their positions, not "
+                "about each sample: keep fg.dot, fg.squared_norm, fg.project, or fg.per_param of them."
+            )
+        yield name, reducer, result
+
+
+def _numpy(leaf: Tensor) -> NDArray[Any]:
+    found = leaf.detach().cpu()
+    value: NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+    return value
