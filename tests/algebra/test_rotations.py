@@ -1,0 +1,46 @@
+"""Factored gradients in a basis against the gradients themselves."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from funcghost.algebra.contractions import inner_products, squared_norms, total
+from funcghost.algebra.cost import Means
+from funcghost.algebra.factors import Form, dense, samples
+from funcghost.algebra.pairs import Pairs
+from funcghost.algebra.rotations import form_of, in_form, rotated, squares, weighted_norms, weighted_products
+from funcghost.testing.strategies import pairs as drawn_pairs
+
+BUDGETS = st.sampled_from([1, 100, 1 << 20])
+
+
+def whole(pairs: Pairs, name: str, form: Form) -> Tensor:
+    """[b, q, m, n]."""
+    return form.fold(total([dense(use) for use in pairs.uses[name]]))
+
+
+@given(drawn_pairs(integers=True), BUDGETS, st.booleans(), st.booleans())
+def test_rotated_gradients_are_the_gradients_rotated(kept: Pairs, budget: int, with_left: bool, with_right: bool) -> None:
+    """On small whole numbers, to the last bit: squares, weighted norms and products, over all uses."""
+    for name, uses in kept.uses.items():
+        form = form_of(uses)
+        q, m, n = form.blocks
+        left = torch.randint(-2, 3, (q, m, 2)).double() if with_left else None
+        right = torch.randint(-2, 3, (q, n, 3)).double() if with_right else None
+        seen = [rotated(in_form(use, form), left, right) for use in uses]
+        truth = whole(kept, name, form)
+        truth = truth if left is None else left.mT @ truth
+        truth = truth if right is None else truth @ right
+        b = samples(seen[0])
+        weights = torch.randint(0, 4, truth.shape[1:]).double()
+        assert torch.equal(squares(seen, budget), truth.square().sum(0))
+        assert torch.equal(weighted_norms(seen, weights, budget), (truth.square() * weights).flatten(1).sum(1) if b else truth.new_zeros(0))
+        flat = truth.reshape(b, truth[0].numel() if b else 0)
+        if b:
+            assert torch.equal(weighted_products(seen, seen, weights, budget), (flat * weights.flatten()) @ flat.T)
+            other = [use.map(lambda value: value[:1]) for use in seen]
+            assert torch.equal(weighted_products(seen, other, weights, budget), (flat * weights.flatten()) @ flat[:1].T)
+            # What is rotated is a factored gradient like any other.
+            assert torch.equal(squared_norms(seen, Means()), flat.square().sum(1))
+            assert torch.equal(inner_products(seen, seen, Means()), flat @ flat.T)
