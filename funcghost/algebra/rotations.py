@@ -1,4 +1,4 @@
-"""Factored gradients of one parameter in one form, with rows and columns multiplied by matrices, entry by entry squared.
+"""Factored gradients of one parameter in one form: rows and columns times matrices, squared entry by entry.
 
 For a parameter as blocks `q` of `m x n`, and matrices `L` [q, m, m'] and `R` [q, n, n'], the gradients become
 `L^T grad_i R`, still factored: rows times L, columns times R. That is what a curvature in its eigenbasis is asked for,
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.contractions import total
-from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, matrix_form, samples, wide
+from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, matrix_form, samples
+from funcghost.dtypes import wide
 
 
 def form_of(uses: Sequence[Factor]) -> Form:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funcghost.algebra.contractions import in_dtype, total
 from funcghost.algebra.cost import Means
-from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, samples, wide
+from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, samples
 from funcghost.attribution.batches import check_batches, joined, stacked
+from funcghost.dtypes import wide
 from funcghost.engine.plans import Plan
 from funcghost.options import Options
 from funcghost.problem import Losses
@@ -106,7 +107,9 @@ def against(
         split = split_params(params)
         leaves, many = stacked(directions, split)
         wanted = Against(dict(zip(split.names, leaves, strict=True)))
-        found = joined("against: batches", [scoring(params, batch, wanted) for batch in check_batches("batches", batches)])
+        found = joined(
+            "against: batches", [scoring(params, batch, wanted) for batch in check_batches("batches", batches)]
+        )
         return found.squeeze(1) if many is None else found
 
     return score

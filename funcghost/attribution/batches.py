@@ -49,7 +49,9 @@ def stacked(direction: Tree, params: Params, what: str = "direction") -> tuple[l
         InputError: the trees are not like params.
     """
     if isinstance(direction, Stack):
-        trees = [match_direction(tree, params, f"{what} {k} of the stack") for k, tree in enumerate(direction.directions)]
+        trees = [
+            match_direction(tree, params, f"{what} {k} of the stack") for k, tree in enumerate(direction.directions)
+        ]
         return [torch.stack(leaves) for leaves in zip(*trees, strict=True)], len(trees)
     names, leaves, _ = named_leaves(direction)
     found = dict(zip(names, leaves, strict=True))

@@ -1,4 +1,4 @@
-"""Curvature for influence: `precondition(direction) -> direction`, the damped inverse of a Fisher or Gauss-Newton matrix.
+"""Curvature for influence: the damped inverse of a Fisher or Gauss-Newton matrix, as a function of directions.
 
 All are of the same matrix, for losses `l` (the data's own, or those of `labels`) of n samples over all batches,
 
@@ -33,7 +33,7 @@ from funcghost.options import Options
 from funcghost.problem import Losses
 from funcghost.reducers.bases import Additive
 from funcghost.transforms.steps import Transform
-from funcghost.trees import Params, Tree, split_params
+from funcghost.trees import Tree, split_params
 
 LARGEST = 4096
 """How long a side, or a whole block, may be for its eigenvectors to be found."""
@@ -90,7 +90,9 @@ class _Passes:
     def made(self, kind: str, spectra: Sequence[Spectrum], samples: int, **facts: Any) -> Curvature:
         """The curvature, with what it was made of."""
         names = [f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', repr(own))}" for own in self.losses]
-        return Curvature(tuple(spectra), blank(self.params), {"kind": kind, "samples": samples, "losses": names, **facts})
+        return Curvature(
+            tuple(spectra), blank(self.params), {"kind": kind, "samples": samples, "losses": names, **facts}
+        )
 
 
 def diagonal(
@@ -136,12 +138,12 @@ def kfac(
     options: Options | None = None,
     across: Across | None = None,
 ) -> Curvature:
-    """K-FAC: `F ~ s (A (x) B)`, with `A = sum_p rows_p rows_p^T` and `B = sum_p cols_p cols_p^T` over positions and uses.
+    """K-FAC: `F ~ s (A (x) B)`, with `A = sum_p rows_p rows_p^T`, `B = sum_p cols_p cols_p^T` over positions and uses.
 
     Rows and columns are what the op's gradients are outer products of, output gradients and inputs of a linear layer.
     `s` makes the trace that of F, `s tr A tr B = (1/n) sum_i |grad_i|^2`, in which the products between positions and
-    uses are. (The usual `s`, from the independence of rows and columns, leaves these out.) It is exact where all samples
-    have the same columns, as with one input. A bias is a product with 1, and its matrix is exact; a parameter in no
+    uses are. (The usual `s`, from the independence of rows and columns, leaves these out.) It is exact where all
+    samples have the same columns, as with one input. A bias is a product with 1, and its matrix is exact; a parameter in no
     product has `sum grad grad^T` and `sum grad^T grad` for sides.
 
     Args:
@@ -193,8 +195,8 @@ def ekfac(
     """EK-FAC: the diagonal of F in the eigenbasis of K-FAC, `values = (1/n) sum_i sum_l (L^T grad_i R)^2`.
 
     Of all matrices that are diagonal in that basis the nearest to F, hence never farther than K-FAC. Gradients are of
-    all positions and uses together. Arguments, cost and errors as in `kfac`, and a second pass over the batches, with the
-    products of `diagonal` after rows and columns are in the basis. Labels that are drawn are drawn anew in it.
+    all positions and uses together. Arguments, cost and errors as in `kfac`, and a second pass over the batches, with
+    the products of `diagonal` after rows and columns are in the basis. Labels that are drawn are drawn anew in it.
 
     Example:
         >>> import torch

@@ -44,7 +44,9 @@ class Curvature:
                 fraction of nothing.
         """
         if (damping is None) == (fraction is None):
-            raise InputError("damped: pass either damping=, a number, or fraction= of the mean eigenvalue of each block.")
+            raise InputError(
+                "damped: pass either damping=, a number, or fraction= of the mean eigenvalue of each block."
+            )
         given = damping if fraction is None else fraction
         if not isinstance(given, int | float) or not 0 < given < float("inf"):
             raise InputError(f"damped: the damping must be a number above zero, found {given!r}.")

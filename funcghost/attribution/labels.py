@@ -20,7 +20,7 @@ Outputs = Callable[[Tree, Tree], Tensor]
 
 
 def sampled_labels(logits: Outputs, draws: int = 1, weights: Callable[[Tree], Tensor] | None = None) -> list[Losses]:
-    """Losses of labels drawn from the model: `l_i = sum_t w_it CE(logits_it, y_it) / sqrt(draws)`, `y ~ softmax(logits)`.
+    """Losses of labels `y ~ softmax(logits)` drawn from the model: `l_i = sum_t w_it CE(logits_it, y_it) / sqrt(draws)`.
 
     In expectation their curvature is the Gauss-Newton matrix of the losses `sum_t w_it CE(logits_it, .)`. Drawn from
     torch's own random numbers: `torch.manual_seed` makes it repeatable.
@@ -91,4 +91,4 @@ def _weighted(terms: Tensor, weights: Callable[[Tree], Tensor] | None, batch: Tr
         if scale.shape != terms.shape:
             raise InputError(f"labels: weights must be {list(terms.shape)}, found {list(scale.shape)}.")
         terms = terms * scale
-    return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
+    return torch.sum(terms.flatten(1), 1) if terms.dim() > 1 else terms

@@ -1,4 +1,4 @@
-"""Reducers that add up second moments of factored gradients: of rows, of columns, of what is in a basis, of all of it."""
+"""Reducers that add up second moments of factored gradients: of rows, of columns, of entries in a basis."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from funcghost.algebra.contractions import squared_norms, total
 from funcghost.algebra.cost import Means
-from funcghost.algebra.factors import Dense, Factor, Form, Lookup, samples, wide
+from funcghost.algebra.factors import Dense, Factor, Form, Lookup, samples
 from funcghost.algebra.rotations import in_form, rotated, squares
+from funcghost.dtypes import wide
 from funcghost.reducers.bases import Additive
 
 Bases = Mapping[str, tuple[Form, Tensor | None, Tensor | None]]

@@ -1,4 +1,4 @@
-"""Curvature as a basis and its eigenvalues: of each parameter by rows and columns, or of several parameters as they are.
+"""Curvature as a basis and its eigenvalues: of a parameter by rows and columns, or of several together.
 
     F = (L (x) R) diag(values) (L (x) R)^T          kept as `Sided`
     F = Q diag(values) Q^T                          kept as `Whole`

@@ -1,7 +1,7 @@
 """The judge of attributions: retrained models, and what tables of scores foresaw of them.
 
-Nothing here asks where a table of scores comes from. One convention: `scores[i, q]` is what training on sample i adds to
-output q, up to a positive factor, so that outputs which fall (losses) go with negative scores of samples that help.
+Nothing here asks where a table of scores comes from. One convention: `scores[i, q]` is what training on sample i adds
+to output q, up to a positive factor, so that outputs which fall (losses) go with negative scores of samples that help.
 Read `datamodeling.py` first. May import everything below it: losses, transforms, training, attribution, distributed.
 """
 

@@ -59,8 +59,8 @@ def lds(scores: Tensor, masks: Tensor, outputs: Tensor) -> LDS:
     constant = (outputs == outputs[:1]).all(0)
     if bool(constant.any()):
         raise InputError(
-            f"lds: the outputs of query {int(constant.nonzero()[0])} are the same for all {m} subsets: there is nothing "
-            "to rank. Leave the query out."
+            f"lds: the outputs of query {int(constant.nonzero()[0])} are the same for all {m} subsets: there is "
+            "nothing to rank. Leave the query out."
         )
     foreseen = masks.to(scores.device).double() @ scores
     whole = spearman(foreseen, outputs)

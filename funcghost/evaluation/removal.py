@@ -1,6 +1,7 @@
 """What becomes of a query when the samples that are said to matter are taken away, or trained on once more."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def removal_masks(scores: Tensor, counts: Sequence[int], largest: bool = True) -
 
 
 def area_between(counts: Sequence[int], outputs: Tensor, baseline: Tensor) -> Tensor:
-    """The mean height of a removal curve above a baseline (that of random removals), by trapezoids over the counts, [q].
+    """The mean height of a removal curve above a baseline (random removals), by trapezoids over the counts, [q].
 
     Shapes: `outputs` and `baseline` are [k, q], for k counts in rising order.
 
@@ -49,10 +50,13 @@ def area_between(counts: Sequence[int], outputs: Tensor, baseline: Tensor) -> Te
 
     Source: Ilyas et al., "Datamodels" (arXiv 2202.00622), section 4.1 (brittleness).
     """
-    outputs, baseline = numbers("area_between: outputs", outputs, "kq"), numbers("area_between: baseline", baseline, "kq")
+    outputs, baseline = (
+        numbers("area_between: outputs", outputs, "kq"),
+        numbers("area_between: baseline", baseline, "kq"),
+    )
     same_length("area_between", "counts k", counts=len(counts), outputs=len(outputs), baseline=len(baseline))
     same_length("area_between", "queries q", outputs=outputs.shape[1], baseline=baseline.shape[1])
-    if len(counts) < 2 or any(later <= earlier for earlier, later in zip(counts, counts[1:], strict=False)):
+    if len(counts) < 2 or any(later <= earlier for earlier, later in pairwise(counts)):
         raise InputError(f"area_between: takes two counts or more, in rising order, found {list(counts)}.")
     at = torch.tensor(list(counts), dtype=torch.float64, device=outputs.device)
     return torch.trapezoid(outputs - baseline, at, dim=0) / (at[-1] - at[0])

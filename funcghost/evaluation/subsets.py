@@ -22,7 +22,9 @@ def random_subsets(n: int, count: int, share: float = 0.5, seed: int = 0) -> Ten
         tensor([2, 2, 2])
     """
     if type(n) is not int or type(count) is not int or n < 2 or count < 1:
-        raise InputError(f"random_subsets: takes two samples or more and one subset or more, found {n!r} and {count!r}.")
+        raise InputError(
+            f"random_subsets: takes two samples or more and one subset or more, found {n!r} and {count!r}."
+        )
     size = round(share * n)
     if not 0 < size < n:
         raise InputError(f"random_subsets: share={share!r} of {n} samples keeps {size}: nothing would differ.")

@@ -21,7 +21,9 @@ def whole(pairs: Pairs, name: str, form: Form) -> Tensor:
 
 
 @given(drawn_pairs(integers=True), BUDGETS, st.booleans(), st.booleans())
-def test_rotated_gradients_are_the_gradients_rotated(kept: Pairs, budget: int, with_left: bool, with_right: bool) -> None:
+def test_rotated_gradients_are_the_gradients_rotated(
+    kept: Pairs, budget: int, with_left: bool, with_right: bool
+) -> None:
     """On small whole numbers, to the last bit: squares, weighted norms and products, over all uses."""
     for name, uses in kept.uses.items():
         form = form_of(uses)
@@ -35,7 +37,10 @@ def test_rotated_gradients_are_the_gradients_rotated(kept: Pairs, budget: int, w
         b = samples(seen[0])
         weights = torch.randint(0, 4, truth.shape[1:]).double()
         assert torch.equal(squares(seen, budget), truth.square().sum(0))
-        assert torch.equal(weighted_norms(seen, weights, budget), (truth.square() * weights).flatten(1).sum(1) if b else truth.new_zeros(0))
+        assert torch.equal(
+            weighted_norms(seen, weights, budget),
+            (truth.square() * weights).flatten(1).sum(1) if b else truth.new_zeros(0),
+        )
         flat = truth.reshape(b, truth[0].numel() if b else 0)
         if b:
             assert torch.equal(weighted_products(seen, seen, weights, budget), (flat * weights.flatten()) @ flat.T)

@@ -1,6 +1,7 @@
 """Every curvature held to a dense matrix of per-sample gradients, in float64."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ MAKES: list[Make] = [curvature.diagonal, curvature.kfac, curvature.ekfac, curvat
 
 def rows_of(losses: Any, params: Any, batches: list[Any]) -> dict[str, Tensor]:
     found = [per_sample_gradients(losses, params, batch) for batch in batches]
-    return {name: torch.cat([part[name].flatten(1) if part[name].dim() > 1 else part[name][:, None] for part in found]) for name in params}
+    return {
+        name: torch.cat([part[name].flatten(1) if part[name].dim() > 1 else part[name][:, None] for part in found])
+        for name in params
+    }
 
 
 def second_moment(rows: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
@@ -86,14 +90,13 @@ def _holds_the_laws(found: Curvature, v: dict[str, Tensor]) -> None:
 class Net(nn.Module):
     def __init__(self, *widths: int, act: nn.Module | None = None) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.act = act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = self.act(layer(x))
-        return self.layers[-1](x)  # type: ignore[no-any-return]
+        return self.layers[-1](x)
 
 
 NET = Net(4, 5, 3, act=nn.Tanh()).double()
@@ -101,7 +104,7 @@ PARAMS: dict[str, Tensor] = {name: value.detach() for name, value in NET.named_p
 
 
 def logits(params: Any, batch: Any) -> Tensor:
-    return torch.func.functional_call(NET, params, (batch[0],))  # type: ignore[no-any-return]
+    return torch.func.functional_call(NET, params, (batch[0],))
 
 
 def losses(params: Any, batch: Any) -> Tensor:

@@ -145,8 +145,14 @@ MASKS = torch.tensor([[True, False], [False, True], [True, True]])
         (lambda: evaluation.lds(torch.ones(2, 1), MASKS.float(), torch.ones(3, 1)), "of bool"),
         (lambda: evaluation.lds(torch.full((2, 1), torch.nan), MASKS, torch.ones(3, 1)), "must be finite"),
         (lambda: evaluation.lds(torch.ones(2), MASKS, torch.ones(3, 1)), r"must be \[n, q\]"),
-        (lambda: evaluation.leave_one_out(torch.ones(2, 1), torch.tensor([0, 2]), torch.ones(1), torch.ones(2, 1)), "between"),
-        (lambda: evaluation.leave_one_out(torch.ones(2, 1), torch.tensor([0.0]), torch.ones(1), torch.ones(1, 1)), "int64"),
+        (
+            lambda: evaluation.leave_one_out(torch.ones(2, 1), torch.tensor([0, 2]), torch.ones(1), torch.ones(2, 1)),
+            "between",
+        ),
+        (
+            lambda: evaluation.leave_one_out(torch.ones(2, 1), torch.tensor([0.0]), torch.ones(1), torch.ones(1, 1)),
+            "int64",
+        ),
         (lambda: evaluation.recall_at(0, torch.ones(2, 1), torch.ones(2, 1).bool()), "1 or more"),
         (lambda: evaluation.recall_at(1, torch.ones(2, 1), torch.zeros(2, 1).bool()), "no source"),
         (lambda: evaluation.removal_masks(torch.ones(2), [2]), "from 0 to 1"),
