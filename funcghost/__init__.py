@@ -4,6 +4,7 @@ from funcghost import functional
 from funcghost._version import __version__
 from funcghost.algebra.compression import compress
 from funcghost.algebra.directions import LowRank, stack
+from funcghost.algebra.metric import Kronecker
 from funcghost.algebra.pair_algebra import combine, cosine, cross_dots, materialize
 from funcghost.algebra.pairs import Pairs
 from funcghost.algebra.tracking import track
@@ -43,6 +44,7 @@ __all__ = [
     "Directional",
     "GhostError",
     "InputError",
+    "Kronecker",
     "LowRank",
     "MemoryBudgetError",
     "Options",

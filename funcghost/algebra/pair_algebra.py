@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.contractions import along, inner_products, squared_norms, total, weighted_sum
-from funcghost.algebra.cost import means_of
+from funcghost.algebra.cost import Means, means_of
 from funcghost.algebra.directions import Direction
 from funcghost.algebra.factors import Factor, dense
+from funcghost.algebra.metric import Metric, known, metric_of
 from funcghost.algebra.pairs import Pairs, check_weights
 from funcghost.dtypes import wide
 from funcghost.errors import InputError
@@ -38,8 +39,10 @@ def _match(a: Pairs, b: Pairs) -> None:
             raise InputError(f"pairs: parameter {name!r} has another shape in one than in the other.")
 
 
-def cross_dots(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+def cross_dots(a: Pairs, b: Pairs, metric: Tree | None = None, *, options: Options | None = None) -> Tensor:
     """The inner products of any two per-sample gradients: `out[i, j] = <a_i, b_j>`.
+
+    With a `metric` it is `<a_i, M b_j>`, see `fg.squared_norm`.
 
     Shapes: [a, b]. Units and cost: those of `fg.gram`.
 
@@ -57,12 +60,18 @@ def cross_dots(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
     a, b = check_pairs(a, "cross_dots"), check_pairs(b, "cross_dots")
     _match(a, b)
     means = means_of(check_options(options), a.device)
-    parts = [inner_products(a.uses[name], b.uses[name], means, name) for name in a.uses]
+    weightings = None if metric is None else metric_of(metric)
+    parts = []
+    for name, uses in a.uses.items():
+        products = inner_products if weightings is None else known(weightings, name).products
+        parts.append(products(uses, b.uses[name], means, name))
     return torch.stack(parts).sum(0)
 
 
-def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
+def cosine(a: Pairs, b: Pairs, metric: Tree | None = None, *, options: Options | None = None) -> Tensor:
     """The cosines of the angles between per-sample gradients: `out[i, j] = <a_i, b_j> / (|a_i| |b_j|)`.
+
+    With a `metric`, products and norms are those under it, see `fg.squared_norm`.
 
     Shapes: [a, b]; 0 where a gradient is zero. Cost: that of `cross_dots` and of both norms.
 
@@ -77,11 +86,17 @@ def cosine(a: Pairs, b: Pairs, *, options: Options | None = None) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    products = cross_dots(a, b, options=options)
-    means = means_of(check_options(options), a.device)
-    one, other = (sum(squared_norms(uses, means, name) for name, uses in p.uses.items()).sqrt() for p in (a, b))  # type: ignore[union-attr]
+    products = cross_dots(a, b, metric, options=options)
+    means, weightings = means_of(check_options(options), a.device), None if metric is None else metric_of(metric)
+    one, other = (
+        total([_norms(name, uses, means, weightings) for name, uses in pairs.uses.items()]).sqrt() for pairs in (a, b)
+    )
     scale = one.unsqueeze(1) * other
     return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
+
+
+def _norms(name: str, uses: Sequence[Factor], means: Means, metric: Metric | None) -> Tensor:
+    return squared_norms(uses, means, name) if metric is None else known(metric, name).norms(uses, means, name)
 
 
 def scores_along(pairs: Pairs, directions: Sequence[Direction]) -> Tensor:

@@ -25,6 +25,12 @@ def block_form(q: int, m: int, n: int) -> Form:
     return matrix_form((m, n)) if q == 1 else Form((q, m, n), (q, m, n), ((0,), (1,), (2,)))
 
 
+def sizes(use: Factor) -> tuple[int, int, int]:
+    """The sizes q, m, n of a use in `block_form`, where a `Dense` has no form of its own."""
+    q, m, n = use.shape if len(use.shape) == 3 else (1, *use.shape)
+    return q, m, n
+
+
 def _is_table(form: Form) -> bool:
     return form.plain and form.blocks[0] == 1 and form.shape[:1] == (form.blocks[1],)
 
@@ -46,9 +52,9 @@ def in_form(use: Factor, form: Form) -> Factor:
 
 def rotated(use: Factor, left: Tensor | None, right: Tensor | None) -> Factor:
     """`L^T grad_i R` of a use in `block_form`; None stands for the identity."""
-    q = use.form.blocks[0]
+    q = sizes(use)[0]
     if isinstance(use, Dense):
-        value = wide(use.value).reshape(samples(use), *use.form.blocks)
+        value = wide(use.value).reshape(samples(use), *sizes(use))
         value = value if left is None else left.mT @ value
         value = value if right is None else value @ right
         return Dense(value.squeeze(1) if q == 1 else value)
@@ -71,14 +77,14 @@ def _times(value: Tensor, matrices: Tensor | None) -> Tensor:
 
 def _width(uses: Sequence[Factor], count: int, budget: int) -> int:
     """The rows of a slice of `count` gradients that takes no more than the budget, the uses one by one included."""
-    q, _, n = uses[0].form.blocks
+    q, _, n = sizes(uses[0])
     size = q * n * count * (2 if len(uses) > 1 else 1) * wide(uses[0].tensors[-1]).element_size()
     return max(1, budget // max(1, size))
 
 
 def _slices(uses: Sequence[Factor], width: int) -> Iterator[tuple[slice, Tensor]]:
     """The gradients of all uses together, [b, q, m', n], by slices of rows."""
-    rows = uses[0].form.blocks[1]
+    rows = sizes(uses[0])[1]
     for at in range(0, rows, width):
         end = min(at + width, rows)
         yield slice(at, end), total([_blocks(use, at, end) for use in uses])
@@ -86,7 +92,7 @@ def _slices(uses: Sequence[Factor], width: int) -> Iterator[tuple[slice, Tensor]
 
 def _blocks(use: Factor, start: int, stop: int) -> Tensor:
     if isinstance(use, Dense):
-        return wide(use.value).reshape(samples(use), *use.form.blocks)[:, :, start:stop]
+        return wide(use.value).reshape(samples(use), *sizes(use))[:, :, start:stop]
     return blocks(use, use.form, start, stop)
 
 
@@ -104,7 +110,7 @@ def squares(uses: Sequence[Factor], budget: int) -> Tensor:
 
     Cost: of one position of a sample `2 b m n`, as a weight's gradient; of more `2 b t m n`; of looked-up rows `b t n`.
     """
-    first, (q, m, n) = uses[0], uses[0].form.blocks
+    first, (q, m, n) = uses[0], sizes(uses[0])
     if len(uses) == 1 and isinstance(first, Outer) and first.positions == 1:
         rows, cols = (wide(value).squeeze(1).square() for value in first.tensors)
         return torch.einsum("bqm,bqn->qmn", rows, cols)

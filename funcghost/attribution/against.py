@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.contractions import in_dtype, total
-from funcghost.algebra.cost import Means
 from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, samples
 from funcghost.attribution.batches import check_batches, joined, stacked
 from funcghost.dtypes import wide
 from funcghost.engine.plans import Plan
 from funcghost.options import Options
 from funcghost.problem import Losses
-from funcghost.reducers.bases import Additive
+from funcghost.reducers.quadratic import Quadratic
 from funcghost.transforms.functions import reduce
 from funcghost.trees import Tree, split_params
 
 
 @dataclass(frozen=True, eq=False)
-class Against(Additive):
+class Against(Quadratic):
     """`out[i, k] = <grad losses[i], directions[k]>`, [b, k], for directions [k, *shape] by name.
 
     The gradients of a sample are formed once, slice by slice, where it has several positions: `2 b t m n` and
@@ -32,10 +31,11 @@ class Against(Additive):
     directions: Mapping[str, Tensor]
     degree: ClassVar[int] = 1
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b, k]."""
         along = self.directions[name]
-        return total([_products(use.map(in_dtype(means.dtype)), along, means.budget) for use in uses])
+        rounded = in_dtype(self.means.dtype)
+        return total([_products(use.map(rounded), along, self.means.budget) for use in uses])
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
         """[b, k]."""

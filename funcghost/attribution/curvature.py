@@ -143,8 +143,8 @@ def kfac(
     Rows and columns are what the op's gradients are outer products of, output gradients and inputs of a linear layer.
     `s` makes the trace that of F, `s tr A tr B = (1/n) sum_i |grad_i|^2`, in which the products between positions and
     uses are. (The usual `s`, from the independence of rows and columns, leaves these out.) It is exact where all
-    samples have the same columns, as with one input. A bias is a product with 1, and its matrix is exact; a parameter in no
-    product has `sum grad grad^T` and `sum grad^T grad` for sides.
+    samples have the same columns, as with one input. A bias is a product with 1, and its matrix is exact; a
+    parameter in no product has `sum grad grad^T` and `sum grad^T grad` for sides.
 
     Args:
         losses: as in `diagonal`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.factors import Form
+from funcghost.algebra.metric import Weighting
 from funcghost.attribution.batches import stacked
 from funcghost.attribution.spectra import Sided, Spectrum, Whole, moved
 from funcghost.errors import InputError
@@ -125,6 +126,22 @@ class Damped:
         """Its eigenvalues, block by block."""
         pairs = zip(self.curvature.spectra, self.dampings, strict=True)
         return [(spectrum.values + damping) ** self.power for spectrum, damping in pairs]
+
+    def metric(self) -> Tree:
+        """The same matrix as a metric for `fg.squared_norm`, `fg.gram` and `fg.cosine`.
+
+        Raises:
+            InputError: a block is of several parameters together.
+        """
+        leaves: dict[str, Weighting] = {}
+        for spectrum, scale in zip(self.curvature.spectra, self.scales(), strict=True):
+            if isinstance(spectrum, Whole):
+                raise InputError(
+                    f"metric: {list(spectrum.names)} are in one block, and norms add up over parameters. Use ekfac."
+                )
+            leaves[spectrum.name] = Weighting(spectrum.form, spectrum.left, spectrum.right, scale)
+        params = self.curvature.params
+        return params.rebuild([leaves[name] for name in params.names])  # type: ignore[arg-type]
 
     def __call__(self, direction: Tree) -> Tree:
         """The product with one direction, a tree like params, or with each of a stack: leaves [k, *shape], `fg.stack`.

@@ -20,7 +20,7 @@ Outputs = Callable[[Tree, Tree], Tensor]
 
 
 def sampled_labels(logits: Outputs, draws: int = 1, weights: Callable[[Tree], Tensor] | None = None) -> list[Losses]:
-    """Losses of labels `y ~ softmax(logits)` drawn from the model: `l_i = sum_t w_it CE(logits_it, y_it) / sqrt(draws)`.
+    """Losses of labels `y ~ softmax(logits)` from the model: `l_i = sum_t w_it CE(logits_it, y_it) / sqrt(draws)`.
 
     In expectation their curvature is the Gauss-Newton matrix of the losses `sum_t w_it CE(logits_it, .)`. Drawn from
     torch's own random numbers: `torch.manual_seed` makes it repeatable.

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.contractions import squared_norms, total
-from funcghost.algebra.cost import Means
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, samples
-from funcghost.algebra.rotations import in_form, rotated, squares
+from funcghost.algebra.rotations import in_form, rotated, sizes, squares
 from funcghost.dtypes import wide
-from funcghost.reducers.bases import Additive
+from funcghost.reducers.quadratic import Quadratic
 
 Bases = Mapping[str, tuple[Form, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Moment(Additive):
+class _Moment(Quadratic):
     """What every parameter contributes by itself, kept apart by name; nothing from one without a gradient."""
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class Sides(_Moment):
 
     plans: Mapping[str, Plan]
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """Flat, see `Plan.unpacked`."""
         plan = self.plans[name]
         seen = [in_form(use, plan.form) for use in uses]
@@ -83,9 +82,9 @@ class Sides(_Moment):
             for side, own in enumerate((plan.left, plan.right))
         ]
         if plan.form.blocks[0] == 1:
-            norms = squared_norms(seen, means, name).sum().reshape(1)
+            norms = squared_norms(seen, self.means, name).sum().reshape(1)
         else:
-            norms = squares(seen, means.budget).sum((1, 2))
+            norms = squares(seen, self.means.budget).sum((1, 2))
         return torch.cat([*found, norms])
 
 
@@ -96,7 +95,7 @@ def _moment(use: Factor, side: int, whole: bool) -> Tensor:
         counts = counts.index_add(0, use.index.flatten(), counts.new_ones(use.index.numel())).unsqueeze(0)
         return torch.diag_embed(counts) if whole else counts
     if isinstance(use, Dense):
-        value = wide(use.value).reshape(samples(use), *use.form.blocks).transpose(0, 1)  # [q, b, m, n]
+        value = wide(use.value).reshape(samples(use), *sizes(use)).transpose(0, 1)  # [q, b, m, n]
         flat = value.movedim(2, 3).flatten(1, 2) if side == 0 else value.flatten(1, 2)
     else:
         value = wide(use.tensors[side]).flatten(0, 1)
@@ -110,7 +109,7 @@ class RotatedSquares(_Moment):
 
     bases: Bases
 
-    def of_parameter(self, name: str, uses: Sequence[Factor], means: Means) -> Tensor:
+    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[q, m, n]."""
         form, left, right = self.bases[name]
-        return squares([rotated(in_form(use, form), left, right) for use in uses], means.budget)
+        return squares([rotated(in_form(use, form), left, right) for use in uses], self.means.budget)

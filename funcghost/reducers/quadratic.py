@@ -9,8 +9,10 @@ from torch import Tensor
 from funcghost.algebra.contractions import inner_products, squared_norms
 from funcghost.algebra.cost import ANY, Means, Route, Sketch, choose
 from funcghost.algebra.factors import Factor, samples
+from funcghost.algebra.metric import Metric, known, metric_of
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Additive, register
+from funcghost.trees import Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +30,18 @@ class Quadratic(Additive):
 class SquaredNorm(Quadratic):
     """See `squared_norm`."""
 
+    metric: Metric | None = None
+
     def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b]."""
+        if self.metric is not None:
+            return known(self.metric, name).norms(uses, self.means, name)
         return squared_norms(uses, self.means, name)
 
-    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]]:
+    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]] | None:
         """As in `of_parameter`."""
+        if self.metric is not None:
+            return None
         return choose(uses, uses, (batch, batch), self.means, diagonal=True, same=True, name=name)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
@@ -41,11 +49,16 @@ class SquaredNorm(Quadratic):
         return like.new_zeros((batch,))
 
 
-register(SquaredNorm, ())
+register(SquaredNorm, ("metric",))
 
 
-def squared_norm() -> SquaredNorm:
+def squared_norm(metric: Tree | None = None) -> SquaredNorm:
     """The squared norm of every per-sample gradient: `out[i] = |grad losses[i]|^2`, over all parameters.
+
+    With a `metric` M it is `<grad losses[i], M grad losses[i]>`, exactly. M is a tree like params. A leaf that is a tensor
+    of the parameter's shape weighs entries (with Adam's `1 / (sqrt(v) + eps)`, that is its inner product; the norm of its
+    step has the square of that). A leaf `fg.Kronecker(rows, cols)` is `tr(G^T rows G cols)` for gradients as matrices.
+    `metric()` of a damped curvature (`attribution.curvature`) is one, too.
 
     Shapes: [b].
 
@@ -70,19 +83,25 @@ def squared_norm() -> SquaredNorm:
     Hashimoto, "Large Language Models Can Be Strong Differentially Private Learners" (arXiv 2110.05679), section 4, for
     sequences; here for any use of a parameter, see `funcghost.ops.uses`.
     """
-    return SquaredNorm()
+    return SquaredNorm(None if metric is None else metric_of(metric))
 
 
 @dataclass(frozen=True, eq=False)
 class Gram(Quadratic):
     """See `gram`."""
 
+    metric: Metric | None = None
+
     def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b, b]."""
+        if self.metric is not None:
+            return known(self.metric, name).products(uses, uses, self.means, name)
         return inner_products(uses, uses, self.means, name)
 
-    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]]:
+    def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]] | None:
         """As in `of_parameter`."""
+        if self.metric is not None:
+            return None
         return choose(uses, uses, (batch, batch), self.means, same=True, name=name)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
@@ -90,8 +109,10 @@ class Gram(Quadratic):
         return like.new_zeros((batch, batch))
 
 
-def gram() -> Gram:
+def gram(metric: Tree | None = None) -> Gram:
     """The inner products of all per-sample gradients of the batch: `out[i, j] = <grad losses[i], grad losses[j]>`.
+
+    With a `metric` M, `<grad losses[i], M grad losses[j]>`, see `squared_norm`.
 
     Shapes: [b, b], symmetric and positive semidefinite up to rounding.
 
@@ -111,7 +132,7 @@ def gram() -> Gram:
 
     Source: as `squared_norm`.
     """
-    return Gram()
+    return Gram(None if metric is None else metric_of(metric))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,5 +193,5 @@ def cross(num_val: int) -> Cross:
     return Cross(num_val)
 
 
-register(Gram, ())
+register(Gram, ("metric",))
 register(Cross, (), ("num_val",))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcghost.algebra.contractions import inner_products, squared_norms, total
 from funcghost.algebra.cost import Means
-from funcghost.algebra.factors import Form, dense, samples
+from funcghost.algebra.factors import Dense, Form, Outer, dense, samples
 from funcghost.algebra.pairs import Pairs
 from funcghost.algebra.rotations import form_of, in_form, rotated, squares, weighted_norms, weighted_products
 from funcghost.testing.strategies import pairs as drawn_pairs
@@ -18,6 +18,18 @@ BUDGETS = st.sampled_from([1, 100, 1 << 20])
 def whole(pairs: Pairs, name: str, form: Form) -> Tensor:
     """[b, q, m, n]."""
     return form.fold(total([dense(use) for use in pairs.uses[name]]))
+
+
+def test_a_dense_use_beside_blocks() -> None:
+    """A dense gradient has no blocks of its own: it is seen as those of the product beside it."""
+    form = Form((4, 2), (2, 2, 2), ((0,), (1,), (2,)))
+    dense_use, outer = Dense(torch.randn(3, 4, 2)), Outer(torch.randn(3, 5, 2, 2), torch.randn(3, 5, 2, 2), form)
+    for uses in ([dense_use, outer], [outer, dense_use]):
+        seen = [in_form(use, form_of(uses)) for use in uses]
+        truth = form.fold(dense(outer) + dense_use.value)
+        torch.testing.assert_close(squares(seen, 1), truth.square().sum(0))
+        turned = [rotated(use, torch.ones(2, 2, 1), None) for use in seen]
+        torch.testing.assert_close(squares(turned, 1 << 20), truth.sum(2, keepdim=True).square().sum(0))
 
 
 @given(drawn_pairs(integers=True), BUDGETS, st.booleans(), st.booleans())

@@ -34,8 +34,8 @@ def drawn(shapes: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 def test_many_directions_are_each_of_them_at_any_budget(kept: Pairs, budget: int) -> None:
     """On whole numbers every route is exact."""
     directions = {n: torch.randint(-3, 4, (3, *shape)).double() for n, shape, _ in kept.parameters}
-    reducer = Against(directions)
-    parts = {n: reducer.of_parameter(n, uses, Means(budget=budget)) for n, uses in kept.uses.items()}
+    reducer = Against(directions, means=Means(budget=budget))
+    parts = {n: reducer.of_parameter(n, uses) for n, uses in kept.uses.items()}
     one_by_one = fg.stack([{n: v[k] for n, v in directions.items()} for k in range(3)])
     assert torch.equal(reducer.result(parts), fg.apply(fg.dot(one_by_one), kept))
 
