@@ -42,5 +42,7 @@ class SampleAxisError(GhostError, RuntimeError):
 
 class StoreError(GhostError, RuntimeError):
     """What is on the disk is damaged, belongs to something else, or cannot be written."""
+
+
 class ReplayError(GhostError, RuntimeError):
     """A training that was run again did not do what it did the first time."""

@@ -105,7 +105,9 @@ def _weighting(name: str, leaf: Any) -> Weighting:
 
 def _root(where: str, side: Any) -> Tensor:
     """`S` with `S S^T` the side, [1, size, size]."""
-    square = isinstance(side, Tensor) and side.dim() == 2 and side.shape[0] == side.shape[1] and side.is_floating_point()
+    square = (
+        isinstance(side, Tensor) and side.dim() == 2 and side.shape[0] == side.shape[1] and side.is_floating_point()
+    )
     if not square:
         raise InputError(f"{where}: must be a square matrix of floating numbers.")
     values, basis = torch.linalg.eigh(side.double())

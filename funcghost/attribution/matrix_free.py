@@ -162,9 +162,7 @@ def _grads(output: Tensor, leaves: Leaves, dual: Tensor | None, create_graph: bo
     if not output.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return list(
-        torch.autograd.grad(
-            output, leaves, dual, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
+        torch.autograd.grad(output, leaves, dual, create_graph=create_graph, allow_unused=True, materialize_grads=True)
     )
 
 

@@ -246,7 +246,9 @@ def trackstar(
     (arXiv 2410.17413), section 3.
     """
     if not 0 <= mixing <= 1 or not damping > 0:
-        raise InputError(f"trackstar: mixing must be from 0 to 1 and damping above 0, found {mixing!r} and {damping!r}.")
+        raise InputError(
+            f"trackstar: mixing must be from 0 to 1 and damping above 0, found {mixing!r} and {damping!r}."
+        )
     kept, reducer = pairs(losses, options=options), project(dim, seed)
 
     def score(params: Tree, batches: Iterable[Tree], queries: Iterable[Tree], second: Tree | None = None) -> Tensor:
