@@ -97,9 +97,9 @@ class Project(Additive):
         use = use.map(in_dtype(self.means.dtype))
         form = matrix_form(use.shape) if use.shape else use.form
         if self.kind == "sjlt":
-            return self._hashed(seed, use, form, means.budget)
+            return self._hashed(seed, use, form, self.means.budget)
         if self.kind == "mask":
-            return self._masked(seed, use, form, means.budget) * math.sqrt(math.prod(form.blocks) / self.dim)
+            return self._masked(seed, use, form, self.means.budget) * math.sqrt(math.prod(form.blocks) / self.dim)
         two_sided = self.kind == "kronecker" and form.blocks[2] > 1
         found = self._two_sided(seed, use, form) if two_sided else self._entrywise(seed, use, form, self.means.budget)
         return found / math.sqrt(self.dim)
