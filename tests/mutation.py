@@ -132,13 +132,13 @@ MUTATIONS: dict[str, Mutation] = {
         ("tests/engine/test_flops.py", "-k", "transformer"),
     ),
     "the first sample for all": Mutation(
-        "ops/slices.py",
+        "ops/known.py",
         "leaf.narrow(axes[slot], sample, 1)",
         "leaf.narrow(axes[slot], 0, 1)",
         ("tests/ops/test_slices.py",),
     ),
     "masks for all": Mutation(
-        "ops/uses.py", "each = slices if fits else None", "each = None", ("tests/ops/test_slices.py",)
+        "ops/apart.py", "each = slices if fits else None", "each = None", ("tests/ops/test_slices.py",)
     ),
     "a sum that is of the last": Mutation(
         "engine/ledger.py",
@@ -150,7 +150,7 @@ MUTATIONS: dict[str, Mutation] = {
         "engine/ledger.py", "scaled.get(name, zero)", "scaled.get(name, zero + 1)", (REDUCERS,)
     ),
     "rows for another batch": Mutation(
-        "ops/arrangement.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
+        "ops/uses.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
     ),
     "a tap that is a view": Mutation(
         "ops/tangent.py",
@@ -357,13 +357,13 @@ MUTATIONS: dict[str, Mutation] = {
         (REDUCERS, "-k", "called_otherwise and (padding or frequency)"),
     ),
     "derivatives of all samples": Mutation(
-        "ops/uses.py",
+        "ops/apart.py",
         "[sample] = where.by_sample(gradient, batch)[sample]",
         "[:] = where.by_sample(gradient, batch)",
         (REDUCERS, "-k", "test_layer and GRU"),
     ),
     "rows of all samples": Mutation(
-        "ops/uses.py",
+        "ops/apart.py",
         "(where.samples == sample)",
         "(where.samples >= 0)",
         (REDUCERS, "-k", "test_awkward_model and (experts or sorted)"),

@@ -74,12 +74,12 @@ class LowRank:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the factors."""
+        """The dtype of the factors."""
         return self.rows.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of the factors."""
+        """The device of the factors."""
         return self.rows.device
 
     @property

@@ -26,7 +26,7 @@ class Form:
     roles: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
     def __hash__(self) -> int:
-        """As of the tuple of its fields."""
+        """The hash of the tuple of its fields."""
         return self._hash
 
     @cached_property
@@ -96,7 +96,7 @@ class Outer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the parameter."""
+        """The parameter's shape."""
         return self.form.shape
 
     @property
@@ -150,7 +150,7 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the parameter."""
+        """The parameter's shape."""
         return tuple(self.value.shape[1:])
 
     @property

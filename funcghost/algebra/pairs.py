@@ -43,7 +43,7 @@ class Pairs:
 
     @property
     def device(self) -> torch.device:
-        """That of the factors."""
+        """The device of the factors."""
         return next(iter(self.uses.values()))[0].tensors[0].device
 
     @property
@@ -57,7 +57,7 @@ class Pairs:
         return samples(next(iter(self.uses.values()))[0])
 
     def __getitem__(self, index: Any) -> "Pairs":
-        """Those of some samples."""
+        """The pairs of some samples."""
         if type(index) is int:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"sample {index} of {len(self)}")

@@ -83,7 +83,7 @@ class Matrices:
 
     @cached_property
     def norm(self) -> float:
-        """That of the leaf over 2^exponent; zero if it is not finite."""
+        """The norm of the leaf over 2^exponent; zero if it is not finite."""
         if self.value.is_meta or not self.value.numel() or not self.finite:
             return 0.0
         pieces = self.value.reshape(-1).split(PIECE)

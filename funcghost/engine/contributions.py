@@ -23,10 +23,11 @@ from funcghost.engine.ledger import Ledger
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError
+from funcghost.ops.apart import Level, Use, Where
 from funcghost.ops.layout import Layout, Placed
 from funcghost.ops.products import Description
 from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, pushforward, remembered
-from funcghost.ops.uses import Level, Use, Where, find_uses
+from funcghost.ops.uses import find_uses
 
 Tangents = tuple[Leaf | None, ...]
 """One tangent per direction, None for zero; that of a parameter may be low-rank."""

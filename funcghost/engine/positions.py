@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import SampleAxisError
+from funcghost.ops.apart import Where
 from funcghost.ops.layout import Layout
-from funcghost.ops.uses import Where
 
 
 class Positions:

@@ -19,11 +19,11 @@ from funcghost.engine.plans import OutputLayout, Site
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError
+from funcghost.ops.apart import Level, Where
 from funcghost.ops.known import description
 from funcghost.ops.layout import Layout, Placed, Rows
 from funcghost.ops.moves import Maps
 from funcghost.ops.tangent import Call, Outputs, Pushforward, alias
-from funcghost.ops.uses import Level, Where
 from funcghost.side_effects import RandomState, replaying
 
 

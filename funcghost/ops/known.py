@@ -4,16 +4,32 @@ Nothing here is needed for a right result, it saves work: an op that is not know
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
-from funcghost.ops.products import Describe, Description
+from funcghost.ops.products import Describe, Description, bound
 from funcghost.ops.rules import Arguments, Op, register_rule
-from funcghost.ops.slices import Slice, Slices, sliced
-from funcghost.ops.tangent import Call
+from funcghost.ops.tangent import Call, physical
+
+
+class Slices(NamedTuple):
+    """The axis of the samples in the tensors of some slots, and in each output."""
+
+    axes: Mapping[int, int]
+    outputs: tuple[int, ...]
+
+    def of(self, leaves: Sequence[Any], sample: int) -> list[Any]:
+        """The arguments of one sample, which is still an axis of length 1."""
+        axes = self.axes
+        return [leaf.narrow(axes[slot], sample, 1) if slot in axes else leaf for slot, leaf in enumerate(leaves)]
+
+
+Slice = Callable[[Mapping[str, Any], Sequence[Any]], Slices | None]
+"""From the slots of the arguments by name, and all arguments."""
 
 
 class Known(NamedTuple):
@@ -61,7 +77,10 @@ def description(op: Op) -> Description | None:
 def slices_of(call: Call) -> Slices | None:
     """The axes of the samples in a call, if it is known to treat samples apart."""
     known = _KNOWN.get(call.op)
-    return None if known is None or known.samples is None else sliced(call, known.arguments, known.samples)
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
+    if known is None or known.samples is None or call.written or any(physical(leaf) is not leaf for leaf in tensors):
+        return None
+    return known.samples(bound(call, known.arguments, range(len(call.leaves))), call.leaves)
 
 
 def named(*names: str) -> frozenset[Op]:
@@ -73,3 +92,16 @@ def named(*names: str) -> frozenset[Op]:
         for suffix in ("", "_")
         if hasattr(owner, name + suffix)
     )
+
+
+def in_front(*names: str, dims: int | None = None) -> Slice:
+    """These arguments, of so many axes each, and the output have the samples in front."""
+
+    def slices(slots: Mapping[str, Any], leaves: Sequence[Any]) -> Slices | None:
+        given: Any = [slots[name] for name in names if name in slots]
+        own: list[int] = optree.tree_leaves(given)
+        if not own or any(leaves[slot].dim() != (dims or leaves[own[0]].dim()) for slot in own):
+            return None
+        return Slices(dict.fromkeys(own, 0), (0, 0))
+
+    return slices

@@ -2,68 +2,24 @@
 
 Where the op is known as a product, the factor is read off its letters: those that the parameter shares with the output
 are rows, those that it shares with the other argument are columns, those it shares with both are blocks, and the rest
-of the output are positions, the samples among them. Any other op is differentiated by autograd, once per sample, with
-the gradient of the others masked: that is what all forms have to agree with.
+of the output are positions, the samples among them. Any other op is differentiated by autograd, once per sample.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from math import prod
-from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from funcghost.algebra.factors import Dense, Factor, Lookup, Outer
+from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer
 from funcghost.dtypes import wide, wide_dtype
-from funcghost.ops.arrangement import IN_FRONT, arrangement, axes_of
-from funcghost.ops.known import slices_of
-from funcghost.ops.layout import Layout, Placed
-from funcghost.ops.products import Description, Product, Table, describe, itself
-from funcghost.ops.slices import Slices
-from funcghost.ops.tangent import Call, Outputs, physical
+from funcghost.ops.apart import Levels, Use, Where, by_autograd, lifted
+from funcghost.ops.layout import Layout
+from funcghost.ops.products import Description, Letter, Letters, Product, Table, describe, itself
+from funcghost.ops.tangent import Call, physical
 
-Where = Layout | Placed | Literal["unused"]
-
-
-class Level(NamedTuple):
-    """A vmapped axis: which of some tensors have it, in front, and how random numbers are drawn along it."""
-
-    has: tuple[bool, ...]
-    randomness: str
-
-    def of(self, start: int, end: int) -> "Level":
-        """The same axis for some of the tensors."""
-        return Level(self.has[start:end], self.randomness)
-
-    @property
-    def has_any(self) -> bool:
-        """Whether any of the tensors has it."""
-        return any(self.has)
-
-    @property
-    def dims(self) -> tuple[int | None, ...]:
-        """As `torch.func.vmap` wants to be told."""
-        return tuple(0 if own else None for own in self.has)
-
-
-Levels = tuple[Level, ...]
-"""The vmapped axes of some tensors, the outermost first."""
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """What a tapped call makes of the arguments in `slots`, of which it keeps the tensors in `needed`.
-
-    `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots; `by_product` without a
-    derivative for each sample. With `smaller`, what the parameter meets is less than half of what comes out.
-    """
-
-    slots: tuple[int, ...]
-    needed: tuple[int, ...]
-    factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
-    by_product: bool = True
-    smaller: bool = False
+IN_FRONT = Layout(0)
 
 
 def find_uses(
@@ -73,29 +29,21 @@ def find_uses(
     known, others = list[Use](), list[int]()
     layout = layouts[0] if len(layouts) == 1 else None
     for slot in call.tracked:
+        # 1. What the op is in this argument: a product, a lookup, or nothing that is known.
         plain = layout is not None and physical(call.leaves[slot]) is call.leaves[slot]
         product = describe(call, described, slot) if described and plain else None
+        # 2. How the factor is read off that; not at all where the samples are not among its positions.
         use, shape = None, tuple(call.leaves[slot].shape)
         if layout is not None and isinstance(product, Product):
             use = _by_letters(product, slot, shape, layout, vmapped)
         elif layout is not None and isinstance(product, Table):
             use = _by_index(product, slot, shape, layout, vmapped)
-        known += [use] if use else []
-        others += [] if use else [slot]
-    return [*known, *([_by_autograd(call, tuple(others), chosen)] if others else [])]
-
-
-def lifted(values: Callable[[Sequence[Tensor]], Any], saved: Sequence[Tensor], levels: Levels) -> Any:
-    """`values(saved)` for every index of the vmapped axes of the saved tensors, which come in front."""
-    for level in reversed(levels):
-        if level.has_any:
-            values = _mapped(values, level)
-    return values(saved)
-
-
-def _mapped(values: Callable[[Sequence[Tensor]], Any], level: Level) -> Callable[[Sequence[Tensor]], Any]:
-    mapped = torch.func.vmap(lambda *each: values(each), in_dims=level.dims, randomness=level.randomness)
-    return lambda tensors: mapped(*tensors)
+        # 3. All arguments that are left are differentiated together.
+        if use is None:
+            others.append(slot)
+        else:
+            known.append(use)
+    return [*known, by_autograd(call, tuple(others), chosen)] if others else known
 
 
 def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
@@ -167,78 +115,123 @@ def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, v
     return Use((slot,), table.needed, factors)
 
 
-def _by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Use:
-    """One derivative for each sample: of the op on that sample alone, or with the gradient of the others masked."""
-    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
-    slices = slices_of(call)
-    places = [] if slices is None else [(Layout(slices.outputs[i]), "unused") for i in chosen]
-    call = call.emptied()
+@dataclass(frozen=True)
+class Arrangement:
+    """The letters of a product by their roles.
 
-    def factors(
-        saved: Sequence[Tensor],
-        levels: Levels,
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
-        inputs = {slot: value.detach() for slot, value in zip(needed, saved, strict=True)}
-        leaves = [inputs[slot].requires_grad_() for slot in slots]
+    `front`: the vmapped axes of the output.
+    `out`: all axes of the output.
+    `positions`: those that the parameter does not have.
+    `blocks`: those of the parameter that the output and the other argument have, too.
+    `rows`: those of the parameter that the output alone has, too.
+    `cols`: those of the parameter that the other argument alone has, too.
+    `where`: where the samples are among the positions.
+    `form`: the parameter as blocks of matrices.
+    `swapped`: whether the matrices of the form have `cols` as rows.
+    """
 
-        def op(tensors: Sequence[Tensor]) -> Outputs:
-            given = dict(zip(needed, tensors, strict=True))
-            found = call.evaluate([given.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
-            return tuple(found[i] for i in chosen)
-
-        def alone(slices: Slices, sample: int) -> Sequence[Tensor | None]:
-            moved = [inputs.get(slot, leaf) for slot, leaf in enumerate(call.leaves)]
-            with torch.enable_grad():
-                found = call.evaluate(slices.of(moved, sample))
-            values = [found[i] for i in chosen]
-            return _pulled(values, [_narrow(g, where, sample) for g, where in pairs], leaves, keep=False)
-
-        def masked(sample: int) -> Sequence[Tensor | None]:
-            return _pulled(out, [_of_sample(g, where, sample, batch) for g, where in pairs], leaves, keep=True)
-
-        pairs = list(zip(gradients, layouts, strict=True))
-        fits = places and not levels and all(where in own for where, own in zip(layouts, places, strict=True))
-        each = slices if fits else None
-        if each is None:
-            with torch.enable_grad():
-                out = lifted(op, list(inputs.values()), levels)
-        rows: list[list[Tensor]] = [[] for _ in leaves]
-        for sample in range(batch):
-            found = masked(sample) if each is None else alone(each, sample)
-            for row, part, leaf in zip(rows, found, leaves, strict=True):
-                row.append(torch.zeros_like(leaf, requires_grad=False) if part is None else part.to_dense())
-        return [Dense(torch.stack(row)) for row in rows]
-
-    return Use(slots, needed, factors, by_product=False)
+    front: Letters
+    out: Letters
+    positions: Letters
+    blocks: Letters
+    rows: Letters
+    cols: Letters
+    where: Layout
+    form: Form
+    swapped: bool
 
 
-def _pulled(
-    values: Sequence[Tensor], cotangents: Sequence[Tensor | None], leaves: Sequence[Tensor], *, keep: bool
-) -> Sequence[Tensor | None]:
-    """The gradients of the leaves; None where there is none."""
-    there = [(v, g) for v, g in zip(values, cotangents, strict=True) if g is not None and v.requires_grad]
-    if not there:
-        return [None] * len(leaves)
-    ends, given = zip(*there, strict=True)
-    return torch.autograd.grad(ends, leaves, given, retain_graph=keep, allow_unused=True)
-
-
-def _narrow(gradient: Tensor | None, where: Where, sample: int) -> Tensor | None:
-    """The gradient of the outputs for one sample alone."""
-    return gradient.narrow(where.axis, sample, 1) if gradient is not None and isinstance(where, Layout) else None
-
-
-def _of_sample(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:
-    """The gradient of one sample, with zeros elsewhere."""
-    if gradient is None or where == "unused":
+@cache
+def arrangement(
+    param: Letters,
+    coefficient: Letters,
+    out: Letters,
+    groups: int,
+    base: tuple[int, ...] | None,
+    shape: tuple[int, ...],
+    layout: Layout,
+    vmapped: int,
+) -> Arrangement | None:
+    """The roles of the letters of a product, unless the samples are not among its positions."""
+    # 1. The axes of the output, of which one may be two, and which letter the samples have.
+    front: Letters = tuple(f"vmap {i}" for i in range(vmapped))
+    out = (*front, *out)
+    axis, sample = layout.axis, None
+    if layout.fold != "single":
+        if groups > 1:  # the axis of the channels is two
+            channel = out.index("g")
+            if axis == channel:
+                return None
+            axis += axis > channel
+        sample = out[axis]
+    # 2. Every letter must be had from the output or from the other argument, and that of the samples is no parameter's.
+    letters = [letter for letter in param if letter is not None]
+    wanted = {letter for letter in coefficient if letter is not None}
+    if (sample is not None and sample in letters) or not set(letters) <= {*out, *wanted}:
         return None
-    if isinstance(where, Placed):
-        rows = (where.samples == sample).view([-1 if i == where.axis else 1 for i in range(gradient.dim())])
-        return torch.where(rows, gradient, 0)
-    assert isinstance(where, Layout)
-    masked = torch.zeros_like(gradient)
-    where.by_sample(masked, batch)[sample] = where.by_sample(gradient, batch)[sample]
-    return masked
+    if not wanted <= {*out, *letters} or None in out:
+        return None
+    # 3. The roles: what the parameter shares with the output, with the other argument, with both.
+    positions = tuple(letter for letter in out if letter not in letters)
+    blocks = tuple(letter for letter in letters if letter in out and letter in wanted)
+    rows = tuple(letter for letter in letters if letter in out and letter not in wanted)
+    cols = tuple(letter for letter in letters if letter not in out)
+    # 4. The form: the first axis of the parameter that is in no block is among the rows.
+    base = base or tuple(size for size, letter in zip(shape, param, strict=True) if letter is not None)
+    plain = [letter for letter in letters if letter not in blocks]
+    swapped = bool(plain) and plain[0] in cols
+    q, m, n = (tuple(map(letters.index, part)) for part in (blocks, *((cols, rows) if swapped else (rows, cols))))
+    where = layout if sample is None else replace(layout, axis=positions.index(sample))
+    return Arrangement(front, out, positions, blocks, rows, cols, where, Form(shape, base, (q, m, n)), swapped)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How to bring a tensor to axes in the order `(*positions, *last)`: of those `kept`, in the `order`.
+
+    None where there is nothing to do; `there` says which of the axes it has, if not all.
+    """
+
+    positions: Letters
+    kept: tuple[int, ...] | None
+    order: tuple[int, ...] | None
+    there: tuple[bool, ...] | None
+
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether there is nothing to do but to reshape."""
+        return self.kept is None and self.order is None and self.there is None
+
+    def arrange(
+        self, value: Tensor, sizes: dict[Letter | None, int], where: Layout, batch: int, last: tuple[int, int]
+    ) -> Tensor:
+        """The tensor as [b, t, q, m]; positions that it does not have are of the same value all along."""
+        if self.at_once and where == IN_FRONT and value.numel():
+            return value.reshape(batch, value.numel() // (batch * last[0] * last[1]), *last)
+        if self.kept is not None:
+            value = value.reshape([value.shape[i] for i in self.kept])
+        if self.order is not None:
+            value = value.permute(self.order)
+        lengths = [sizes[letter] for letter in self.positions]
+        if self.there is not None:
+            value = value[tuple(slice(None) if there else None for there in self.there)]
+            value = value.expand(*lengths, *value.shape[len(lengths) :])
+        t = prod(lengths) // batch
+        if where.fold == "single":
+            return value.reshape(1, t, *last)
+        return where.by_sample(value, batch).reshape(batch, t, *last)
+
+
+@cache
+def axes_of(given: Letters, positions: Letters, last: Letters) -> Axes:
+    """From axes with the letters `given`."""
+    kept = [i for i, letter in enumerate(given) if letter is not None]
+    names, wanted = [given[i] for i in kept], (*positions, *last)
+    order = tuple(names.index(letter) for letter in wanted if letter in names)
+    there = tuple(letter in names for letter in wanted)
+    return Axes(
+        positions,
+        tuple(kept) if len(kept) < len(given) else None,
+        order if order != tuple(range(len(order))) else None,
+        there if not all(there) else None,
+    )

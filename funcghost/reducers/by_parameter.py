@@ -23,7 +23,7 @@ class PerParamDirectional(Directional):
 
     @property
     def by_position(self) -> bool:  # type: ignore[override]
-        """As the reducer."""
+        """Whether the reducer is."""
         return self.reducer.by_position
 
     def directions(self, params: Params) -> list[Direction]:
@@ -50,7 +50,7 @@ class PerParamAdditive(Additive):
 
     @property
     def degree(self) -> int:  # type: ignore[override]
-        """As the reducer."""
+        """The degree of the reducer."""
         return self.reducer.degree
 
     def within(self, means: Means) -> Self:

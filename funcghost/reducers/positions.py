@@ -21,7 +21,7 @@ class PerToken(Directional):
     by_position: ClassVar[bool] = True
 
     def directions(self, params: Params) -> list[Direction]:
-        """Those of the reducer."""
+        """The directions of the reducer."""
         return self.reducer.directions(params)
 
     def result(self, scores: Tensor, params: Params) -> Any:
@@ -69,7 +69,7 @@ class PerSegment(Directional):
     by_position: ClassVar[bool] = True
 
     def directions(self, params: Params) -> list[Direction]:
-        """Those of the reducer."""
+        """The directions of the reducer."""
         return self.reducer.directions(params)
 
     def result(self, scores: Tensor, params: Params) -> Any:

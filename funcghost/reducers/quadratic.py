@@ -39,7 +39,7 @@ class SquaredNorm(Quadratic):
         return squared_norms(uses, self.means, name)
 
     def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]] | None:
-        """As in `of_parameter`."""
+        """The route that `of_parameter` takes."""
         if self.metric is not None:
             return None
         return choose(uses, uses, (batch, batch), self.means, diagonal=True, same=True, name=name)
@@ -99,7 +99,7 @@ class Gram(Quadratic):
         return inner_products(uses, uses, self.means, name)
 
     def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]] | None:
-        """As in `of_parameter`."""
+        """The route that `of_parameter` takes."""
         if self.metric is not None:
             return None
         return choose(uses, uses, (batch, batch), self.means, same=True, name=name)
@@ -154,7 +154,7 @@ class Cross(Quadratic):
         return inner_products(train, validation, self.means, name)
 
     def route(self, uses: Sequence[Sketch], batch: int, name: str) -> tuple[Route, list[Route]]:
-        """As in `of_parameter`."""
+        """The route that `of_parameter` takes."""
         return choose(uses, uses, (max(batch - self.num_val, 0), self.num_val), self.means, name=name)
 
     def zero(self, batch: int, like: Tensor) -> Tensor:

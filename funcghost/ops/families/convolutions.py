@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from funcghost.ops.known import know
+from funcghost.ops.known import in_front, know
 from funcghost.ops.products import Arguments, Letters, Product
-from funcghost.ops.slices import in_front
 from funcghost.ops.tangent import Call
 
 
@@ -35,7 +34,7 @@ def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> 
     by_weight = (conv1d_weight, conv2d_weight, conv3d_weight)[n - 1]
 
     def gradients(saved: Sequence[Tensor], g: Tensor) -> Tensor:
-        """Those of a convolution in which every sample is a group of its own."""
+        """The gradients of the weight, by a convolution in which every sample is a group of its own."""
         x = F.pad(saved[0], flat) if any(flat) else saved[0]
         b, shape = len(x), (len(x) * weight_shape[0], *weight_shape[1:])
         apart = (value.reshape(1, -1, *value.shape[2:]) for value in (x, g))

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcghost.ops.known import know
+from funcghost.ops.known import in_front, know
 from funcghost.ops.products import Arguments, Describe, Product
-from funcghost.ops.slices import in_front
 from funcghost.ops.tangent import Call, covered_by_rule, pushforward
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcghost.ops.known import know
+from funcghost.ops.known import in_front, know
 from funcghost.ops.products import (
     Arguments,
     Describe,
@@ -17,7 +17,6 @@ from funcghost.ops.products import (
     sizes_of,
     spread,
 )
-from funcghost.ops.slices import in_front
 from funcghost.ops.tangent import Call
 
 T: Any = torch.Tensor
@@ -35,7 +34,7 @@ def _linear(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Produ
 
 
 def _matmul_letters(x: Tensor, y: Tensor) -> tuple[Letters, Letters, Letters]:
-    """Those of two matrices (or vectors) with leading axes, and of their product."""
+    """The letters of two matrices (or vectors) with leading axes, and of their product."""
     xs, ys = from_right(max(x.dim() - 2, 0)), from_right(max(y.dim() - 2, 0))
     row: Letters = ("m",) if x.dim() > 1 else ()
     col: Letters = ("p",) if y.dim() > 1 else ()

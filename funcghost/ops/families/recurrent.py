@@ -6,8 +6,7 @@ from typing import Any
 import optree
 import torch
 
-from funcghost.ops.known import know
-from funcghost.ops.slices import Slices, in_front
+from funcghost.ops.known import Slices, in_front, know
 
 
 def _recurrent(slots: Mapping[str, Any], leaves: Sequence[Any]) -> Slices | None:

@@ -22,7 +22,7 @@ BY_DATA: frozenset[Op] = named(
 """The ops that choose where an entry goes by an index or an order. Others compute in place."""
 
 OVERWRITES = named("index_copy", "index_fill", "index_put", "masked_scatter", "scatter") | {T.__setitem__}
-"""Those that put something in the place of entries of their first argument."""
+"""The ops that put something in the place of entries of their first argument."""
 
 
 def _embedding(index_name: str) -> Describe:

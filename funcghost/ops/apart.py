@@ -1,0 +1,149 @@
+"""The factors of any op: one derivative for each sample.
+
+Of the op on that sample alone, where it is known to treat samples apart, else with the output gradient of the others
+masked. That is what the faster ways to factors (see `funcghost.ops.uses`) have to agree with.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcghost.algebra.factors import Dense, Factor
+from funcghost.ops.known import Slices, slices_of
+from funcghost.ops.layout import Layout, Placed
+from funcghost.ops.tangent import Call, Outputs
+
+Where = Layout | Placed | Literal["unused"]
+
+
+class Level(NamedTuple):
+    """A vmapped axis: which of some tensors have it, in front, and how random numbers are drawn along it."""
+
+    has: tuple[bool, ...]
+    randomness: str
+
+    def of(self, start: int, end: int) -> "Level":
+        """The same axis for some of the tensors."""
+        return Level(self.has[start:end], self.randomness)
+
+    @property
+    def has_any(self) -> bool:
+        """Whether any of the tensors has it."""
+        return any(self.has)
+
+    @property
+    def dims(self) -> tuple[int | None, ...]:
+        """As `torch.func.vmap` wants to be told."""
+        return tuple(0 if own else None for own in self.has)
+
+
+Levels = tuple[Level, ...]
+"""The vmapped axes of some tensors, the outermost first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """What a tapped call makes of the arguments in `slots`, of which it keeps the tensors in `needed`.
+
+    `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots; `by_product` without a
+    derivative for each sample. With `smaller`, what the parameter meets is less than half of what comes out.
+    """
+
+    slots: tuple[int, ...]
+    needed: tuple[int, ...]
+    factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
+    by_product: bool = True
+    smaller: bool = False
+
+
+def lifted(values: Callable[[Sequence[Tensor]], Any], saved: Sequence[Tensor], levels: Levels) -> Any:
+    """`values(saved)` for every index of the vmapped axes of the saved tensors, which come in front."""
+    for level in reversed(levels):
+        if level.has_any:
+            values = _mapped(values, level)
+    return values(saved)
+
+
+def _mapped(values: Callable[[Sequence[Tensor]], Any], level: Level) -> Callable[[Sequence[Tensor]], Any]:
+    mapped = torch.func.vmap(lambda *each: values(each), in_dims=level.dims, randomness=level.randomness)
+    return lambda tensors: mapped(*tensors)
+
+
+def by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Use:
+    """One derivative for each sample: of the op on that sample alone, or with the gradient of the others masked."""
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    slices = slices_of(call)
+    places = [] if slices is None else [(Layout(slices.outputs[i]), "unused") for i in chosen]
+    call = call.emptied()
+
+    def factors(
+        saved: Sequence[Tensor],
+        levels: Levels,
+        gradients: Sequence[Tensor | None],
+        layouts: Sequence[Where],
+        batch: int,
+    ) -> list[Factor]:
+        inputs = {slot: value.detach() for slot, value in zip(needed, saved, strict=True)}
+        leaves = [inputs[slot].requires_grad_() for slot in slots]
+
+        def op(tensors: Sequence[Tensor]) -> Outputs:
+            given = dict(zip(needed, tensors, strict=True))
+            found = call.evaluate([given.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
+            return tuple(found[i] for i in chosen)
+
+        def alone(slices: Slices, sample: int) -> Sequence[Tensor | None]:
+            moved = [inputs.get(slot, leaf) for slot, leaf in enumerate(call.leaves)]
+            with torch.enable_grad():
+                found = call.evaluate(slices.of(moved, sample))
+            values = [found[i] for i in chosen]
+            return _pulled(values, [_narrow(g, where, sample) for g, where in pairs], leaves, keep=False)
+
+        def masked(sample: int) -> Sequence[Tensor | None]:
+            return _pulled(out, [_of_sample(g, where, sample, batch) for g, where in pairs], leaves, keep=True)
+
+        pairs = list(zip(gradients, layouts, strict=True))
+        fits = places and not levels and all(where in own for where, own in zip(layouts, places, strict=True))
+        each = slices if fits else None
+        if each is None:
+            with torch.enable_grad():
+                out = lifted(op, list(inputs.values()), levels)
+        rows: list[list[Tensor]] = [[] for _ in leaves]
+        for sample in range(batch):
+            found = masked(sample) if each is None else alone(each, sample)
+            for row, part, leaf in zip(rows, found, leaves, strict=True):
+                row.append(torch.zeros_like(leaf, requires_grad=False) if part is None else part.to_dense())
+        return [Dense(torch.stack(row)) for row in rows]
+
+    return Use(slots, needed, factors, by_product=False)
+
+
+def _pulled(
+    values: Sequence[Tensor], cotangents: Sequence[Tensor | None], leaves: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of the leaves; None where there is none."""
+    there = [(v, g) for v, g in zip(values, cotangents, strict=True) if g is not None and v.requires_grad]
+    if not there:
+        return [None] * len(leaves)
+    ends, given = zip(*there, strict=True)
+    return torch.autograd.grad(ends, leaves, given, retain_graph=keep, allow_unused=True)
+
+
+def _narrow(gradient: Tensor | None, where: Where, sample: int) -> Tensor | None:
+    """The gradient of the outputs for one sample alone."""
+    return gradient.narrow(where.axis, sample, 1) if gradient is not None and isinstance(where, Layout) else None
+
+
+def _of_sample(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:
+    """The gradient of one sample, with zeros elsewhere."""
+    if gradient is None or where == "unused":
+        return None
+    if isinstance(where, Placed):
+        rows = (where.samples == sample).view([-1 if i == where.axis else 1 for i in range(gradient.dim())])
+        return torch.where(rows, gradient, 0)
+    assert isinstance(where, Layout)
+    masked = torch.zeros_like(gradient)
+    where.by_sample(masked, batch)[sample] = where.by_sample(gradient, batch)[sample]
+    return masked
