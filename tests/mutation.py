@@ -517,8 +517,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "every slice is the first": Mutation(
         "reducers/projections.py",
-        "torch.arange(at * n, stop * n",
-        "torch.arange(0, (stop - at) * n",
+        "places = torch.arange(at * n, stop * n",
+        "places = torch.arange(0, (stop - at) * n",
         (PROJECTIONS, "-k", "no_split"),
     ),
     "what is left out is of the first segment": Mutation(

@@ -143,7 +143,7 @@ def _first_failure() -> Iterator[None]:
 @pytest.mark.usefixtures("_first_failure")
 @pytest.mark.parametrize("how", FAULTS)
 def test_a_reducer_that_breaks_a_law_is_caught(how: str) -> None:
-    message = failure(lambda: assert_reducer_laws(Broken(how), examples=40))
+    message = failure(lambda: assert_reducer_laws(Broken(how=how), examples=40))
     assert any(phrase in message for phrase in FAULTS[how].split("|")), message
 
 
