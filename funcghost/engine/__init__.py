@@ -1,5 +1,5 @@
 """One forward and one backward along a plan.
 
-May import: all wings up to `reducers`. Read `run.py` first, then `capture.py` (the mode that sees the ops), `tap.py` and
-`contributions.py` (from an op to a contribution) and `ledger.py` (where contributions add up).
+May import: all wings up to `reducers`. Read `run.py` first, then `capture.py` (the mode that sees the ops), `tap.py`
+and `contributions.py` (from an op to a contribution) and `ledger.py` (where contributions add up).
 """

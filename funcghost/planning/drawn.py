@@ -60,6 +60,7 @@ class Generic:
 
         Its derivative is the same everywhere where the op is linear in all its tensors.
         """
+        # 1. Nothing is drawn where the derivative is the same everywhere, or cannot be had.
         tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
         if any(physical(leaf) is not leaf for leaf in tensors.values()):
             return found
@@ -67,6 +68,7 @@ class Generic:
             return self._as_if_kept(call, found)
         if call.op in MOVES or is_linear(call):
             return found
+        # 2. What is varied, and how its entries are.
         varied = {
             slot: leaf
             for slot, leaf in tensors.items()
@@ -75,11 +77,13 @@ class Generic:
         scales = {slot: self._scale(leaf) for slot, leaf in varied.items()}
         few = all(leaf.numel() <= FEW for leaf in varied.values())
         far = any(scale.mean and not 1 / FAR < scale.mean < FAR for scale in scales.values())
+        # 3. The op at drawn values: several times where all of them may lie where it is constant, once for a product,
+        # whose derivative is that of a product everywhere.
         terms: list[tuple[float, Outputs]] = []
-        # The derivative of a product is that of a product everywhere.
         for number, weight in enumerate(DRAWN[: 1 if is_multilinear(call) else 3 if few else 2 if far else 1]):
             values = {slot: self._other(leaf, scales[slot], slot, number) for slot, leaf in varied.items()}
             terms += [(weight, drawn) for drawn in _evaluated(call, found, values)]
+        # 4. At values near the true ones, where it takes no others.
         if not terms:
             values = {slot: self._near(leaf, slot) for slot, leaf in varied.items()}
             if not all(torch.equal(values[slot], leaf) for slot, leaf in varied.items()):
@@ -87,6 +91,7 @@ class Generic:
         self.count += 2 * len(call.leaves)
         if not terms:
             return found
+        # 5. The true values, with these derivatives.
         unwritten = len(found) - sum(is_float(call.leaves[slot]) for slot in call.written)
         return tuple(
             self._back(true, [(w, o[i]) for w, o in terms], i >= unwritten, true.numel() <= FEW)
