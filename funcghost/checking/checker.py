@@ -204,7 +204,7 @@ def _planned(problem: Problem, options: Options) -> tuple[Plan | None, list[str]
         failure = f"Planning raises {type(error).__name__}: {error}"
         if not isinstance(error, ConservationError):
             return None, [failure], options
-    unverified = Options(verify="never", route=options.route)
+    unverified = replace(options, verify="never")
     try:
         return make_plan(problem, unverified), [failure], unverified
     except GhostError:

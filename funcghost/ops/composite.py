@@ -5,13 +5,10 @@ from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from funcghost.ops.families.products import COMPOSITES
 from funcghost.ops.rules import Op
-
-COMPOSITES = frozenset([F.multi_head_attention_forward])
-"""Functions with weights of several linear layers in one call."""
 
 
 @cache

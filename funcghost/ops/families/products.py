@@ -20,6 +20,8 @@ from funcghost.ops.products import (
 from funcghost.ops.tangent import Call
 
 T: Any = torch.Tensor
+COMPOSITES = frozenset([F.multi_head_attention_forward])
+"""Functions with weights of several linear layers in one call, which are seen by their parts."""
 FACTORS = frozenset((torch.mul, T.mul, torch.multiply, T.multiply, T.__mul__, T.__rmul__))
 """Where an integer tensor is a factor, and a zero in it one of no meaning. Elsewhere integers may be indices."""
 
