@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from funcghost.dtypes import wide_dtype
 from funcghost.errors import InputError
-from funcghost.losses.head import head_losses, traced_head_losses
+from funcghost.losses import head
 
 ENTRIES = 2**23
 """How many logits a chunk has by default: 32 MiB in float32."""
@@ -83,7 +83,7 @@ def linear_cross_entropy(
     valid = targets != ignore_index
     index = torch.where(valid, targets, 0).reshape(-1)
     tokens = chunk or max(1, ENTRIES // weight.shape[0])
-    evaluate = traced_head_losses if torch.compiler.is_dynamo_compiling() else head_losses
+    evaluate = head.traced_head_losses if torch.compiler.is_dynamo_compiling() else head.head_losses
     losses = evaluate((operands[0].reshape(-1, x.shape[-1]), *operands[1:]), index, tokens)
     losses = torch.where(valid, losses.reshape(targets.shape), 0)
     if reduction != "none":

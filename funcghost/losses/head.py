@@ -37,8 +37,14 @@ def head_losses(operands: tuple[Tensor, ...], targets: Tensor, chunk: int) -> Te
     return losses + weight_branch(x, weight, bias, targets, chunk)
 
 
-traced_head_losses = torch._dynamo.nonstrict_trace(head_losses)
-"""For `torch.compile` outside of a step, which does not look into autograd Functions like these by itself."""
+def __getattr__(name: str) -> Any:
+    """`traced_head_losses`, for `torch.compile` outside of a step, which does not look into Functions like these.
+
+    It is made when a compiler first asks for it, since importing Dynamo takes as long as importing torch.
+    """
+    if name != "traced_head_losses":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, torch._dynamo.nonstrict_trace(head_losses))
 
 
 class Losses(torch.autograd.Function):

@@ -34,6 +34,8 @@ log = logging.getLogger("funcghost")
 MOST_PLANS = 16
 """How many plans a transform keeps; each is a short list of names and numbers."""
 
+UNPLANNED = "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
+
 
 class Step(NamedTuple):
     """What a step gives: the training gradient, the losses [b], the reduced values, and the losses' aux."""
@@ -77,11 +79,14 @@ class Transform:
             )
         self.plans = [] if plan is None else [plan]
         self.captured = () if plan is None else plan.captured or ()
-        self._traced = torch._dynamo.nonstrict_trace(self._compiled)
+        # The import of Dynamo takes as long as that of torch: only for what may be compiled.
+        self._traced = None if plan is None else torch._dynamo.nonstrict_trace(self._compiled)
 
     def step(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
         """The function that `grad_and_reduce` returns."""
         if torch.compiler.is_compiling():
+            if self._traced is None:
+                raise PlanError(UNPLANNED)
             grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
             return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
         with uncompiled():
@@ -155,9 +160,7 @@ class Transform:
         if torch._C._functorch.maybe_current_level() is not None:
             raise InputError("while a compiler traces, a step cannot run inside torch.func transforms: use fg.stack.")
         if not self.plans:
-            raise PlanError(
-                "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
-            )
+            raise PlanError(UNPLANNED)
         if torch.compiler.is_compiling() and self.plans[0].captured is None:
             raise PlanError(
                 "the plan was read from text, and the losses close over tensors, which a text does not hold and a "
