@@ -34,10 +34,10 @@ $(BENCH_STAMP): $(STAMP)
 run: $(STAMP) ## train a small language model and value its data in the run: runs/lm/report.html
 	$(BIN)/python examples/lm_in_run_shapley.py --out runs/lm --overwrite
 
-test: $(STAMP) ## run the tests (ARGS="-k name" to choose, WORKERS=1 for one process)
+test: $(STAMP) ## run the tests, the same drawn examples every time (ARGS="-k name" to choose, WORKERS=1: one process)
 	HYPOTHESIS_PROFILE=$(PROFILE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-deep: $(STAMP) ## run the tests with many more drawn examples
+test-deep: $(STAMP) ## run the tests with many more examples, drawn anew
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## ruff
