@@ -14,7 +14,7 @@ cut to low rank (`--rank`); what that costs in the scores is measured beside the
 
     python examples/lm_in_run_shapley.py --out runs/lm
 
-writes `scores.parquet` (a folder of parts that reads as one table at any time), `checkpoint.pt`, from which `--resume`
+writes `scores` (a record whose `values/*.parquet` is one table at any time), `checkpoint.pt`, from which `--resume`
 continues, and `report.html`.
 """
 
@@ -38,10 +38,10 @@ from lm_directions import Keeping
 from lm_findings import Claim, Findings, claims_of, find, overhead, remark_of
 from lm_model import GPT, HEADS, Batch, ModelSize, WindowLosses, initial_params
 from lm_report import write_report
-from lm_scores import UNFINISHED, ScoreWriter, tally
-from lm_training import Log, Optimizer, State, Trainer, load_checkpoint, save_checkpoint
+from lm_scores import record_scores, tally
+from lm_training import UNFINISHED, Log, Optimizer, State, Trainer, load_checkpoint, save_checkpoint
 
-SCORES, CHECKPOINT, REPORT = "scores.parquet", "checkpoint.pt", "report.html"
+SCORES, CHECKPOINT, REPORT = "scores", "checkpoint.pt", "report.html"
 HELD_OUT_DOCUMENTS = 32
 CALIBRATION_BATCHES = 8
 ORIGIN = (
@@ -223,13 +223,18 @@ class Run:
     def go(self, state: State, log: Log, origin: dict[str, Any]) -> None:
         """Takes the steps from this state on; scores, then checkpoint, so that no checkpoint is ahead of its scores."""
         args = self.args
-        scores = ScoreWriter(args.out / SCORES, self.corpus.training)
-        scores.forget_from(state.step)
-        with tqdm(total=args.steps, initial=state.step, unit="step") as progress:
+        documents = self.corpus.training
+        with (
+            record_scores(args.out / SCORES, origin, state.step) as scores,
+            tqdm(total=args.steps, initial=state.step, unit="step") as progress,
+        ):
             for step in range(state.step, args.steps):
                 drawn = self.sampler.draw(step)
                 state, out = self.trainer.step(state, self.batch(step), torch.from_numpy(drawn.documents), log)
-                scores.add(step, drawn.documents, drawn.windows, out.first.numpy(), out.values.numpy())
+                names = [documents[index].name for index in drawn.documents]
+                domains = [documents[index].domain for index in drawn.documents]
+                values = {"first": out.first, "second": out.values}
+                scores.add(step, drawn.windows, values, {"document": names, "domain": domains})
                 if state.step % args.flush == 0 or state.step == args.steps:
                     scores.flush()
                     save_checkpoint(args.out / CHECKPOINT, state, log, origin)

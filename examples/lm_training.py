@@ -1,5 +1,6 @@
 """Scored training steps: the optimizer, the step with its values, what is measured beside it, and checkpoints."""
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.attribution import in_run
+from funcghost.store import write_whole
 from lm_directions import BESIDE, Comparison, Keeping, compare
 from lm_model import Batch, Tree, WindowLosses, mean_loss
-from lm_scores import write_atomically
 
+UNFINISHED = ".unfinished-"
 PROBE_EVERY = 10
 ORACLE_EVERY_CHECKS = 10
 
@@ -231,7 +233,9 @@ def save_checkpoint(path: Path, state: State, log: Log, origin: dict[str, Any]) 
     """Writes what a run needs to continue, and what it comes from; a reader sees the old file or the new one."""
     rows = {name: [tuple(row) for row in getattr(log, name)] for name in ("checks", "oracle", "comparisons")}
     content = {"origin": origin, "state": vars(state), "log": {"seconds": log.seconds, **rows}}
-    write_atomically(path, lambda unfinished: torch.save(content, unfinished))
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_whole(path.with_name(UNFINISHED + path.name), path, file.getbuffer())
 
 
 def load_checkpoint(path: Path) -> tuple[State, Log, dict[str, Any]]:

@@ -60,7 +60,7 @@ def _of_value(value: Any, where: str) -> JSON:
     if isinstance(value, Reducer) or (is_dataclass(value) and not isinstance(value, LowRank)):
         if not is_dataclass(value):
             raise InputError(f"reducers[{where!r}]: must be a dataclass to be described, found {type(value).__name__}.")
-        inside = {field.name: _of_value(getattr(value, field.name), where) for field in fields(value)}
+        inside = {field.name: _of_value(getattr(value, field.name), where) for field in fields(value) if field.repr}
         return {"type": type(value).__name__, **inside}
     if isinstance(value, tuple):
         return [_of_value(item, where) for item in value]

@@ -43,7 +43,7 @@ def score(chosen: argparse.Namespace) -> int:
         "projections": done.corpus.projections,
     }
     rate = f"{done.samples / done.seconds:.1f} a second" if done.seconds else "nothing was left to do"
-    text = f"{size} samples in {chosen.out}, {done.samples} of them scored now: {rate}, {done.plans} plan{'s' * (done.plans != 1)}"
+    text = f"{size} samples in {chosen.out}, {done.samples} of them scored now: {rate}"
     print(json.dumps(found) if chosen.json else text)
     return OK
 

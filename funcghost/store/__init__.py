@@ -8,6 +8,7 @@ Nothing is unpickled. The locks and the flushes are those of POSIX systems.
 """
 
 from funcghost.store import needs
+from funcghost.store.files import write_whole
 from funcghost.store.manifest import Column, Manifest, VectorColumn
 from funcghost.store.parts import Part, Store, Writer, open_store, writing
 from funcghost.store.record import Record, Recorder, open_record, record
@@ -25,5 +26,6 @@ __all__ = [
     "open_record",
     "open_store",
     "record",
+    "write_whole",
     "writing",
 ]

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import lm_in_run_shapley as example
+from funcghost import store
 from lm_corpus import DOMAINS, PROSE, WindowSampler, build_corpus
 from lm_findings import claims_of, remark_of
 from lm_report import write_report
-from lm_scores import SCHEMA, UNFINISHED, ScoreWriter, auroc, tally
-from lm_training import Log, State, load_checkpoint, save_checkpoint
+from lm_scores import auroc, record_scores, tally
+from lm_training import UNFINISHED, Log, State, load_checkpoint, save_checkpoint
 from tests.models.lm_tiny import BATCH, STEPS, TINY, run, scores
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> example.Summary:
 
 def assert_complete(table: pa.Table, steps: int) -> None:
     """Every step up to `steps` is there, with its whole batch, once."""
-    assert table.schema.equals(SCHEMA)
+    assert table.schema.names == ["step", "sample_id", "first", "second", "document", "domain"]
     np.testing.assert_array_equal(table["step"].to_numpy(), np.repeat(np.arange(steps), BATCH))
     assert len(set(zip(table["step"].to_pylist(), table["document"].to_pylist(), strict=True))) == steps * BATCH
 
@@ -144,12 +144,13 @@ def test_resumed_run_is_the_run_without_a_break(tmp_path: Path, dropout: str, fi
     older = (out / example.CHECKPOINT).read_bytes()
     run(out, "--steps", "5", "--dropout", dropout, "--resume")
     (out / example.CHECKPOINT).write_bytes(older)  # as if killed between writing scores and the checkpoint
-    (out / example.SCORES / f"{UNFINISHED}part-000000005.parquet").write_bytes(b"PAR1")
+    (out / example.SCORES / "unfinished" / "0-part.parquet").write_bytes(b"PAR1")
+    (out / f"{UNFINISHED}{example.CHECKPOINT}").write_bytes(b"half")
     summary = run(out, "--steps", str(STEPS), "--dropout", dropout, "--resume")
     assert summary.findings.oracle_error < 1e-4
     assert_complete(scores(out), STEPS)
     assert scores(out).equals(scores(whole.out))
-    assert list(out.rglob(f"{UNFINISHED}*")) == []
+    assert [*out.rglob(f"{UNFINISHED}*"), *(out / example.SCORES / "unfinished").iterdir()] == []
 
 
 def test_no_checkpoint_is_ahead_of_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +182,12 @@ def test_scores_are_readable_after_a_kill(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (out / example.SCORES / "part-000000008.parquet").exists():
+        steps = 0
+        while steps < 9:
             assert process.poll() is None
             assert time.monotonic() < deadline
-            if (out / example.SCORES).exists():
-                pq.read_table(out / example.SCORES, schema=SCHEMA)  # at any time, while it is being written too
+            if (out / example.SCORES / "manifest.json").exists():
+                steps = store.open_record(out / example.SCORES).steps  # at any time, while it is being written too
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -199,7 +201,7 @@ def test_scores_are_readable_after_a_kill(tmp_path: Path) -> None:
 
 def test_overwrite_replaces_a_run(tmp_path: Path) -> None:
     run(tmp_path / "lm", "--steps", "2")
-    (tmp_path / "lm" / example.SCORES / "part-000000777.parquet").write_bytes(b"old")
+    (tmp_path / "lm" / example.SCORES / "values" / "part-old.parquet").write_bytes(b"old")
     run(tmp_path / "lm", "--steps", "1", "--overwrite")
     assert_complete(scores(tmp_path / "lm"), 1)
 
@@ -313,13 +315,15 @@ def test_sampler_visits_all_documents_equally_often() -> None:
 
 def test_tally_means_over_windows_less_their_batch(tmp_path: Path) -> None:
     documents = build_corpus("email", per_domain=4, held_out=5, seed=0).training
-    writer = ScoreWriter(tmp_path / "scores.parquet", documents)
-    assert pq.read_table(tmp_path / "scores.parquet").schema.equals(SCHEMA)
-    windows = np.arange(2)
-    writer.add(0, np.array([0, 1]), windows, np.array([1.0, 3.0]), np.array([2.0, 4.0]))
-    writer.add(1, np.array([0, 2]), windows, np.array([5.0, 1.0]), np.array([0.0, 8.0]))
-    writer.flush()
-    sums = tally(tmp_path / "scores.parquet", documents, steps=2)
+    with record_scores(tmp_path / "scores", {}, 0) as kept:
+        for step, chosen, first, second in (
+            (0, [0, 1], [1.0, 3.0], [2.0, 4.0]),
+            (1, [0, 2], [5.0, 1.0], [0.0, 8.0]),
+        ):
+            extras = {name: [getattr(documents[index], name) for index in chosen] for name in ("name", "domain")}
+            more = {"document": extras["name"], "domain": extras["domain"]}
+            kept.add(step, [0, 1], {"first": first, "second": second}, more)
+    sums = tally(tmp_path / "scores", documents, steps=2)
     assert sums.drawn[:4].tolist() == [2, 1, 1, 0]
     assert sums.first[:3].tolist() == [0.5, 1.0, -2.0]
     assert sums.second[:3].tolist() == [-2.5, 1.0, 4.0]

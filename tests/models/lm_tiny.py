@@ -20,4 +20,4 @@ def run(out: Path, *more: str) -> example.Summary:
 
 
 def scores(out: Path) -> pa.Table:
-    return pq.read_table(out / example.SCORES).sort_by([("step", "ascending"), ("sample_id", "ascending")])
+    return pq.read_table(out / example.SCORES / "values").sort_by([("step", "ascending"), ("sample_id", "ascending")])
