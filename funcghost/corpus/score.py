@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optree
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from funcghost.errors import InputError
 from funcghost.options import Options, check_options
 from funcghost.problem import Losses
 from funcghost.progress import Meter
+from funcghost.reducers.bases import Reducer
+from funcghost.reducers.many import by_gradients
 from funcghost.store.manifest import JSON, MANIFEST, Manifest, read_manifest, refuse_other
 from funcghost.store.parts import Store, writing
 from funcghost.store.record import checked_origin
@@ -143,17 +146,24 @@ def score(
     # Measured rates might send two processes two ways, to numbers that differ by rounding.
     fixed = options if options is not None and options.rates else replace(check_options(options), rates=NOMINAL)
     transform = Transform(losses, None, has_aux, fixed, plan)
-    names, leaves, _ = split_params(params)
+    split = split_params(params)
     whole: dict[str, JSON] = {
         "versions": {"funcghost": __version__, "torch": torch.__version__},
         "losses": of_function(losses),
-        "params": {"digest": of_tree(params), "count": sum(leaf.numel() for leaf in leaves), "leaves": len(names)},
+        "params": {
+            "digest": of_tree(params),
+            "count": sum(leaf.numel() for leaf in split.leaves),
+            "leaves": len(split.names),
+        },
         "reducers": of_reducers(reducers),
         "data": describe(source),
         "dtype": dtype_of(dtype),
         "given": checked_origin(origin),
     }
-    going = Pass(transform, params, reducers)
+    cheaper = optree.tree_map(
+        lambda leaf: by_gradients(leaf, split), reducers, is_leaf=lambda node: isinstance(node, Reducer)
+    )
+    going = Pass(transform, params, cheaper)
     samples, seconds = _go(source, going, Target(Path(out), whole, dtype, *_place()), progress)
     plans, sizes = going.counts
     log.info("scored %d samples in %.1f s, %s", samples, seconds, going.note)

@@ -44,7 +44,9 @@ def by_group_over_time(edges: Floats, groups: Sequence[str], cells: Floats, labe
     shown = cells[rows]
     largest = float(np.nanmax(np.abs(shown), initial=0.0)) or 1.0
     known = np.abs(shown[np.isfinite(shown)])
-    norm = SymLogNorm(linthresh=float(np.median(known)) or largest, vmin=-largest, vmax=largest)
+    norm = SymLogNorm(
+        linthresh=(float(np.median(known)) if len(known) else 0.0) or largest, vmin=-largest, vmax=largest
+    )
     grid = axis.pcolormesh(edges, np.arange(len(rows) + 1), shown, cmap="RdBu_r", norm=norm)
     axis.set_yticks(np.arange(len(rows)) + 0.5, [groups[row] for row in rows])
     axis.invert_yaxis()

@@ -80,7 +80,7 @@ def report(
     items, place = np.unique(found.items, return_inverse=True)
     counts = np.bincount(place)
     own = found.values if found.steps is None else found.values - _means(found.steps, found.values)
-    means = np.bincount(place, own) / counts
+    means = _averages(place, own)
     sections = [("", table(_facts(found, len(items))))]
     name = f"mean {found.column} of {by or 'a sample'}" + ("" if found.steps is None else ", less its step's mean")
     sections.append(("Distribution", image(distributions(_by_group(found, place, means), name), "distribution")))
@@ -126,10 +126,19 @@ def _values(path: Path, column: str | None, by: str | None, group: str | None) -
 
 
 def _means(steps: NDArray[np.int64], values: Floats) -> Floats:
-    """For every row the mean over the rows of its step."""
+    """For every row the mean over the finite rows of its step."""
     _, batch = np.unique(steps, return_inverse=True)
-    means: Floats = (np.bincount(batch, values) / np.bincount(batch))[batch]
+    means: Floats = _averages(batch, values)[batch]
     return means
+
+
+def _averages(place: NDArray[np.int64], values: Floats) -> Floats:
+    """The mean of the finite values at each place, nan where there are none."""
+    finite = np.isfinite(values)
+    size = int(place.max()) + 1
+    counts = np.bincount(place[finite], minlength=size)
+    sums = np.bincount(place[finite], values[finite], minlength=size)
+    return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
 
 
 def _groups(found: Values) -> list[str]:
@@ -149,16 +158,16 @@ def _by_group(found: Values, place: NDArray[np.int64], means: Floats) -> dict[st
 
 def _over_time(found: Values) -> str:
     assert found.steps is not None
+    finite = np.isfinite(found.values)
     last = int(found.steps.max()) + 1
     bins = min(BINS, last)
     names = ["all"] if found.groups is None else _groups(found)
     cells = np.full((len(names), bins), np.nan)
     for row, name in enumerate(names):
-        inside = slice(None) if found.groups is None else found.groups == name
-        at = found.steps[inside] * bins // last
-        count = np.bincount(at, minlength=bins)
-        sums = np.bincount(at, found.values[inside], minlength=bins)
-        cells[row, count > 0] = sums[count > 0] / count[count > 0]
+        inside = finite if found.groups is None else finite & (found.groups == name)
+        if inside.any():
+            averages = _averages(found.steps[inside] * bins // last, found.values[inside])
+            cells[row, : len(averages)] = averages
     drawn = by_group_over_time(np.linspace(0, last, bins + 1), names, cells, f"mean {found.column}")
     return image(drawn, "values over time")
 
@@ -166,7 +175,9 @@ def _over_time(found: Values) -> str:
 def _by_rows(found: Values, own: Floats) -> list[tuple[str, ...]]:
     rows = []
     for name in _groups(found):
-        inside = own[found.groups == name]
+        inside = own[(found.groups == name) & np.isfinite(own)]
+        if not len(inside):
+            continue
         low, middle, high = np.quantile(inside, [0.05, 0.5, 0.95])
         numbers = (f"{value:.3e}" for value in (inside.mean(), middle, low, high))
         rows.append((name, str(len(inside)), *numbers))

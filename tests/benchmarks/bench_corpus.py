@@ -1,0 +1,248 @@
+"""What a pass over a corpus costs: beside plain training, beside other libraries, and what asking costs.
+
+    python tests/benchmarks/bench_corpus.py --quick --threads 1
+
+- `pass`: samples/s of `corpus.score`, store included, over those of the plain forward and backward on the same batches,
+  taken in turns: one direction; 16 directions with a projection to 2048 dimensions and norms.
+- `peers`: dattri, trak and bergson where they are installed, building their projections of the same samples of the same
+  model in the same run: samples/s of funcghost's pass over theirs. dattri (TracIn) projects training and test gradients
+  and multiplies them, for 16 test samples; trak features in float32 by a dense random projection; bergson builds an
+  index of the linear layers' gradients. Where a package is missing the row says so.
+- `nearest`: one query against all vectors, over reading their files once.
+- `memory`: the peak of a pass over many samples beside that over few, in processes of their own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import funcghost as fg
+from funcghost import corpus
+from funcghost.store import Column, Manifest, VectorColumn, writing
+from funcghost.store.tables import schema_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.common import describe, positive, table, writable_file
+from tests.benchmarks.corpus_contenders import CONTENDERS, MissingError
+from tests.benchmarks.models import GPT, next_token
+
+DIRECTIONS, DIM = 16, 2048
+
+
+class Workload:
+    """A model, its losses, and a data set of token rows."""
+
+    def __init__(self, samples: int, length: int, width: int, layers: int, vocabulary: int) -> None:
+        torch.manual_seed(0)
+        self.model = GPT(vocabulary, length, width, layers, heads=4)
+        self.params = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.losses = fg.module_losses(self.model, next_token)
+        self.data = torch.randint(vocabulary, (samples, length))
+
+    def direction(self) -> dict[str, Tensor]:
+        return {name: torch.randn_like(value) for name, value in self.params.items()}
+
+    def plain(self, batch_size: int) -> None:
+        """A forward and a backward of every batch."""
+        leaves = {name: value.requires_grad_() for name, value in self.params.items()}
+        for batch in self.data.split(batch_size):
+            torch.autograd.grad(self.losses(leaves, batch).mean(), list(leaves.values()))
+        for value in leaves.values():
+            value.requires_grad_(False)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def passes(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    """Ratios of samples/s, medians over rounds taken in turns. Planning is done before: it is once for a corpus."""
+    directions = [work.direction() for _ in range(DIRECTIONS)]
+    sketch = fg.project(DIM, kind="kronecker")
+    wanted: dict[str, Any] = {
+        "one direction": {"score": fg.dot(directions[0])},
+        f"{DIRECTIONS} directions, projection to {DIM}": {"score": fg.dot(fg.stack(directions)), "sketch": sketch},
+        f"projection to {DIM}": {"sketch": sketch},
+    }
+    plans = {
+        name: fg.plan(work.losses, work.params, work.data[: args.batch], reducers) for name, reducers in wanted.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in ("plain", *wanted)}
+    for number in range(args.rounds + 1):
+        for name in times:
+            if name == "plain":
+                taken = seconds(lambda: work.plain(args.batch))
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    call = _score(work, wanted[name], folder, args.batch, plans[name])
+                    taken = seconds(call)
+            if number:
+                times[name].append(taken)
+    count = len(work.data)
+    rates = {name: count / median(taken) for name, taken in times.items()}
+    ratios = {
+        name: median([p / t for p, t in zip(times["plain"], taken, strict=True)]) for name, taken in times.items()
+    }
+    return {"samples_per_second": rates, "of_plain": ratios}
+
+
+def _score(work: Workload, reducers: Any, folder: str, batch: int, plan: fg.Plan | None) -> Callable[[], Any]:
+    def collate(rows: Any) -> Tensor:
+        return torch.stack(list(rows))
+
+    return lambda: corpus.score(
+        work.losses,
+        work.params,
+        work.data,
+        reducers,
+        Path(folder) / "run",
+        batch_size=batch,
+        collate=collate,
+        plan=plan,
+    )
+
+
+def peers(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    """Their seconds over ours for the same projections of the same samples; medians over rounds taken in turns."""
+    reducers = {"sketch": fg.project(DIM, kind="kronecker")}
+    plan = fg.plan(work.losses, work.params, work.data[: args.batch], reducers)
+    found: dict[str, Any] = {}
+    for name, make in CONTENDERS.items():
+        try:
+            run = make(work.model, work.data, args.batch, DIM, DIRECTIONS)
+            ratios = []
+            for number in range(args.rounds + 1):
+                with tempfile.TemporaryDirectory() as folder:
+                    own = seconds(_score(work, reducers, folder, args.batch, plan))
+                theirs = seconds(run)
+                if number:
+                    ratios.append(theirs / own)
+            found[name] = round(median(ratios), 2)
+        except MissingError as missing:
+            found[name] = f"not measured: {missing}"
+        except Exception as error:  # what another library raises on this model is its row
+            found[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+    return found
+
+
+def nearest(args: argparse.Namespace) -> dict[str, Any]:
+    """One exact query over all vectors, beside reading their files once through ordinary calls."""
+    random = np.random.default_rng(0)
+    block = random.standard_normal((4096, DIM)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as name:
+        columns = (Column("id", "int64"), Column("value", "float32"))
+        manifest = Manifest("corpus", columns, (VectorColumn("v", DIM, "float32"),))
+        with writing(Path(name) / "run", manifest) as writer:
+            pa = __import__("pyarrow")
+            for start in range(0, args.vectors, 4096):
+                stop = min(start + 4096, args.vectors)
+                rows = {"id": np.arange(start, stop), "value": np.zeros(stop - start, np.float32)}
+                part = pa.Table.from_pydict(rows, schema=schema_of(columns))
+                writer.add(start, stop, part, {"v": block[: stop - start]})
+            writer.finish(args.vectors)
+        store = corpus.open(Path(name) / "run")
+        files = sorted((Path(name) / "run" / "vectors" / "v").iterdir())
+        query = random.standard_normal(DIM)
+        buffer = bytearray(1 << 24)
+
+        def read() -> None:
+            for path in files:
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+
+        ratios = []
+        for number in range(args.rounds + 1):
+            both = seconds(read), seconds(lambda: store.nearest(query, 10))
+            if number:
+                ratios.append(both[1] / both[0])
+    return {"vectors": args.vectors, "of_reading_once": median(ratios)}
+
+
+MEMORY = """
+import sys, resource, tempfile, torch, funcghost as fg
+from funcghost import corpus
+class Data:
+    def __len__(self): return int(sys.argv[1])
+    def __getitem__(self, k):
+        if k >= len(self): raise IndexError
+        return torch.full((16,), k % 7, dtype=torch.float32)
+params = {"w": torch.ones(16, 16)}
+def losses(params, x): return (x @ params["w"]).square().sum(1)
+with tempfile.TemporaryDirectory() as folder:
+    reducers = {"n": fg.squared_norm(), "p": fg.project(16)}
+    corpus.score(losses, params, Data(), reducers, folder, batch_size=256, part=4096)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peaks in MiB."""
+    found = {}
+    for samples in (1000, args.samples):
+        command = [sys.executable, "-c", MEMORY, str(samples)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[str(samples)] = int(done.stdout.split()[-1]) / 1024
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a pass over a corpus costs.")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for CI")
+    parser.add_argument("--threads", type=positive(int))
+    parser.add_argument("--rounds", type=positive(int), default=3)
+    parser.add_argument("--batch", type=positive(int), default=8)
+    parser.add_argument("--vectors", type=positive(int), help="for nearest (default: 10^6, quick: 10^5)")
+    parser.add_argument("--samples", type=positive(int), help="for memory (default: 10^6, quick: 5 10^4)")
+    parser.add_argument("--only", choices=("pass", "peers", "nearest", "memory"))
+    parser.add_argument("--out", type=writable_file, metavar="JSON")
+    args = parser.parse_args()
+    args.vectors = args.vectors or (100_000 if args.quick else 1_000_000)
+    args.samples = args.samples or (50_000 if args.quick else 1_000_000)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    work = Workload(48 if args.quick else 256, 128, 256, 4, 8192)
+    small = Workload(32 if args.quick else 128, 64, 64, 2, 512)
+    sections: dict[str, Callable[[], Any]] = {
+        "pass": lambda: passes(work, args),
+        "peers": lambda: peers(small, args),
+        "nearest": lambda: nearest(args),
+        "memory": lambda: memory(args),
+    }
+    found: dict[str, Any] = {"where": describe(torch.device("cpu"))}
+    for name, measure in sections.items():
+        if args.only in (None, name):
+            found[name] = measure()
+            print(f"{name}\n{table(_rows(found[name]))}\n", flush=True)
+    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _rows(found: dict[str, Any], where: str = "") -> list[list[str]]:
+    rows: list[list[str]] = []
+    for name, value in found.items():
+        inside = f"{where}{name}"
+        if isinstance(value, dict):
+            rows += _rows(value, f"{inside}: ")
+        else:
+            rows.append([inside, f"{value:.3f}" if isinstance(value, float) else str(value)])
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The report of any store: one file, with what was asked for, and nothing that runs."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import funcghost as fg
+from funcghost import plots, store
+
+
+class Page(HTMLParser):
+    """Sees that every element is closed, and collects tags, sources of images and passages of text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.sources: list[str] = []
+        self.passages: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+        if tag == "pre":
+            self.passages.append("")
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "pre" in self.open:
+            self.passages[-1] += data
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    random = np.random.default_rng(0)
+    origin = {"seed": 0, "<b>": {"inner": "<i>"}}
+    with store.record(folder, ["value"], {"document": "string", "domain": "string"}, origin=origin) as kept:
+        for step in range(30):
+            chosen = random.permutation(12)[:4]
+            values = chosen + 100.0 * step + random.standard_normal(4) * 1e-3
+            names = [f"document {index}" for index in chosen]
+            kept.add(step, chosen, {"value": values}, {"document": names, "domain": [f"<{n % 3}>" for n in chosen]})
+    return folder
+
+
+def test_the_best_and_the_worst_stand_first_with_their_texts(record: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    texts = {f"document {index}": f"<script>text {index}</script>" for index in range(12)}
+    found = plots.report(record, out, by="document", group="domain", texts=texts, title="<u>")
+    assert (found.column, found.rows, found.items) == ("value", 120, 12)
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert not page.seen & {"script", "link", "iframe", "u", "i"}
+    assert len(page.sources) == 2
+    assert all(source.startswith("data:image/png;base64,iVBORw0KGgo") for source in page.sources)
+    # The mean of a step is taken off, or the values of its steps would decide.
+    assert len(page.passages) == 20
+    assert "11" in page.passages[0]
+    assert "text 0<" in page.passages[10]
+
+
+def test_a_column_is_enough(record: Path, tmp_path: Path) -> None:
+    found = plots.report(record, tmp_path / "page.html")
+    assert found.items == 12
+    assert Page((tmp_path / "page.html").read_text(encoding="utf-8")).open == []
+
+
+def test_values_that_are_no_numbers_are_counted(tmp_path: Path) -> None:
+    with store.record(tmp_path / "run", ["value"]) as kept:
+        kept.add(0, [1, 2, 3], {"value": [np.nan, np.inf, 1.0]})
+    plots.report(tmp_path / "run", tmp_path / "page.html")
+    assert "<th>not finite</th><td>2</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("wrong", [{"column": "no"}, {"by": "no"}, {"group": "no"}, {"column": "document"}])
+def test_columns_that_are_not_there_are_refused(record: Path, tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(fg.InputError, match="column: must be one of"):
+        plots.report(record, tmp_path / "page.html", **wrong)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_nothing_to_report_is_said(tmp_path: Path) -> None:
+    store.record(tmp_path / "run", ["value"]).close()
+    with pytest.raises(fg.InputError, match="no rows yet"):
+        plots.report(tmp_path / "run", tmp_path / "page.html")
