@@ -185,14 +185,14 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "the site after a checkpoint": Mutation(
         "engine/capture.py",
-        "again.position, again.calls, again.maps = self.position, self.calls, self.maps",
+        "again.position, again.moving, again.maps = self.position, self.moving, self.maps",
         "again.maps = self.maps",
         (AWKWARD, WRAPPERS, "-k", "checkpoint"),
     ),
     "nothing forgotten": Mutation(
-        "engine/capture.py",
-        "tangents.pop(key, None)",
-        "tangents.get(key)",
+        "ops/values.py",
+        "value is None or value.reference() is not tensor",
+        "value is None",
         (WRAPPERS, AWKWARD, "-k", "dead or cell or follow"),
     ),
     "other draws where carried": Mutation(
@@ -215,7 +215,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "other ops between sites": Mutation(
         "engine/capture.py",
-        "if not self.traced and self.digest.ops != self.plan.digest:",
+        "if self.digesting and self.digest.ops != self.plan.digest:",
         "if False:",
         (AWKWARD, "-k", "by_a_flag"),
     ),

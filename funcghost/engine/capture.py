@@ -1,15 +1,12 @@
 """The mode that is active while planned losses run: it knows parameters by identity, taps, and carries tangents."""
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import optree
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from funcghost.algebra.directions import Direction
 from funcghost.engine.contributions import Tangents, filled
@@ -18,12 +15,19 @@ from funcghost.engine.plans import Plan, Site
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow, followed, of_parameters
 from funcghost.engine.tap import Planned, Taps
+from funcghost.engine.walker import Visit, Walker, noted_slots
 from funcghost.errors import MismatchError, PlanError
-from funcghost.ops.composite import opened, seen_by
-from funcghost.ops.digest import Digest, op_name
-from funcghost.ops.moves import MOVES, Maps, Move
-from funcghost.ops.tangent import Call, Outputs, Pushforward, flatten_call, outputs, pushforward, swap
+from funcghost.ops.digest import op_name
+from funcghost.ops.moves import Maps, Move
+from funcghost.ops.tangent import Call, Outputs, Pushforward, outputs, pushforward, swap
 from funcghost.side_effects import RandomState, random_state, replaying
+
+
+class Carried(NamedTuple):
+    """What comes along with a value: its tangent in each direction, and where it comes from, if factors are wanted."""
+
+    tangents: Tangents
+    shadow: Shadow | None
 
 
 class Choose(Protocol):
@@ -36,7 +40,7 @@ class Choose(Protocol):
 _active: ContextVar["Capture | None"] = ContextVar("funcghost_capture", default=None)
 
 
-class Capture(TorchFunctionMode):
+class Capture(Walker[Carried]):
     """Runs the losses along a plan: `scores` arrive as the gradient of the probe, `tangents` at what is carried.
 
     Args:
@@ -65,24 +69,17 @@ class Capture(TorchFunctionMode):
         positions: Positions | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.plan, self.probe, self.choose, self.standins = plan, probe, choose, standins or {}
+        super().__init__(standins, digesting=standins is None)
+        self.plan, self.probe, self.choose = plan, probe, choose
         self.taps = Taps(probe, ledger, positions, dtype)
-        self.shadows: dict[int, Shadow] = {}
-        self.traced = standins is not None
         self.params, self.originals, self.directions = params, originals, directions
-        self.tangents: dict[int, Tangents] = {}
-        self.references: dict[int, Any] = {}
         self.position = 0
-        self.digest = Digest()
         self.ended = False
         self.moves = {moved.call: moved for moved in plan.moves}
-        self.calls = 0
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
-        self._follow(params)
-        if ledger is not None:
-            self.shadows.update(zip(map(id, params), of_parameters(params), strict=True))
+        self.collecting = ledger is not None
+        self._follow(params, of_parameters(params) if self.collecting else [None] * len(params))
 
     def __enter__(self) -> "Capture":
         """Starts to watch."""
@@ -95,40 +92,25 @@ class Capture(TorchFunctionMode):
         super().__exit__(*raised)
         _active.reset(self.token)
 
-    def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def visit(self, visit: Visit[Carried]) -> Any:
         """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
-        parts = opened(op)
-        if parts is not None:
-            with seen_by(self):
-                return parts(*args, **(kwargs or {}))
-        returned = self._run(op, args, kwargs or {})
-        return returned if self.traced else self.digest.give(returned)
-
-    def _run(self, op: Any, args: Any, kwargs: Any) -> Any:
-        leaves, spec = flatten_call(args, kwargs)
-        if self.standins and any(id(leaf) in self.standins for leaf in leaves):
-            leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]
-            args, kwargs = optree.tree_unflatten(spec, leaves)
-        if self.moves and op in MOVES:
-            self._follow_move(op, leaves, spec)
-        tracked = tuple([slot for slot, leaf in enumerate(leaves) if id(leaf) in self.tangents])
+        op, leaves = visit.op, visit.leaves
+        if self.moves and visit.move is not None:
+            self._follow_move(visit)
+        tracked = noted_slots(visit.values)
         if not tracked or not torch.is_grad_enabled():
-            returned = op(*args, **kwargs)
-            self._digest(op, leaves, returned)
-            return returned
+            return self.run(visit)
         index, site = self.position, self._peek(op, tracked)
         written = site.written if site else ()
         drawn = random_state([self.probe.device]) if site and site.random and site.action != "skip" else None
+        before = leaves
         if written and site and site.action == "tap":
-            before = tuple(leaf.clone() if slot in written else leaf for slot, leaf in enumerate(leaves))
-            call = Call(op, before, spec, tracked, written)
-        else:
-            call = Call(op, tuple(leaves), spec, tracked, written)
+            before = [leaf.clone() if slot in written else leaf for slot, leaf in enumerate(leaves)]
+        call = Call(op, tuple(before), visit.spec, tracked, written)
+        known = [value.note for value in visit.values if value is not None and value.note is not None]
         carrying = site is not None and site.action == "carry"
-        carried = self._carry(index, call, site, drawn) if site and carrying and written else None
-        shadows = self._shadow(call, site, (), drawn) if site and carrying and written else None
-        returned = op(*args, **kwargs)
-        self._digest(op, leaves, returned)
+        carried = self._carry(index, call, known, site, (), drawn) if site and carrying and written else None
+        returned = self.run(visit)
         found = outputs(returned, [leaves[slot] for slot in written])
         if not written and all(any(value is leaf for leaf in leaves) for value in found):
             return returned
@@ -138,15 +120,15 @@ class Capture(TorchFunctionMode):
         if len(found) != len(site.layouts):
             raise MismatchError(f"site {index}: {site.op} gave {len(found)} outputs, the plan has {len(site.layouts)}.")
         if site.action == "tap":
-            return swap(returned, self._tap(index, call, site, found, drawn))
+            return swap(returned, self._tap(index, call, known, site, found, drawn))
         if carrying and not written:
-            carried, shadows = self._carry(index, call, site, drawn), self._shadow(call, site, found, drawn)
-        self._attach(site, found, carried, shadows)
+            carried = self._carry(index, call, known, site, found, drawn)
+        self._attach(found, carried)
         return returned
 
-    def tangents_of(self, value: Tensor) -> Tangents | None:
-        """What was carried to a value, per direction."""
-        return self.tangents.get(id(value))
+    def carried_to(self, value: Tensor) -> Carried | None:
+        """What has come along with a value."""
+        return self.values.noted(value)
 
     def check_moves(self, *, at_once: bool) -> None:
         """Checks that samples were moved to where the plan says; not `at_once`, the device does it when it gets there.
@@ -166,7 +148,7 @@ class Capture(TorchFunctionMode):
 
         A compiler may run other ops than eager mode where a model asks whether it is being compiled.
         """
-        if not self.traced and self.digest.ops != self.plan.digest:
+        if self.digesting and self.digest.ops != self.plan.digest:
             raise MismatchError("the losses ran other ops, or ops with other flags, than when the plan was made.")
         if self.position != len(self.plan.sites):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
@@ -175,29 +157,20 @@ class Capture(TorchFunctionMode):
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
         again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
-        again.originals, again.directions, again.ended = self.originals, self.directions, True
-        again.taps = self.taps
-        again.position, again.calls, again.maps = self.position, self.calls, self.maps
-        for key, tangents in self.tangents.items():
-            reference = self.references[key]
-            value = reference() if isinstance(reference, weakref.ref) else reference
-            again.tangents[key] = tangents
-            again.references[key] = weakref.ref(value, again._forgetting(key))
-        again.shadows.update(self.shadows)
-        again._follow(self.originals)
-        if self.shadows:
-            of_own = (self.shadows[id(param)] for param in self.params)
-            again.shadows.update(zip(map(id, self.originals), of_own, strict=True))
+        again.params = again.originals = self.originals
+        again.directions, again.ended = self.directions, True
+        again.taps, again.collecting = self.taps, self.collecting
+        again.position, again.moving, again.maps = self.position, self.moving, self.maps
+        for known in self.values.known.values():
+            if known.note is not None and (value := known.reference()) is not None:
+                again.values.note(value, known.note)
+        own = [self.values.noted(param) for param in self.params]
+        again._follow(self.originals, [carried and carried.shadow for carried in own])
         return again
 
-    def _digest(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
-        if not self.traced:
-            self.digest.add(op, leaves, returned)
-
-    def _follow(self, params: Sequence[Tensor]) -> None:
-        for param, *tangents in zip(params, *self.directions, strict=True):
-            self.tangents[id(param)] = tuple(tangents)
-            self.references[id(param)] = param
+    def _follow(self, params: Sequence[Tensor], shadows: Sequence[Shadow | None]) -> None:
+        for param, shadow, *tangents in zip(params, shadows, *self.directions, strict=True):
+            self.values.note(param, Carried(tuple(tangents), shadow))
 
     def _peek(self, op: Any, tracked: tuple[int, ...]) -> Site | None:
         if self.position < len(self.plan.sites):
@@ -220,15 +193,16 @@ class Capture(TorchFunctionMode):
             raise PlanError(f"site {index}: {site.op} has no way to its derivative yet. Make the plan with fg.plan.")
         return self.choose(index, call)
 
-    def _along(self, call: Call) -> list[Tangents]:
-        """The tangents that come into a call, for each of its tracked slots."""
-        return [self.tangents[id(call.leaves[slot])] for slot in call.tracked]
+    def _carry(
+        self, index: int, call: Call, known: Sequence[Carried], site: Site, found: Outputs, drawn: RandomState | None
+    ) -> list[Carried | None]:
+        """`J V` of every output that has a derivative, for each direction that comes here, now; and their shadows.
 
-    def _carry(self, index: int, call: Call, site: Site, drawn: RandomState | None) -> list[Outputs | None]:
-        """`J V` of every output, for each direction that comes here, now."""
+        Nothing has been `found` where the call is still to run, since it writes to what goes in.
+        """
         push = self._push(index, call, site)
         saved = [call.leaves[slot].detach() for slot in push.needed]
-        tangents = self._along(call)
+        tangents = [carried.tangents for carried in known]
         slopes: list[Outputs | None] = []
         for k, along in enumerate(zip(*tangents, strict=True)):
             if all(tangent is None for tangent in along):
@@ -236,53 +210,51 @@ class Capture(TorchFunctionMode):
                 continue
             with torch.no_grad(), replaying(drawn):
                 slopes.append(push.evaluate(saved, filled(call, tangents, k)))
-        return slopes
+        sources = [carried.shadow for carried in known if carried.shadow is not None]
+        shadows: Sequence[Shadow | None] = [None] * len(site.layouts)
+        if sources:
+            with replaying(drawn):
+                shadows = followed(call, found, sources, site.way)
+        return [
+            None
+            if layout == "constant"
+            else Carried(tuple(None if slope is None else slope[i] for slope in slopes), shadows[i])
+            for i, layout in enumerate(site.layouts)
+        ]
 
-    def _follow_move(self, op: Any, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:
+    def _follow_move(self, visit: Visit[Carried]) -> None:
         """Notes where an op moves the samples, if the plan says that it does so by data."""
-        moved, self.calls = self.moves.get(self.calls), self.calls + 1
+        moved = self.moves.get(visit.move) if visit.move is not None else None
         if moved is not None:
-            if moved.op != op_name(op):
-                raise MismatchError(f"found {op_name(op)} where {moved.op} moves samples in the plan.")
-            move = Move(op, tuple(leaves), spec, moved.slots)
+            if moved.op != op_name(visit.op):
+                raise MismatchError(f"found {op_name(visit.op)} where {moved.op} moves samples in the plan.")
+            move = Move(visit.op, tuple(visit.leaves), visit.spec, moved.slots)
             self.as_planned.append(moved.follow(move, self.maps, self.probe.shape[0]))
 
-    def _shadow(self, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> list[Shadow] | None:
-        """Where the outputs of a call that carries tangents come from, if that is asked for."""
-        if not self.shadows:
-            return None
-        with replaying(drawn):
-            return followed(call, found, [self.shadows[id(call.leaves[slot])] for slot in call.tracked], site.way)
+    def _attach(self, found: Outputs, carried: Sequence[Carried | None] | None) -> None:
+        """Notes what comes along with what came out; a value that was overwritten without a tangent loses its own."""
+        for value, along in zip(found, carried or [None] * len(found), strict=True):
+            if along is None:
+                self.values.of(value).note = None
+            else:
+                self.values.note(value, along)
 
-    def _attach(
-        self, site: Site, found: Outputs, carried: list[Outputs | None] | None, shadows: list[Shadow] | None
-    ) -> None:
-        """Notes the tangents of what came out; a value that was overwritten without one loses its own."""
-        for i, (value, layout) in enumerate(zip(found, site.layouts, strict=True)):
-            self.shadows.pop(id(value), None)
-            if carried is None or layout == "constant":
-                self.tangents.pop(id(value), None)
-                continue
-            self.tangents[id(value)] = tuple(None if slope is None else slope[i] for slope in carried)
-            self.references[id(value)] = weakref.ref(value, self._forgetting(id(value)))
-            shadow = shadows[i] if shadows else None
-            if shadow is not None:
-                self.shadows[id(value)] = shadow
-
-    def _forgetting(self, key: int) -> Callable[[Any], None]:
-        """Drops what is known of a value when it dies, before its id comes again."""
-        tangents, shadows = self.tangents, self.shadows
-
-        def forget(_: Any) -> None:
-            tangents.pop(key, None)
-            shadows.pop(key, None)
-
-        return forget
-
-    def _tap(self, index: int, call: Call, site: Site, found: Outputs, drawn: RandomState | None) -> dict[int, Tensor]:
+    def _tap(
+        self,
+        index: int,
+        call: Call,
+        known: Sequence[Carried],
+        site: Site,
+        found: Outputs,
+        drawn: RandomState | None,
+    ) -> dict[int, Tensor]:
         """The outputs behind a tap, by the id of what they replace."""
-        targets = {slot: self.shadows[id(call.leaves[slot])] for slot in call.tracked} if self.shadows else {}
-        planned = Planned(index, site, call, found, self._along(call), targets, drawn)
+        targets = {
+            slot: carried.shadow
+            for slot, carried in zip(call.tracked, known, strict=True)
+            if carried.shadow is not None
+        }
+        planned = Planned(index, site, call, found, [carried.tangents for carried in known], targets, drawn)
         return self.taps.put(planned, self.maps, self._push, lambda: self.ended)
 
 

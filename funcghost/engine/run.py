@@ -71,7 +71,8 @@ def run(
             f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch."
         )
     capture.finish()
-    tail = capture.shadows.get(id(losses))
+    carried = capture.carried_to(losses)
+    tail = carried and carried.shadow
     if ledger is not None and tail is not None:
         ledger.expect([tail])
     wanted = [probe] if reduction is None else [probe, *leaves]
@@ -85,9 +86,8 @@ def run(
     if ledger is not None:
         ledger.close(tail, cotangent, scale)
     by_position = {} if positions is None else positions.results(scale)
-    carried = capture.tangents_of(losses)
-    if carried:
-        tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried]
+    if carried and carried.tangents:
+        tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried.tangents]
         scores = scores + torch.stack(tails, -1).to(scores.dtype)
     return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, by_position)
 

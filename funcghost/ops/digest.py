@@ -4,7 +4,6 @@ The first covers every op, not only those that parameters reach: whether `batch_
 op that may see no parameter at all.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
@@ -12,6 +11,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 from torch.overrides import resolve_name
+
+from funcghost.ops.values import Value
 
 _names: dict[Any, str] = {}
 _codes: dict[Any, int] = {}
@@ -42,10 +43,9 @@ class Digest:
     def __init__(self) -> None:
         """Starts before the first op."""
         self.ops = self.sizes = self.count = 0
-        self.numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    def add(self, op: Any, leaves: Sequence[Any], returned: Any) -> None:
-        """One more op.
+    def add(self, op: Any, leaves: Sequence[Any], values: Sequence[Value[Any] | None], returned: Any) -> None:
+        """One more op, with the records of those leaves that are tensors.
 
         Questions such as `x.requires_grad` or `x.shape` are left out: profilers ask them, too.
         """
@@ -53,10 +53,10 @@ class Digest:
             return
         flags: list[int] = [self.ops, _code(op), torch.is_grad_enabled()]
         sizes: list[Any] = [self.sizes]
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
+        for leaf, value in zip(leaves, values, strict=True):
+            if value is not None:
                 sizes.append(leaf.shape)
-                flags.append(self._number(leaf))
+                flags.append(value.number or self.number(value))
             elif isinstance(leaf, bool):
                 flags.append(2 + leaf)
             elif isinstance(leaf, int):
@@ -70,24 +70,12 @@ class Digest:
         # Hashes of tuples of numbers are the same in every process.
         self.ops, self.sizes = hash(tuple(flags)), hash(tuple(sizes))
 
-    def give(self, returned: Any) -> Any:
-        """Numbers the tensors that an op gave, in the form in which the losses get them."""
-        if isinstance(returned, Tensor):
-            self._number(returned)
-        elif isinstance(returned, tuple | list):
-            for value in returned:
-                if isinstance(value, Tensor):
-                    self._number(value)
-        return returned
-
-    def _number(self, value: Tensor) -> int:
-        """Which tensor it is, counted in the order in which they come."""
-        known = self.numbers.get(id(value))
-        if known is not None and known[0]() is value:
-            return known[1]
-        self.count += 1
-        self.numbers[id(value)] = weakref.ref(value), self.count
-        return self.count
+    def number(self, value: Value[Any]) -> int:
+        """Numbers a value, if it has no number yet: in the order in which they come."""
+        if not value.number:
+            self.count += 1
+            value.number = self.count
+        return value.number
 
 
 def _holds_tensors(returned: Any) -> bool:

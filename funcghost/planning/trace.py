@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funcghost.engine.walker import Visit, Walker
 from funcghost.errors import UnsupportedOpError
-from funcghost.ops.composite import opened, seen_by
-from funcghost.ops.digest import Digest, op_name
+from funcghost.ops.digest import op_name
 from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Clock, Meter
-from funcghost.ops.moves import MOVES, Move
-from funcghost.ops.tangent import Call, flatten_call, is_float, outputs, physical, swap
+from funcghost.ops.moves import Move
+from funcghost.ops.tangent import Call, is_float, outputs, physical, swap
 from funcghost.planning.drawn import Generic
 from funcghost.planning.observe import Observe
 from funcghost.problem import Problem
@@ -69,7 +67,14 @@ class Noted(NamedTuple):
     unseen: bool
 
 
-class Trace(TorchFunctionMode):
+class Downstream(NamedTuple):
+    """What is known of a value downstream of a parameter: its number, and whether parameters alone are upstream."""
+
+    number: int
+    fixed: bool
+
+
+class Trace(Walker[Downstream]):
     """Records what is computed from the parameters while the losses run.
 
     A backward as far as the `roots` comes past every meter.
@@ -82,41 +87,35 @@ class Trace(TorchFunctionMode):
         self.memory = {storage_of(param): name for param, name in zip(params, names, strict=True)}
         self.clock = clock
         self.records: list[Record] = []
-        self.values = {id(param): number for number, param in enumerate(params)}
+        for number, param in enumerate(params):
+            self.values.note(param, Downstream(number, True))
         self.count = len(params)
-        self.digest = Digest()
-        self.fixed = set(range(len(params)))
         self.params = {id(param) for param in params}
-        self.seen: dict[int, Tensor] = {id(t): t for t in (*params, *tensors(problem.batch))}
+        self.given = {id(t) for t in (*params, *tensors(problem.batch))}
         self.dtypes = {param.dtype for param in params}
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
         self.roots: list[Any] = []
         self.moves: dict[int, Noted] = {}
-        self.calls = 0
         self.generic = Generic(clock) if drawn else None
 
-    def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def visit(self, visit: Visit[Downstream]) -> Any:
         """Runs the op as it is and notes what went in and came out."""
-        kwargs, parts = kwargs or {}, opened(op)
-        if parts is not None:
-            with seen_by(self):
-                return parts(*args, **kwargs)
-        leaves, spec = flatten_call(args, kwargs)
+        op, leaves = visit.op, visit.leaves
         given = {slot: leaf for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        for leaf in given.values():
-            if id(leaf) not in self.seen and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-                self.foreign.setdefault(id(leaf), weakref.ref(leaf))
-        inputs = {slot: self.values[id(leaf)] for slot, leaf in given.items() if id(leaf) in self.values}
-        move = self._note_move(op, leaves, spec, given, inputs) if op in MOVES else None
+        known = {slot: value for slot, value in enumerate(visit.values) if value is not None}
+        for slot, leaf in given.items():
+            if not known[slot].number and id(leaf) not in self.given and physical(leaf) is leaf:
+                self.foreign.setdefault(id(leaf), known[slot].reference)
+        inputs = {slot: value.note for slot, value in known.items() if value.note is not None}
+        self._note_move(visit, given, inputs)
         versions = {slot: physical(leaf)._version for slot, leaf in given.items() if not leaf.is_inference()}
         copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
         kept = self._before_a_write(op, leaves, inputs) if inputs else None
         before = random_state(self.devices)
-        returned = op(*args, **kwargs)
-        self.digest.add(op, leaves, returned)
+        returned = self.run(visit)
         drew = any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state(self.devices), strict=True))
         if not inputs or not torch.is_grad_enabled():
-            return self._keep(returned)
+            return returned
         written = tuple(
             slot
             for slot, version in versions.items()
@@ -125,25 +124,25 @@ class Trace(TorchFunctionMode):
         self._refuse_writes(op, [given[slot] for slot in written])
         found = outputs(returned, [given[slot] for slot in written])
         if all(any(value is leaf for leaf in given.values()) for value in found) and not written:
-            return self.digest.give(returned)
+            return returned
         # Views of one memory count as written, all of them: which of them an op changed cannot be told.
         as_before = kept if kept is not None and len(written) == 1 else None
-        call = Call(op, tuple(leaves if as_before is None else as_before), spec, tuple(inputs), written)
+        call = Call(op, tuple(leaves if as_before is None else as_before), visit.spec, tuple(inputs), written)
         in_general = as_before is not None or not written
-        return self._keep(self._record(call, given, inputs, found, returned, drew, move, in_general))
+        return self._record(call, given, inputs, found, returned, drew, visit.move, in_general)
 
     def _record(
         self,
         call: Call,
         given: dict[int, Tensor],
-        inputs: dict[int, int],
+        inputs: dict[int, Downstream],
         found: tuple[Tensor, ...],
         returned: Any,
         drew: bool,
         move: int | None,
         in_general: bool,
     ) -> Any:
-        fixed = len(inputs) == len(given) and self.fixed.issuperset(inputs.values())
+        fixed = len(inputs) == len(given) and all(known.fixed for known in inputs.values())
         smooth = [value for value in found if physical(value).requires_grad]
         memory = {storage_of(leaf) for leaf in given.values()}
         bound = any(storage_of(value) in memory for value in smooth)
@@ -158,14 +157,14 @@ class Trace(TorchFunctionMode):
             if id(value) != original:
                 replaced[original] = value
             if not physical(value).requires_grad:
-                self.values.pop(id(value), None)
+                self.values.of(value).note = None
                 outs.append(Output(None, tuple(value.shape)))
                 continue
             self.dtypes.add(value.dtype)
             wrapped = physical(value) is not value
             meter = None if fixed or (bound and wrapped) else Meter(self.clock, None if wrapped else value.shape)
             if meter is not None:
-                if not self.fixed.isdisjoint(inputs.values()):
+                if any(known.fixed for known in inputs.values()):
                     self.roots.append(get_gradient_edge(physical(value)))
                 if wrapped or (value._is_view() and not bound):
                     # A hook would stay with the view's present node, which an op in place on it replaces.
@@ -173,18 +172,16 @@ class Trace(TorchFunctionMode):
                 else:
                     _ = value.grad_fn  # A view's history must be up to date first: torch crashes otherwise (#196459).
                     value.register_hook(meter.see)
-            self.values[id(value)] = self.count
-            self.seen[id(value)] = value
+            self.values.note(value, Downstream(self.count, fixed))
             outs.append(Output(self.count, tuple(value.shape), meter))
-            if fixed:
-                self.fixed.add(self.count)
             self.count += 1
-        self.records.append(Record(op_name(call.op), inputs, tuple(outs), call.written, fixed, bound, drew, move))
+        numbers = {slot: known.number for slot, known in inputs.items()}
+        self.records.append(Record(op_name(call.op), numbers, tuple(outs), call.written, fixed, bound, drew, move))
         return swap(returned, replaced) if replaced else returned
 
-    def _before_a_write(self, op: Any, leaves: Sequence[Any], inputs: dict[int, int]) -> list[Any] | None:
+    def _before_a_write(self, op: Any, leaves: Sequence[Any], inputs: dict[int, Downstream]) -> list[Any] | None:
         """The leaves of a call that may write to one of them, with copies of those."""
-        fixed = {slot for slot, value in inputs.items() if value in self.fixed}
+        fixed = {slot for slot, known in inputs.items() if known.fixed}
         name, flag = op_name(op).rpartition(".")[2], any(leaf is True for leaf in leaves)
         writes = flag or op is Tensor.__setitem__ or re.fullmatch(r".*[^_]_|__i.*__", name) is not None
         if self.generic is None or not writes or len(fixed) == len(inputs):
@@ -197,29 +194,26 @@ class Trace(TorchFunctionMode):
             is_float(leaf)
             and physical(leaf) is leaf
             and leaf.dim() == 1
-            and id(leaf) not in self.values
+            and self.values.noted(leaf) is None
             and not leaf.requires_grad
         )
 
-    def _note_move(
-        self, op: Any, leaves: list[Any], spec: Any, given: dict[int, Tensor], inputs: dict[int, int]
-    ) -> int:
-        """Keeps a call that may move samples, to be looked at when layouts are known; gives its number."""
-        call, self.calls = self.calls, self.calls + 1
-        if any(physical(leaf) is not leaf for leaf in given.values()):  # under vmap, samples stay apart
-            return call
-        moved = tuple(slot for slot, value in inputs.items() if value not in self.fixed)
+    def _note_move(self, visit: Visit[Downstream], given: dict[int, Tensor], inputs: dict[int, Downstream]) -> None:
+        """Keeps a call that may move samples, to be looked at when layouts are known."""
+        if visit.move is None or any(physical(leaf) is not leaf for leaf in given.values()):
+            return  # under vmap, samples stay apart
+        op = visit.op
+        moved = tuple(slot for slot, known in inputs.items() if not known.fixed)
         hidden = [leaf for slot, leaf in given.items() if leaf.grad_fn is not None and slot not in inputs]
         unseen = op in BY_DATA and any(self.params & accumulators(leaf) for leaf in hidden)
         if moved or unseen:
             index = tuple(slot for slot, leaf in given.items() if not is_float(leaf)) if op in BY_DATA else ()
             kept = tuple(
                 (leaf.new_empty(()).expand(leaf.shape) if is_float(leaf) else leaf.clone()) if slot in given else leaf
-                for slot, leaf in enumerate(leaves)
+                for slot, leaf in enumerate(visit.leaves)
             )
             ordering = op in BY_DATA and op not in (Tensor.__getitem__, Tensor.__setitem__)
-            self.moves[call] = Noted(Move(op, kept, spec, moved), index, bool(index) or ordering, unseen)
-        return call
+            self.moves[visit.move] = Noted(Move(op, kept, visit.spec, moved), index, bool(index) or ordering, unseen)
 
     def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:
         for value in written:
@@ -230,16 +224,8 @@ class Trace(TorchFunctionMode):
                     "max_norm). Losses must leave params as they are: change the parameter before the step."
                 )
 
-    def _keep(self, returned: Any) -> Any:
-        """Holds on to what an op returned, since a dead tensor's id may come again."""
-        for leaf in optree.tree_leaves(returned):
-            if isinstance(leaf, Tensor):
-                self.seen[id(leaf)] = leaf
-        return self.digest.give(returned)
-
     def captured(self) -> tuple[Tensor, ...]:
         """The tensors of the user that went into ops without being parameters or batch: buffers, constants."""
-        self.seen.clear()
         alive = (reference() for reference in self.foreign.values())
         return tuple(tensor for tensor in alive if tensor is not None and tensor.is_leaf)
 

@@ -1,0 +1,90 @@
+"""The walk along the ops of the losses, which a measuring and a planned run must make call by call alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import optree
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from funcghost.ops.composite import opened, seen_by
+from funcghost.ops.digest import Digest
+from funcghost.ops.moves import MOVES
+from funcghost.ops.tangent import flatten_call
+from funcghost.ops.values import Note, Value, Values
+
+
+@dataclass(eq=False, slots=True)
+class Visit(Generic[Note]):
+    """A call that the walk has come to: its flat arguments, with the record of each that is a tensor.
+
+    `move` is its number among the calls of ops that may move samples, None for others.
+    """
+
+    op: Any
+    args: Any
+    kwargs: Any
+    leaves: list[Any]
+    spec: optree.PyTreeSpec
+    values: list[Value[Note] | None]
+    move: int | None
+
+
+class Walker(TorchFunctionMode, Generic[Note]):
+    """A mode that opens composites, flattens calls, numbers moves and values, and keeps the checksums of what ran.
+
+    Subclasses say in `visit` what is done at a call, which they `run`.
+    """
+
+    def __init__(self, standins: dict[int, Tensor] | None = None, digesting: bool = True) -> None:
+        """Starts before the first op. `standins` take the place of other tensors, by id."""
+        super().__init__()
+        self.values: Values[Note] = Values()
+        self.digest, self.digesting = Digest(), digesting
+        self.standins = standins or {}
+        self.moving = 0
+
+    def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Visits the call, or the parts of a composite."""
+        kwargs, parts = kwargs or {}, opened(op)
+        if parts is not None:
+            with seen_by(self):
+                return parts(*args, **kwargs)
+        leaves, spec = flatten_call(args, kwargs)
+        if self.standins and any(id(leaf) in self.standins for leaf in leaves):
+            leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]
+            args, kwargs = optree.tree_unflatten(spec, leaves)
+        move = None
+        if op in MOVES:
+            move, self.moving = self.moving, self.moving + 1
+        of = self.values.of
+        values = [of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        returned = self.visit(Visit(op, args, kwargs, leaves, spec, values, move))
+        if self.digesting:
+            self._number(returned)
+        return returned
+
+    def visit(self, visit: Visit[Note]) -> Any:
+        """Runs the call, and gives the losses what they are to get."""
+        raise NotImplementedError
+
+    def run(self, visit: Visit[Note]) -> Any:
+        """What the op returns for its arguments."""
+        returned = visit.op(*visit.args, **visit.kwargs)
+        if self.digesting:
+            self.digest.add(visit.op, visit.leaves, visit.values, returned)
+        return returned
+
+    def _number(self, returned: Any) -> None:
+        """Numbers the tensors that an op gave, in the form in which the losses get them."""
+        if isinstance(returned, Tensor):
+            self.digest.number(self.values.of(returned))
+        elif isinstance(returned, tuple | list):
+            for part in returned:
+                self._number(part)
+
+
+def noted_slots(values: Sequence[Value[Any] | None]) -> tuple[int, ...]:
+    """The slots of what something is noted of."""
+    return tuple([slot for slot, value in enumerate(values) if value is not None and value.note is not None])
