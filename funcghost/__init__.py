@@ -25,7 +25,7 @@ from funcghost.errors import (
     UnsupportedOpError,
 )
 from funcghost.losses.examples import per_example
-from funcghost.losses.modules import module_losses
+from funcghost.losses.modules import module_losses, trainable
 from funcghost.ops.rules import register_rule
 from funcghost.options import Options
 from funcghost.reducers.bases import Additive, Directional, Reducer
@@ -85,4 +85,5 @@ __all__ = [
     "squared_norm",
     "stack",
     "track",
+    "trainable",
 ]

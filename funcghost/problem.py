@@ -1,12 +1,14 @@
 """What is differentiated: the losses of a batch at given parameters, and their gradient by autograd."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optree
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointError
 
 from funcghost.errors import InputError, UnsupportedOpError
@@ -18,16 +20,12 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be differentiated: the losses at given parameters on a given batch.
-
-    `point`: other values to take the derivative at, in place of those of the parameters.
-    """
+    """What is to be differentiated: the losses at given parameters on a given batch."""
 
     losses: Losses
     params: Params
     batch: Tree
     has_aux: bool = False
-    point: tuple[Tensor, ...] | None = None
 
     def devices(self) -> list[torch.device]:
         """The devices of the parameters and of the batch."""
@@ -38,8 +36,31 @@ class Problem:
         return any(leaf.is_meta for leaf in self.params.leaves)
 
     def leaves(self) -> list[Tensor]:
-        """Fresh leaves that share memory with the parameters, so that nothing of the user's is touched."""
-        return [leaf.detach().requires_grad_() for leaf in self.point or self.params.leaves]
+        """What is differentiated: the user's own leaves that require gradients, and fresh ones for other parameters.
+
+        The losses may come to a parameter by another way than `params`: a second reference, a module that runs again in
+        a backward, a hook. To its own leaf, all of them lead. Fresh leaves share memory with the parameters.
+        """
+        return [leaf if is_own(leaf) else leaf.detach().requires_grad_() for leaf in self.params.leaves]
+
+    @contextmanager
+    def at(self, values: Sequence[Tensor]) -> Iterator["Problem"]:
+        """The same problem with other values of the parameters; the user's own leaves have them for as long."""
+        leaves = self.params.leaves
+        kept = [
+            leaf.detach() if is_own(leaf) and leaf is not value else None
+            for leaf, value in zip(leaves, values, strict=True)
+        ]
+        there = tuple(value if own is None else leaf for leaf, own, value in zip(leaves, kept, values, strict=True))
+        try:
+            for leaf, own, value in zip(leaves, kept, values, strict=True):
+                if own is not None:
+                    leaf.data = value.detach()
+            yield replace(self, params=self.params._replace(leaves=there))
+        finally:
+            for leaf, own in zip(leaves, kept, strict=True):
+                if own is not None:
+                    leaf.data = own
 
     def evaluate(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """The losses [b] and the auxiliary output."""
@@ -50,6 +71,12 @@ class Problem:
         values, aux = out if self.has_aux else (out, None)
         check_losses(values)
         return values, aux
+
+
+def is_own(leaf: Tensor) -> bool:
+    """Whether autograd can be asked for the gradient of this very tensor; not while a compiler traces."""
+    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return leaf.requires_grad and leaf.is_leaf and not traced
 
 
 def check_losses(values: Any) -> None:

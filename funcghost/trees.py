@@ -52,6 +52,12 @@ def split_params(tree: Tree) -> Params:
                 f"params[{name!r}] must have a real floating-point dtype, found {leaf.dtype}. "
                 "Only such tensors have gradients here: close over the others instead of passing them as parameters."
             )
+        if isinstance(leaf, torch.nn.Parameter) and not leaf.requires_grad:
+            raise InputError(
+                f"params[{name!r}] is a frozen parameter (requires_grad=False), whose gradient would be counted in "
+                "scores and norms. Pass fg.trainable(model): the losses take the frozen ones from the model. If its "
+                f"gradients are meant, pass it as a plain tensor, params[{name!r}].detach()."
+            )
     if len(set(map(id, leaves))) != len(leaves):
         first: dict[object, str] = {}
         for name, leaf in zip(names, leaves, strict=True):

@@ -1,7 +1,7 @@
 """Verdicts: what funcghost says, held to what autograd says, with a tolerance and an eye for rounding."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Judge:
         """Fills in the errors and verdicts of the rows."""
         measured = self._measured(truth, found, ())
         if not all(column.agrees for of_row in measured for column in of_row.values()):
-            near = [by_autograd(nearby(self.problem, self.eps, i), self.chosen, self.named, "rounding") for i in (1, 2)]
+            near = list(map(self._near, (1, 2)))
             measured = self._measured(truth, found, near)
         for k, (row, columns) in enumerate(zip(rows, measured, strict=True)):
             known = any(bool(column.known.any()) or not len(column.known) for column in columns.values())
@@ -81,6 +81,11 @@ class Judge:
             if not notes and k < len(truth.used) and not truth.largest[k]:
                 notes.append("zero gradient" if truth.used[k] else "unused")
             row["note"] = ", ".join(notes)
+
+    def _near(self, seed: int) -> Truth:
+        """What autograd says where all differs by rounding."""
+        with self.problem.at(nearby(self.problem.params.leaves, self.eps, seed)) as moved:
+            return by_autograd(moved, self.chosen, self.named, "rounding")
 
     def same_losses(self, truth: Truth, found: Numbers) -> bool:
         """Whether the step gives the losses that the function gives."""
@@ -140,11 +145,10 @@ def _measured(found: Tensor, wanted: Tensor, scale: Tensor, near: Sequence[Tenso
     return Measured((found - wanted).abs(), scale, wanted.isfinite(), spread, tolerance)
 
 
-def nearby(problem: Problem, eps: float, seed: int) -> Problem:
-    """The same problem with every parameter off by a little rounding."""
+def nearby(leaves: Sequence[Tensor], eps: float, seed: int) -> list[Tensor]:
+    """Parameters, every one off by a little rounding."""
     size = eps * (64 if eps < 1e-5 else 1)
-    leaves = enumerate(problem.params.leaves)
-    return replace(problem, point=tuple(shaken(leaf, size, 1000 * seed + number) for number, leaf in leaves))
+    return [shaken(leaf, size, 1000 * seed + number) for number, leaf in enumerate(leaves)]
 
 
 def blank_rows(problem: Problem, plan: Plan | None, named: Named) -> list[Row]:

@@ -8,19 +8,33 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from funcghost.algebra.directions import Direction
+from funcghost.algebra.directions import Direction, as_dense
 from funcghost.engine.contributions import Tangents, filled
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan, Site
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow, followed, of_parameters
-from funcghost.engine.tap import Planned, Taps
+from funcghost.engine.tap import Planned, Taps, placed
+from funcghost.engine.unseen import (
+    Edge,
+    before_hooks,
+    edge_of,
+    hooked,
+    is_hooked,
+    now,
+    replayed,
+    stretch_of,
+    tap_stretch,
+    walk,
+)
 from funcghost.engine.walker import Visit, Walker, noted_slots
 from funcghost.errors import MismatchError, PlanError
 from funcghost.ops.digest import op_name
 from funcghost.ops.moves import Maps, Move
-from funcghost.ops.tangent import Call, Outputs, Pushforward, outputs, pushforward, swap
+from funcghost.ops.tangent import Call, Outputs, Pushforward, outputs, physical, pushforward, swap
+from funcghost.ops.values import Value
 from funcghost.side_effects import RandomState, random_state, replaying
+from funcghost.trees import Params
 
 
 class Carried(NamedTuple):
@@ -48,7 +62,7 @@ class Capture(Walker[Carried]):
         params: the tensors that stand for the parameters in this run.
         directions: for each direction, one tangent per parameter.
         probe: zeros [b, k].
-        originals: the user's own tensors of the parameters, which a checkpointed region sees when it is recomputed.
+        given: the parameters as the user gave them: a checkpointed region sees these when it is recomputed.
         choose: how a site without a way gets one (only while the plan is rehearsed).
         standins: tensors to take the place of others, by id; given while a compiler traces, when sizes are symbols.
         ledger: what collects factors of per-sample gradients, if something is made of these.
@@ -62,7 +76,7 @@ class Capture(Walker[Carried]):
         params: Sequence[Tensor],
         directions: Sequence[Direction],
         probe: Tensor,
-        originals: Sequence[Tensor] = (),
+        given: Params,
         choose: Choose | None = None,
         standins: dict[int, Tensor] | None = None,
         ledger: Ledger | None = None,
@@ -72,13 +86,17 @@ class Capture(Walker[Carried]):
         super().__init__(standins, digesting=standins is None)
         self.plan, self.probe, self.choose = plan, probe, choose
         self.taps = Taps(probe, ledger, positions, dtype)
-        self.params, self.originals, self.directions = params, originals, directions
+        self.params, self.given, self.directions = params, given, directions
         self.position = 0
         self.ended = False
         self.moves = {moved.call: moved for moved in plan.moves}
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
         self.collecting = ledger is not None
+        self.watching = any(site.unseen is not None for site in plan.sites)
+        self.started = now() if self.watching else 0
+        self.nodes: dict[Edge, Carried] = {}
+        self.stood_for: list[Tensor] = []
         self._follow(params, of_parameters(params) if self.collecting else [None] * len(params))
 
     def __enter__(self) -> "Capture":
@@ -153,23 +171,28 @@ class Capture(Walker[Carried]):
         if self.position != len(self.plan.sites):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
         self.ended = True
+        self.nodes.clear()
+        self.stood_for.clear()
 
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
-        again = Capture(self.plan, (), (), self.probe, (), self.choose, self.standins)
-        again.params = again.originals = self.originals
-        again.directions, again.ended = self.directions, True
+        again = Capture(self.plan, (), (), self.probe, self.given, self.choose, self.standins)
+        again.params, again.directions, again.ended = self.given.leaves, self.directions, True
+        again.met, again.started, again.nodes = self.met, self.started, dict(self.nodes)
         again.taps, again.collecting = self.taps, self.collecting
         again.position, again.moving, again.maps = self.position, self.moving, self.maps
         for known in self.values.known.values():
             if known.note is not None and (value := known.reference()) is not None:
                 again.values.note(value, known.note)
         own = [self.values.noted(param) for param in self.params]
-        again._follow(self.originals, [carried and carried.shadow for carried in own])
+        again._follow(self.given.leaves, [carried and carried.shadow for carried in own])
         return again
 
     def _follow(self, params: Sequence[Tensor], shadows: Sequence[Shadow | None]) -> None:
-        for param, shadow, *tangents in zip(params, shadows, *self.directions, strict=True):
+        for param, name, shadow, *tangents in zip(params, self.given.names, shadows, *self.directions, strict=True):
+            if is_hooked(param):
+                tangents = [t if t is None else before_hooks(param, name, as_dense(t)) for t in tangents]
+                shadow = shadow and hooked(shadow)
             self.values.note(param, Carried(tuple(tangents), shadow))
 
     def _peek(self, op: Any, tracked: tuple[int, ...]) -> Site | None:
@@ -222,6 +245,35 @@ class Capture(Walker[Carried]):
             for i, layout in enumerate(site.layouts)
         ]
 
+    def meet(self, tensor: Tensor, value: Value[Carried], number: int) -> None:
+        """Carries tangents along the stretch of graph between known tensors and one that no op was seen to give."""
+        index = self.position
+        site = self.plan.sites[index] if index < len(self.plan.sites) else None
+        if site is None or site.unseen != number:
+            return
+        walked = walk(tensor, self._known, self.started)
+        if len(walked.ends) != len(site.tracked):
+            raise MismatchError(f"site {index}: {site.op} comes from {len(walked.ends)} tensors with tangents.")
+        self.position += 1
+        stretch, known = stretch_of(tensor, walked), [end.known for end in walked.ends.values()]
+        if site.action == "tap":
+            where = placed(index, site, tensor, site.layouts[0], self.maps, len(self.probe))
+            tangents, shadows = [carried.tangents for carried in known], [carried.shadow for carried in known]
+            behind = tap_stretch(self.taps, (index, site.op), stretch, where, tangents, shadows, lambda: self.ended)
+            self.values.of(behind).version = behind._version
+            self.standins[id(tensor)], self.stood_for = behind, [*self.stood_for, tensor]
+            return
+        slopes = list[Tensor | None]()
+        for along in zip(*(carried.tangents for carried in known), strict=True):
+            some = any(tangent is not None for tangent in along)
+            slopes.append(stretch.push([t if t is None else as_dense(t) for t in along]) if some else None)
+        sources = [carried.shadow for carried in known if carried.shadow is not None]
+        self._attach((tensor,), [Carried(tuple(slopes), replayed(stretch, sources) if sources else None)])
+
+    def _known(self, edge: Edge) -> Carried | None:
+        leaf = getattr(edge[0], "variable", None)
+        return self.nodes.get(edge) if leaf is None else self.values.noted(leaf)
+
     def _follow_move(self, visit: Visit[Carried]) -> None:
         """Notes where an op moves the samples, if the plan says that it does so by data."""
         moved = self.moves.get(visit.move) if visit.move is not None else None
@@ -238,6 +290,8 @@ class Capture(Walker[Carried]):
                 self.values.of(value).note = None
             else:
                 self.values.note(value, along)
+                if self.watching and value.requires_grad and physical(value) is value:
+                    self.nodes[edge_of(value)] = along
 
     def _tap(
         self,

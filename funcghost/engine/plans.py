@@ -33,6 +33,8 @@ class Site:
 
     `tap`: the outputs have a layout, the score is taken in the backward. `carry`: none fits (or none is needed
     yet), the tangent goes on with the outputs. `skip`: the outputs have no derivative.
+
+    `unseen`: it is the stretch of autograd's graph behind this many-th tensor of which no op was seen that gave it.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Site:
     way: Way | None = None
     flops: int = 0
     bytes: int = 0
+    unseen: int | None = None
 
     @cached_property
     def smooth(self) -> tuple[int, ...]:

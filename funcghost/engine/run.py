@@ -61,15 +61,14 @@ def run(
         return _run_empty(problem, len(directions), reduction)
     leaves = problem.leaves()
     probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
-    capture = Capture(
-        plan, leaves, directions, probe, problem.params.leaves, choose, standins, ledger, positions, dtype
-    )
+    capture = Capture(plan, leaves, directions, probe, problem.params, choose, standins, ledger, positions, dtype)
     with capture:
         losses, aux = problem.evaluate(leaves)
     if losses.shape[0] != batch:
         raise MismatchError(
             f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch."
         )
+    losses = capture.end(losses)
     capture.finish()
     carried = capture.carried_to(losses)
     tail = carried and carried.shadow

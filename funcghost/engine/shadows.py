@@ -139,6 +139,8 @@ def _axes(value: Tensor, leaves: Mapping[int, Tensor]) -> tuple[int, ...] | None
     if len(leaves) != 1:
         return None
     (param,) = leaves.values()
+    if param._backward_hooks:  # which have a say in its gradient
+        return None
     same = value.dim() == param.dim() and value.numel() == param.numel() and value.dtype == param.dtype
     if not same or value.dim() > 4 or value.untyped_storage()._cdata != param.untyped_storage()._cdata:
         return None

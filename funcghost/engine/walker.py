@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest
 from funcghost.ops.moves import MOVES
-from funcghost.ops.tangent import flatten_call
+from funcghost.ops.tangent import flatten_call, physical
 from funcghost.ops.values import Note, Value, Values
 
 
@@ -34,7 +34,8 @@ class Visit(Generic[Note]):
 class Walker(TorchFunctionMode, Generic[Note]):
     """A mode that opens composites, flattens calls, numbers moves and values, and keeps the checksums of what ran.
 
-    Subclasses say in `visit` what is done at a call, which they `run`.
+    Subclasses say in `visit` what is done at a call, which they `run`. Where they are `watching`, they `meet` each
+    tensor that has got its history from something that the mode did not see.
     """
 
     def __init__(self, standins: dict[int, Tensor] | None = None, digesting: bool = True) -> None:
@@ -42,8 +43,9 @@ class Walker(TorchFunctionMode, Generic[Note]):
         super().__init__()
         self.values: Values[Note] = Values()
         self.digest, self.digesting = Digest(), digesting
-        self.standins = standins or {}
-        self.moving = 0
+        self.standins = dict(standins or {})
+        self.moving = self.met = 0
+        self.watching = False
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Visits the call, or the parts of a composite."""
@@ -52,6 +54,8 @@ class Walker(TorchFunctionMode, Generic[Note]):
             with seen_by(self):
                 return parts(*args, **kwargs)
         leaves, spec = flatten_call(args, kwargs)
+        if self.watching:
+            self._look(leaves)
         if self.standins and any(id(leaf) in self.standins for leaf in leaves):
             leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]
             args, kwargs = optree.tree_unflatten(spec, leaves)
@@ -61,9 +65,22 @@ class Walker(TorchFunctionMode, Generic[Note]):
         of = self.values.of
         values = [of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
         returned = self.visit(Visit(op, args, kwargs, leaves, spec, values, move))
-        if self.digesting:
-            self._number(returned)
+        if self.watching:
+            for leaf, value in zip(leaves, values, strict=True):
+                if value is not None and leaf.requires_grad:
+                    value.version = leaf._version  # the op may have written to it
+        self._give(returned)
         return returned
+
+    def end(self, losses: Tensor) -> Tensor:
+        """Takes note of what the losses are in the end, which may come from something that was not seen."""
+        if self.watching:
+            self._look([losses])
+        return self.standins.get(id(losses), losses)
+
+    def meet(self, tensor: Tensor, value: Value[Note], number: int) -> None:
+        """Is shown a tensor whose history is not known, the `number`th of these, before it goes into an op."""
+        raise NotImplementedError
 
     def visit(self, visit: Visit[Note]) -> Any:
         """Runs the call, and gives the losses what they are to get."""
@@ -76,13 +93,27 @@ class Walker(TorchFunctionMode, Generic[Note]):
             self.digest.add(visit.op, visit.leaves, visit.values, returned)
         return returned
 
-    def _number(self, returned: Any) -> None:
+    def _look(self, leaves: Sequence[Any]) -> None:
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad or physical(leaf) is not leaf:
+                continue
+            value = self.values.of(leaf)
+            if leaf._version != value.version:
+                value.version = leaf._version
+                if leaf.grad_fn is not None:
+                    self.met += 1
+                    self.meet(leaf, value, self.met)
+
+    def _give(self, returned: Any) -> None:
         """Numbers the tensors that an op gave, in the form in which the losses get them."""
         if isinstance(returned, Tensor):
-            self.digest.number(self.values.of(returned))
+            if self.digesting:
+                self.digest.number(self.values.of(returned))
+            if self.watching and returned.requires_grad:
+                self.values.of(returned).version = returned._version
         elif isinstance(returned, tuple | list):
             for part in returned:
-                self._number(part)
+                self._give(part)
 
 
 def noted_slots(values: Sequence[Value[Any] | None]) -> tuple[int, ...]:

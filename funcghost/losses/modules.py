@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from funcghost.errors import InputError
 from funcghost.problem import Losses
 from funcghost.trees import Tree
 
@@ -35,3 +36,28 @@ def module_losses(model: nn.Module, criterion: Callable[[Any, Tree], Tensor]) ->
         return criterion(output, batch)
 
     return losses
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that require gradients, by name: the `params` of a step on a model that is fine-tuned.
+
+    Losses such as `fg.module_losses(model, criterion)` take the frozen ones from the module itself.
+
+    Raises:
+        InputError: all of them are frozen.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 1))
+        >>> list(fg.trainable(model))
+        ['1.weight', '1.bias']
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"trainable: takes a torch.nn.Module, found {type(model).__name__}.")
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise InputError(
+            f"trainable: no parameter of {type(model).__name__} requires gradients. Unfreeze those to train first, "
+            "e.g. by parameter.requires_grad_()."
+        )
+    return found

@@ -102,7 +102,7 @@ def by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Us
             return _pulled(values, [_narrow(g, where, sample) for g, where in pairs], leaves, keep=False)
 
         def masked(sample: int) -> Sequence[Tensor | None]:
-            return _pulled(out, [_of_sample(g, where, sample, batch) for g, where in pairs], leaves, keep=True)
+            return _pulled(out, [of_sample(g, where, sample, batch) for g, where in pairs], leaves, keep=True)
 
         pairs = list(zip(gradients, layouts, strict=True))
         fits = places and not levels and all(where in own for where, own in zip(layouts, places, strict=True))
@@ -136,7 +136,7 @@ def _narrow(gradient: Tensor | None, where: Where, sample: int) -> Tensor | None
     return gradient.narrow(where.axis, sample, 1) if gradient is not None and isinstance(where, Layout) else None
 
 
-def _of_sample(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:
+def of_sample(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:
     """The gradient of one sample, with zeros elsewhere."""
     if gradient is None or where == "unused":
         return None

@@ -13,11 +13,13 @@ Note = TypeVar("Note")
 class Value(Generic[Note]):
     """What is known of one tensor: its `number`, in the order in which values go into ops and come out (0: not yet).
 
-    And what the walker that met it `note`s of it.
+    And what the walker that met it `note`s of it. Where unseen ops are watched for, `version` is that of the tensor
+    when it was last seen with a history.
     """
 
     reference: weakref.ref[Tensor]
     number: int = 0
+    version: int = -1
     note: Note | None = None
 
 

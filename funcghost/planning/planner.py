@@ -1,7 +1,7 @@
 """Making a plan: measure the layouts, decide what is done at each site, and have it rehearsed."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,7 +51,8 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
     if exactly:
         return _make_plan(problem, options, drawn=False)
     try:
-        return _make_plan(without_zeros(problem), options, drawn=True)
+        with problem.at(without_zeros(problem.params.leaves)) as moved:
+            return _make_plan(moved, options, drawn=True)
     except (InputError, UnsupportedOpError):
         raise
     except (GhostError, RuntimeError, ValueError) as error:
@@ -73,8 +74,8 @@ def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
     return plan
 
 
-def without_zeros(problem: Problem) -> Problem:
-    """The same problem where parameters that are all zero have small values.
+def without_zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters, of which those that are all zero have small values.
 
     A gate or a head that starts at zero hides the way of the samples through what is before it; a plan has to serve
     when it has been trained.
@@ -85,12 +86,8 @@ def without_zeros(problem: Problem) -> Problem:
         values = torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=torch.float32)
         return (0.02 * values).to(leaf.dtype)
 
-    leaves = problem.params.leaves
     zero = [leaf.numel() > 0 and not bool(leaf.any()) for leaf in leaves]
-    if not any(zero):
-        return problem
-    point = (noise(leaf, i) if is_zero else leaf for i, (leaf, is_zero) in enumerate(zip(leaves, zero, strict=True)))
-    return replace(problem, point=tuple(point))
+    return [noise(leaf, i) if is_zero else leaf for i, (leaf, is_zero) in enumerate(zip(leaves, zero, strict=True))]
 
 
 def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -109,6 +106,7 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
     with changes.watched():
         with trace:
             losses, _ = problem.evaluate(leaves)
+        losses = trace.end(losses)
         _refuse_reentrant_checkpoints(losses)
         if not losses.requires_grad:
             raise InputError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from funcghost.engine.plans import Action, OutputLayout, Site
-from funcghost.ops.digest import op_name
 from funcghost.ops.layout import Layout, Rows
 from funcghost.ops.moves import Maps, Moved, Where, resolve
 from funcghost.planning.trace import Noted, Output, Record
@@ -31,8 +30,6 @@ def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int)
     Raises:
         UnresolvedMoveError: for an op whose outputs cannot be followed.
     """
-    for unseen in (note for note in noted.values() if note.unseen and note.by_data):
-        raise UnresolvedMoveError(op_name(unseen.move.op))
     rows: dict[int, Rows] = {}
     meters = {output.value: output.meter for record in records for output in record.outputs if output.value is not None}
 
@@ -160,13 +157,15 @@ def find_sites(
         sites.append(
             Site(
                 op=record.op,
-                tracked=tuple(hot),
+                tracked=tuple(hot) if record.unseen is None else tuple(range(len(hot))),
                 action=action,
                 layouts=layouts,
                 parameters=tuple(sorted(origin)),
                 shapes=tuple(o.shape for o in record.outputs),
                 written=record.written,
                 random=record.random,
+                way=None if record.unseen is None else "transpose",
+                unseen=record.unseen,
             )
         )
     return sites

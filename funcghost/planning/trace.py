@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funcghost.engine.unseen import Edge, edge_of, now, stretch_of, walk
 from funcghost.engine.walker import Visit, Walker
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.digest import op_name
@@ -21,6 +22,7 @@ from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Clock, Meter
 from funcghost.ops.moves import Move
 from funcghost.ops.tangent import Call, is_float, outputs, physical, swap
+from funcghost.ops.values import Value
 from funcghost.planning.drawn import Generic
 from funcghost.planning.observe import Observe
 from funcghost.problem import Problem
@@ -43,6 +45,7 @@ class Record:
 
     `fixed`: computed from parameters alone. `bound`: an output shares memory with an input (a view, or the result
     of an op in place), so it cannot be put behind a tap. `move`: the number of the call among those in `moves.MOVES`.
+    `unseen`: the number of the tensor that came from a stretch of graph of which this is the record.
     """
 
     op: str
@@ -53,18 +56,15 @@ class Record:
     bound: bool
     random: bool
     move: int | None
+    unseen: int | None = None
 
 
 class Noted(NamedTuple):
-    """A call that may move samples: by the values in the slots `by`, or by an order if `by_data` all the same.
-
-    `unseen`: it takes something computed from parameters by an op that no mode shows.
-    """
+    """A call that may move samples: by the values in the slots `by`, or by an order if `by_data` all the same."""
 
     move: Move
     by: tuple[int, ...]
     by_data: bool
-    unseen: bool
 
 
 class Downstream(NamedTuple):
@@ -90,7 +90,9 @@ class Trace(Walker[Downstream]):
         for number, param in enumerate(params):
             self.values.note(param, Downstream(number, True))
         self.count = len(params)
-        self.params = {id(param) for param in params}
+        self.watching, self.started = True, now()
+        self.nodes: dict[Edge, Downstream] = {}
+        self.names = {param.data_ptr(): name for param, name in zip(params, names, strict=True) if param.numel()}
         self.given = {id(t) for t in (*params, *tensors(problem.batch))}
         self.dtypes = {param.dtype for param in params}
         self.foreign: dict[int, weakref.ref[Tensor]] = {}
@@ -106,6 +108,8 @@ class Trace(Walker[Downstream]):
         for slot, leaf in given.items():
             if not known[slot].number and id(leaf) not in self.given and physical(leaf) is leaf:
                 self.foreign.setdefault(id(leaf), known[slot].reference)
+                if leaf.requires_grad and leaf.is_leaf:
+                    self._refuse_aliases([leaf])
         inputs = {slot: value.note for slot, value in known.items() if value.note is not None}
         self._note_move(visit, given, inputs)
         versions = {slot: physical(leaf)._version for slot, leaf in given.items() if not leaf.is_inference()}
@@ -172,12 +176,58 @@ class Trace(Walker[Downstream]):
                 else:
                     _ = value.grad_fn  # A view's history must be up to date first: torch crashes otherwise (#196459).
                     value.register_hook(meter.see)
-            self.values.note(value, Downstream(self.count, fixed))
+            self.nodes[edge_of(physical(value))] = known = Downstream(self.count, fixed)
+            self.values.note(value, known)
             outs.append(Output(self.count, tuple(value.shape), meter))
             self.count += 1
         numbers = {slot: known.number for slot, known in inputs.items()}
         self.records.append(Record(op_name(call.op), numbers, tuple(outs), call.written, fixed, bound, drew, move))
         return swap(returned, replaced) if replaced else returned
+
+    def meet(self, tensor: Tensor, value: Value[Downstream], number: int) -> None:
+        """Records the stretch of graph between known tensors and one that no op was seen to give."""
+        walked = walk(tensor, self._known, self.started)
+        self._refuse_aliases(walked.leaves)
+        ends = walked.ends.values()
+        if any(end.old for end in ends):
+            raise UnsupportedOpError(
+                "the losses use something that was made of params before they were called: a cache that an earlier "
+                "call filled, or a value computed outside of them. A step runs the losses several times, and each run "
+                "has to start from params. Empty the cache inside the losses (some modules keep none in training "
+                "mode), compute from params inside, or .detach() what is meant as a constant."
+            )
+        own = walked.ends.get(edge_of(tensor))
+        if not ends or (own is not None and own.known is value.note):
+            return
+        self.dtypes.add(tensor.dtype)
+        meter = Meter(self.clock, tensor.shape)
+        tensor.register_hook(meter.see)
+        edge = get_gradient_edge(tensor)
+        if any(end.known.fixed for end in ends):
+            self.roots.append(edge)
+        # Whether data went in as well cannot be seen.
+        known = self.nodes[edge.node, edge.output_nr] = Downstream(self.count, False)
+        self.values.note(tensor, known)
+        output = Output(self.count, tuple(tensor.shape), meter)
+        inputs = {place: end.known.number for place, end in enumerate(ends)}
+        name = walked.names[0] if walked.names else "view"
+        carried = stretch_of(tensor, walked).is_differentiable()
+        self.records.append(Record(name, inputs, (output,), (), False, carried, False, None, number))
+        self.count += 1
+
+    def _known(self, edge: Edge) -> Downstream | None:
+        leaf = getattr(edge[0], "variable", None)
+        return self.nodes.get(edge) if leaf is None else self.values.noted(leaf)
+
+    def _refuse_aliases(self, leaves: Sequence[Tensor]) -> None:
+        """A tensor of the model's own that requires gradients, where the parameter was handed in as another one."""
+        for leaf in leaves:
+            if self.values.noted(leaf) is None and (name := self.names.get(leaf.data_ptr())) is not None:
+                raise UnsupportedOpError(
+                    f"the losses use another tensor than params[{name!r}] on its memory, which requires gradients: the "
+                    "model's own parameter, or what an earlier call kept of it. Pass the very tensors that the losses "
+                    "use, dict(model.named_parameters()), or .detach() what is meant as a constant."
+                )
 
     def _before_a_write(self, op: Any, leaves: Sequence[Any], inputs: dict[int, Downstream]) -> list[Any] | None:
         """The leaves of a call that may write to one of them, with copies of those."""
@@ -204,16 +254,14 @@ class Trace(Walker[Downstream]):
             return  # under vmap, samples stay apart
         op = visit.op
         moved = tuple(slot for slot, known in inputs.items() if not known.fixed)
-        hidden = [leaf for slot, leaf in given.items() if leaf.grad_fn is not None and slot not in inputs]
-        unseen = op in BY_DATA and any(self.params & accumulators(leaf) for leaf in hidden)
-        if moved or unseen:
+        if moved:
             index = tuple(slot for slot, leaf in given.items() if not is_float(leaf)) if op in BY_DATA else ()
             kept = tuple(
                 (leaf.new_empty(()).expand(leaf.shape) if is_float(leaf) else leaf.clone()) if slot in given else leaf
                 for slot, leaf in enumerate(visit.leaves)
             )
             ordering = op in BY_DATA and op not in (Tensor.__getitem__, Tensor.__setitem__)
-            self.moves[visit.move] = Noted(Move(op, kept, visit.spec, moved), index, bool(index) or ordering, unseen)
+            self.moves[visit.move] = Noted(Move(op, kept, visit.spec, moved), index, bool(index) or ordering)
 
     def _refuse_writes(self, op: Any, written: Sequence[Tensor]) -> None:
         for value in written:
@@ -238,17 +286,3 @@ def storage_of(value: Tensor) -> int | None:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def accumulators(value: Tensor) -> set[int]:
-    """The ids of the leaves that autograd would come to from a value."""
-    todo, seen, found = [value.grad_fn], set(), set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        todo.extend(child for child, _ in node.next_functions)
-    return found

@@ -50,8 +50,8 @@ def nearby_gradients(problem: Problem, plan: Plan, weights: Tensor, seed: int) -
         size = 64 if value.dtype in (torch.float64, torch.float32) else 1
         return shaken(value, size * torch.finfo(value.dtype).eps, 1000 * seed + number)
 
-    moved = replace(problem, point=tuple(near(leaf, number) for number, leaf in enumerate(problem.leaves(), 1)))
-    with untouched(problem.devices(), plan.written):
+    values = [near(leaf, number) for number, leaf in enumerate(problem.params.leaves, 1)]
+    with problem.at(values) as moved, untouched(problem.devices(), plan.written):
         inputs = moved.leaves()
         losses, _ = moved.evaluate(inputs)
         return [gradient.to_dense() for gradient in backward(losses, inputs, near(weights, 0))]
