@@ -260,7 +260,8 @@ class Capture(Walker[Carried]):
             where = placed(index, site, tensor, site.layouts[0], self.maps, len(self.probe))
             tangents, shadows = [carried.tangents for carried in known], [carried.shadow for carried in known]
             behind = tap_stretch(self.taps, (index, site.op), stretch, where, tangents, shadows, lambda: self.ended)
-            self.values.of(behind).version = behind._version
+            own = self.values.of(behind)
+            own.number, own.version = value.number, behind._version
             self.standins[id(tensor)], self.stood_for = behind, [*self.stood_for, tensor]
             return
         slopes = list[Tensor | None]()
