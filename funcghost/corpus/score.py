@@ -218,7 +218,7 @@ def _go(source: Source, going: Pass, target: Target, progress: bool) -> tuple[in
                 if writer is None:
                     writer = held.enter_context(opened(manifest))
                 check_same(writer.store.manifest, manifest)
-                rows.append((loaded, results))
+                rows.append((loaded._replace(batch=None), results))
                 if own:
                     meter.update(len(loaded.rows), going.note)
             if own and writer is not None:

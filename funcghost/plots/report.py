@@ -138,7 +138,8 @@ def _averages(place: NDArray[np.int64], values: Floats) -> Floats:
     size = int(place.max()) + 1
     counts = np.bincount(place[finite], minlength=size)
     sums = np.bincount(place[finite], values[finite], minlength=size)
-    return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
+    means: Floats = np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
+    return means
 
 
 def _groups(found: Values) -> list[str]:

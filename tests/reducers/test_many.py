@@ -24,7 +24,7 @@ def test_equals_the_products_with_the_gradients(kept: fg.Pairs, k: int, budget: 
     ]
     reducer = ManyDots(fg.stack(trees))
     for name, uses in kept.uses.items():
-        gradient = torch.stack([dense(use) for use in uses]).sum(0).flatten(1).double()
+        gradient = torch.stack([dense(use) for use in uses]).sum(0).reshape(3, -1).double()
         wanted = gradient @ torch.stack([tree[name].flatten() for tree in trees], 1)
         found = reducer.within(_means(budget)).of_parameter(name, uses)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-12, atol=1e-9)
