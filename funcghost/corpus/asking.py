@@ -1,8 +1,10 @@
 """A store of a corpus, to be asked: columns, the best samples, the nearest in gradient space."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from funcghost.errors import InputError, StoreError
 from funcghost.store.manifest import JSON
-from funcghost.store.parts import Store, open_store
+from funcghost.store.parts import Part, Store, open_store
+
+Read = TypeVar("Read")
 
 BLOCK = 1 << 24
 """Bytes of vectors that are multiplied at a time."""
@@ -159,8 +163,7 @@ class Corpus:
             queries = torch.nn.functional.normalize(queries, dim=1, eps=1e-300 if wide is np.float64 else 1e-30)
         best = Best(len(queries), _whole(k), self.store.schema.field("id").type)
         step = max(1, BLOCK // (dim * np.dtype(wide).itemsize), 1)
-        for part in self.store.parts():
-            table, vectors = self.store.read_with(part, name)
+        for part, (table, vectors) in _ahead(self.store.parts(), lambda part: self.store.read_with(part, name)):
             ids = _column(table, "id")
             for at in range(0, len(vectors), step):
                 block = torch.from_numpy(vectors[at : at + step].astype(wide, copy=False))
@@ -187,6 +190,19 @@ class Corpus:
     def _known(self, name: str | None, known: list[str], what: str) -> None:
         if name not in known:
             raise InputError(f"{what}: must be one of {known}, found {name!r}.")
+
+
+def _ahead(parts: Iterable[Part], read: Callable[[Part], Read]) -> Iterator[tuple[Part, Read]]:
+    """What is read of each part, while the next one is read and held to its checksum."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[Part, Future[Read]]] = deque()
+        for part in parts:
+            waiting.append((part, pool.submit(read, part)))
+            if len(waiting) > 1:
+                first, coming = waiting.popleft()
+                yield first, coming.result()
+        for first, coming in waiting:
+            yield first, coming.result()
 
 
 class Best:
