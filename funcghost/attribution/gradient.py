@@ -33,6 +33,22 @@ from funcghost.trees import Tree, match_direction, split_params
 Score = Callable[[Tree, Iterable[Tree], Iterable[Tree]], Tensor]
 
 
+def query_gradients(losses: Losses, *, options: Options | None = None) -> Callable[[Tree, Tree], Tree]:
+    """`of(params, queries)`: the gradients of the queries of a batch, one by one: a tree like params of [q, *shape].
+
+    What a curvature preconditions, and `against` scores along. Cost: q copies of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.attribution import gradient
+        >>> gradient.query_gradients(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        {'w': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+    asking = pairs(losses, options=options)
+    return lambda params, queries: materialize(asking(params, queries))
+
+
 def tracin(
     losses: Losses,
     query_losses: Losses | None = None,

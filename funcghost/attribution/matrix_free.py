@@ -2,8 +2,8 @@
 
 Nothing of the matrix is kept: it is a `product(direction) -> direction`, of the mean over n samples of all batches,
 
-    gauss_newton   G = (1/n) sum_i J_i^T C_i J_i      J_i the derivative of outputs[i], C_i the criterion's Hessian in them
-    hessian        H = (1/n) sum_i grad^2 losses[i]
+    gauss_newton   G = (1/n) sum_i J_i^T C_i J_i      J_i the derivative of outputs[i], C_i the criterion's Hessian in
+    them hessian        H = (1/n) sum_i grad^2 losses[i]
 
 and `conjugate_gradients` solves `(G + damping) x = v` to a residual that is asked for. With EK-FAC's inverse as the
 preconditioner few steps do.
@@ -276,13 +276,14 @@ def conjugate_gradients(
 ) -> ConjugateGradients:
     """`precondition(direction) = (F + damping)^-1 direction` for the matrix of a `product`, by conjugate gradients.
 
-    All directions of a stack take their steps together; one that is done rests. The residual `|v - (F + damping) x| / |v|`
-    is brought below `tolerance`, or it is an error; `.solve(direction)` gives the residuals instead.
+    All directions of a stack take their steps together; one that is done rests. The residual `|v - (F + damping) x| /
+    |v|` is brought below `tolerance`, or it is an error; `.solve(direction)` gives the residuals instead.
 
     Args:
         product: of `gauss_newton` or `hessian`.
         damping: above zero.
-        preconditioner: near the inverse and positive definite, as `curvature.ekfac(...).damped(damping)`; it changes the
+        preconditioner: near the inverse and positive definite, as `curvature.ekfac(...).damped(damping)`; it changes
+        the
             number of steps alone.
         tolerance: of the residual.
         most: how many steps at most.
@@ -299,8 +300,8 @@ def conjugate_gradients(
         >>> matrix_free.conjugate_gradients(product, damping=2.0)({"w": torch.ones(())})
         {'w': tensor(0.2500)}
 
-    Source: Hestenes, Stiefel (1952); Martens, "Deep learning via Hessian-free optimization" (2010); Wang et al., "Better
-    Training Data Attribution via Better Inverse Hessian-Vector Products" (arXiv 2507.14740), for EK-FAC as the
+    Source: Hestenes, Stiefel (1952); Martens, "Deep learning via Hessian-free optimization" (2010); Wang et al.,
+    "Better Training Data Attribution via Better Inverse Hessian-Vector Products" (arXiv 2507.14740), for EK-FAC as the
     preconditioner.
     """
     if not isinstance(product, Product):

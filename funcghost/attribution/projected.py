@@ -5,7 +5,7 @@ of samples and of queries must be projected with the same `dim`, `seed` and `kin
 
     TRAK        mean over models of  Phi_q (Phi^T Phi / n + damping)^-1 Phi^T, times the mean of (1 - p_i)
     LESS        sum over checkpoints of  rate * cos(P Adam(g_i), P g_q)
-    TrackStar   cos(W P (g_i / sqrt(v)), W P (g_q / sqrt(v)))  with  W = (lambda R_q + (1 - lambda) R_train + damping)^(-1/2)
+    TrackStar   cos(W P (g_i / sqrt(v)), W P (g_q / sqrt(v)))  with  W = (R + damping)^(-1/2)
     LoGra       sum over parameters of  P g_q (Phi^T Phi / n + damping)^-1 P g_i, each with a projection of its own
 """
 
@@ -84,8 +84,9 @@ def trak(
     the sample raises the query's margin.
 
     Shapes: [n, q]. Scale: `Phi^T Phi` is divided by n (the original is not, and its implementation scales each model
-    by the mean of its inverse besides: compare ranks). The damping is a fraction of the mean eigenvalue; 0 takes as many
-    dimensions as the features span, which is noise where dim is near n or above: give damping, or dim well below n.
+    by the mean of its inverse besides: compare ranks). The damping is a fraction of the mean eigenvalue; 0 takes as
+    many dimensions as the features span, which is noise where dim is near n or above: give damping, or dim well below
+    n.
 
     Raises:
         InputError: (when used) there is no model, batch or query; the damping is below zero.
@@ -132,9 +133,10 @@ def adam_moved(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> dict[str, Tensor]:
-    """What Adam would move along on each gradient alone, [b, *shape] by name: `m' / (sqrt(v') + eps)`, without the rate.
+    """What Adam would move along on each gradient alone, [b, *shape] by name: `m' / (sqrt(v') + eps)`, without rate.
 
-    `m' = (beta1 m + (1 - beta1) g) / (1 - beta1^step)`, likewise `v'`, for the moments before and the number of this step.
+    `m' = (beta1 m + (1 - beta1) g) / (1 - beta1^step)`, likewise `v'`, for the moments before and the number of this
+    step.
 
     Example:
         >>> import torch
@@ -162,11 +164,12 @@ def less(
     seed: int = 0,
     options: Options | None = None,
 ) -> Callable[..., Tensor]:
-    """LESS: `score(checkpoints, batches, queries)[i, q] = sum_c rate_c cos(P Adam_c(g_i), P g_q)`, queries by mean or one by one.
+    """LESS: `score(checkpoints, batches, queries)[i, q] = sum_c rate_c cos(P Adam_c(g_i), P g_q)`.
 
-    `checkpoints` are tuples `(params, first, second, step, rate)`: the parameters, Adam's two moments before the step (trees
-    like params), its number, and the learning rate. Adam is applied to every sample's gradient exactly, which is not
-    linear: gradients are formed, b copies of the parameters. `dim=None` takes the gradients as they are, unprojected.
+    `checkpoints` are tuples `(params, first, second, step, rate)`: the parameters, Adam's two moments before the step
+    (trees like params), its number, and the learning rate. Adam is applied to every sample's gradient exactly, which is
+    not linear: gradients are formed, b copies of the parameters. `dim=None` takes the gradients as they are,
+    unprojected.
 
     Shapes: [n, q]. Units: those of the rates.
 
@@ -233,7 +236,8 @@ def trackstar(
     Shapes: [n, q], from -1 to 1.
 
     Raises:
-        InputError: (when used) there is no batch or query; mixing or damping is out of range; `second` is not like params.
+        InputError: (when used) there is no batch or query; mixing or damping is out of range; `second` is not like
+        params.
 
     Example:
         >>> import torch
@@ -279,7 +283,7 @@ def logra(
     seed: int = 0,
     options: Options | None = None,
 ) -> Callable[[Tree, Iterable[Tree], Iterable[Tree]], Tensor]:
-    """LoGra: `score(params, batches, queries)[i, q]`, influence in random projections of rows and columns, by parameter.
+    """LoGra: `score(params, batches, queries)[i, q]`, influence in projections of rows and columns, by parameter.
 
     `sum_p <phi_qp, (R_p + damping mean-eigenvalue)^-1 phi_ip>` with `phi_p = (P (x) Q) grad_p`, [n, dim], and
     `R_p = Phi_p^T Phi_p / n` of the training samples.

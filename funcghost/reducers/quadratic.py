@@ -55,10 +55,10 @@ register(SquaredNorm, ("metric",))
 def squared_norm(metric: Tree | None = None) -> SquaredNorm:
     """The squared norm of every per-sample gradient: `out[i] = |grad losses[i]|^2`, over all parameters.
 
-    With a `metric` M it is `<grad losses[i], M grad losses[i]>`, exactly. M is a tree like params. A leaf that is a tensor
-    of the parameter's shape weighs entries (with Adam's `1 / (sqrt(v) + eps)`, that is its inner product; the norm of its
-    step has the square of that). A leaf `fg.Kronecker(rows, cols)` is `tr(G^T rows G cols)` for gradients as matrices.
-    `metric()` of a damped curvature (`attribution.curvature`) is one, too.
+    With a `metric` M it is `<grad losses[i], M grad losses[i]>`, exactly. M is a tree like params. A leaf that is a
+    tensor of the parameter's shape weighs entries (with Adam's `1 / (sqrt(v) + eps)`, that is its inner product; the
+    norm of its step has the square of that). A leaf `fg.Kronecker(rows, cols)` is `tr(G^T rows G cols)` for gradients
+    as matrices. `metric()` of a damped curvature (`attribution.curvature`) is one, too.
 
     Shapes: [b].
 

@@ -75,7 +75,9 @@ def test_a_damped_curvature_is_a_metric(model: Model, data: st.DataObject) -> No
     kept = fg.pairs(model.losses)(model.params, batch)
     gradients = fg.materialize(kept)
     moved = damped(gradients)
-    truth = sum((gradients[k].reshape(3, -1) @ moved[k].reshape(3, -1).T for k in gradients), torch.zeros(3, 3).double())
+    truth = sum(
+        (gradients[k].reshape(3, -1) @ moved[k].reshape(3, -1).T for k in gradients), torch.zeros(3, 3).double()
+    )
     found = fg.apply(fg.gram(damped.metric()), kept)
     assert_near(found, truth, float(truth.abs().sum()))
 

@@ -20,9 +20,7 @@ PARAMS = {
     "b": torch.randn(4, generator=SOURCE, dtype=D),
     "c": torch.randn(3, 4, generator=SOURCE, dtype=D),
 }
-BATCHES = [
-    (torch.randn(n, 3, generator=SOURCE, dtype=D), torch.randint(0, 3, (n,), generator=SOURCE)) for n in (4, 3)
-]
+BATCHES = [(torch.randn(n, 3, generator=SOURCE, dtype=D), torch.randint(0, 3, (n,), generator=SOURCE)) for n in (4, 3)]
 
 
 def logits(params: Any, batch: Any) -> Tensor:
@@ -56,7 +54,11 @@ def test_gauss_newton_is_that_of_all_labels(hold: bool) -> None:
     assert_close(matrix, whole.spectra[0].dense(), 1e-10)
     v = {name: torch.randn_like(leaf) for name, leaf in PARAMS.items()}
     for _ in range(2):  # what is held serves again
-        assert_close(flat({k: u[None] for k, u in product(v).items()})[0], matrix @ flat({k: u[None] for k, u in v.items()})[0], 1e-10)
+        assert_close(
+            flat({k: u[None] for k, u in product(v).items()})[0],
+            matrix @ flat({k: u[None] for k, u in v.items()})[0],
+            1e-10,
+        )
 
 
 @given(models())

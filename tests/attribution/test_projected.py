@@ -94,9 +94,7 @@ def test_less_moves_as_adam_does(dim: int | None) -> None:
 
 def test_trackstar() -> None:
     params, second = made(1), {k: v.square() + 0.1 for k, v in made(3).items()}
-    scaled = [
-        {k: g / second[k].sqrt() for k, g in gradients(losses, params, own).items()} for own in (TRAIN, QUERIES)
-    ]
+    scaled = [{k: g / second[k].sqrt() for k, g in gradients(losses, params, own).items()} for own in (TRAIN, QUERIES)]
     train, asked = (seen(tree, 10) for tree in scaled)
     moment = 0.7 * train.T @ train / 21 + 0.3 * asked.T @ asked / 3
     values, basis = torch.linalg.eigh(moment + 0.01 * moment.trace() / 10 * torch.eye(10, dtype=D))

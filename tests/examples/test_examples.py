@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import attribution_digits
+import attribution_lm
 import custom_loop
 import funcghost as fg
 import mislabelled_digits
@@ -43,6 +45,25 @@ def test_digits_of_large_gradients_are_worth_more(capsys: pytest.CaptureFixture[
     assert summary.accuracy["low"] + 0.05 < min(summary.accuracy["high"], summary.accuracy["random"])
     assert summary.effective_rank["low"] < summary.effective_rank["random"]
     assert "rank correlation of GraNd and EL2N 0.9" in capsys.readouterr().out
+
+
+def test_attribution_methods_are_held_to_retraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The smallest size, which runs all of it and claims nothing."""
+    rows = attribution_digits.main(["--size", "tiny", "--out", str(tmp_path / "digits")])
+    assert [row.method for row in rows] == list(attribution_digits.METHODS)
+    assert all(0 <= row.auroc <= 1 and -1 <= row.lds <= 1 and row.cost > 0 for row in rows)
+    by_name = {row.method: row for row in rows}
+    assert by_name["unrolled, one run"].same_run > 0.7
+    assert (tmp_path / "digits" / "lds.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "digits" / "helped_and_harmed.png").read_bytes().startswith(PNG)
+    assert "EK-FAC" in capsys.readouterr().out
+
+
+def test_pieces_of_text_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = attribution_lm.main(["--size", "tiny", "--out", str(tmp_path / "table.json")])
+    assert [row.method for row in rows] == ["gradient dot", "diagonal", "K-FAC", "EK-FAC"]
+    assert all(0 <= row.recall <= 1 and 0 < row.reciprocal_rank <= 1 for row in rows)
+    assert "MRR" in capsys.readouterr().out
 
 
 def test_reducers_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
