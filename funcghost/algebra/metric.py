@@ -116,7 +116,8 @@ def _root(where: str, side: Any) -> Tensor:
     floor = 1e-6 if side.dtype is torch.float32 else 1e-10
     if off > floor * size or float(values.min()) < -floor * size:
         raise InputError(f"{where}: must be symmetric and positive semidefinite.")
-    return (basis * values.clamp(min=0).sqrt()).to(side.dtype).unsqueeze(0)
+    root: Tensor = basis * values.clamp(min=0).sqrt()
+    return root.to(side.dtype).unsqueeze(0)
 
 
 def known(metric: Metric, name: str) -> Weighting:

@@ -16,6 +16,7 @@ its uses, so eigenvalues and scales have what is between them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -281,11 +282,16 @@ def _matrices(passes: _Passes, groups: Sequence[Sequence[str]]) -> tuple[list[Te
             uses, _ = passes.transforms[id(own)].pairs(passes.tree, batch)
             count += len(uses) if number == 0 else 0
             for place, names in enumerate(groups):
-                rows = [total([dense(use) for use in uses.uses[name]]).reshape(len(uses), -1) for name in names]
-                flat = torch.cat(rows, 1)
+                flat = torch.cat([_rows(uses.uses[name]) for name in names], 1)
                 matrix, known = flat.T @ flat, found[place]
                 found[place] = matrix if known is None else known + matrix
     return [passes.across(matrix) for matrix in found if matrix is not None], passes.counted(count)
+
+
+def _rows(uses: Sequence[Factor]) -> Tensor:
+    """The gradients of a parameter, flat, [b, entries]."""
+    found = total([dense(use) for use in uses])
+    return found.reshape(len(found), prod(found.shape[1:]))
 
 
 Eigen = tuple[Tensor, Tensor | None]

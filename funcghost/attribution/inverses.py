@@ -133,7 +133,7 @@ class Damped:
         Raises:
             InputError: a block is of several parameters together.
         """
-        leaves: dict[str, Weighting] = {}
+        leaves: dict[str, Any] = {}
         for spectrum, scale in zip(self.curvature.spectra, self.scales(), strict=True):
             if isinstance(spectrum, Whole):
                 raise InputError(
@@ -141,7 +141,7 @@ class Damped:
                 )
             leaves[spectrum.name] = Weighting(spectrum.form, spectrum.left, spectrum.right, scale)
         params = self.curvature.params
-        return params.rebuild([leaves[name] for name in params.names])  # type: ignore[arg-type]
+        return params.rebuild([leaves[name] for name in params.names])
 
     def __call__(self, direction: Tree) -> Tree:
         """The product with one direction, a tree like params, or with each of a stack: leaves [k, *shape], `fg.stack`.

@@ -6,6 +6,7 @@ the Fisher matrix itself, which for cross-entropy is the Gauss-Newton matrix.
 """
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def sampled_labels(logits: Outputs, draws: int = 1, weights: Callable[[Tree], Te
         # The largest of logits with Gumbel noise is a draw from their softmax.
         noise = -torch.empty_like(logs).exponential_().log()
         drawn = (logs.detach() + noise).argmax(-1, keepdim=True)
-        return _weighted(-logs.gather(-1, drawn).squeeze(-1), weights, batch) / draws**0.5
+        return _weighted(-logs.gather(-1, drawn).squeeze(-1), weights, batch) / sqrt(draws)
 
     return [losses] * draws
 

@@ -194,7 +194,8 @@ def less(
 
             def projected(gradients: Mapping[str, Tensor]) -> Tensor:
                 found = _projected(gradients, reducer)
-                return found / torch.linalg.vector_norm(found, dim=1, keepdim=True).clamp(min=1e-30)
+                norms: Tensor = torch.linalg.vector_norm(found, dim=1, keepdim=True)
+                return found / norms.clamp(min=1e-30)
 
             def named(batch: Tree, at: Tree = params) -> dict[str, Tensor]:
                 tree = split_params(materialize(kept(at, batch)))

@@ -189,7 +189,8 @@ def smoothness(
         def weighted(params: Tree, batch: Tree) -> Tensor:
             values = losses(params, batch)
             signs = 2 * torch.randint(0, 2, (len(values),), generator=source).to(values) - 1
-            return values * (1 + scale * signs)
+            moved: Tensor = values * (1 + scale * signs)
+            return moved
 
         training = Training(weighted, update, batches, reduction, len(batches) + 1, None)
         final, _ = training.run(params, state)

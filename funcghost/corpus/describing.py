@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from typing import Any
@@ -67,6 +67,8 @@ def _of_value(value: Any, where: str) -> JSON:
     leaves = optree.tree_leaves(value)
     if leaves and all(isinstance(leaf, Tensor | LowRank) for leaf in leaves):
         return {"tensors": of_tree(value)}
+    if leaves and isinstance(value, Mapping):
+        return {str(name): _of_value(item, where) for name, item in value.items()}
     raise InputError(f"reducers[{where!r}]: holds {type(value).__name__}, which cannot be described in a manifest.")
 
 

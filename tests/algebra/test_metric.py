@@ -12,6 +12,7 @@ import funcghost as fg
 from funcghost.algebra.factors import matrix_form
 from funcghost.algebra.pairs import Pairs
 from funcghost.attribution import curvature
+from funcghost.corpus.describing import of_reducers
 from funcghost.testing import assert_reducer_laws
 from funcghost.testing.strategies import Model, models
 from funcghost.testing.strategies import pairs as drawn_pairs
@@ -80,6 +81,17 @@ def test_a_damped_curvature_is_a_metric(model: Model, data: st.DataObject) -> No
     )
     found = fg.apply(fg.gram(damped.metric()), kept)
     assert_near(found, truth, float(truth.abs().sum()))
+
+
+def test_a_metric_is_described_by_its_numbers() -> None:
+    """What a corpus store keeps of a reducer."""
+    params = {"w": torch.ones(2, 2)}
+    one, other = (
+        of_reducers({"norm": fg.squared_norm({"w": own})})
+        for own in (torch.ones(2, 2), fg.Kronecker(torch.eye(2), torch.eye(2)))
+    )
+    assert one != other
+    assert one == of_reducers({"norm": fg.squared_norm(params)})
 
 
 def test_bad_metrics() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcghost.algebra.contractions import inner_products, squared_norms, total
 from funcghost.algebra.cost import Means
-from funcghost.algebra.factors import Dense, Form, Outer, dense, samples
+from funcghost.algebra.factors import Dense, Factor, Form, Outer, dense, samples
 from funcghost.algebra.pairs import Pairs
 from funcghost.algebra.rotations import form_of, in_form, rotated, squares, weighted_norms, weighted_products
 from funcghost.testing.strategies import pairs as drawn_pairs
@@ -24,7 +24,8 @@ def test_a_dense_use_beside_blocks() -> None:
     """A dense gradient has no blocks of its own: it is seen as those of the product beside it."""
     form = Form((4, 2), (2, 2, 2), ((0,), (1,), (2,)))
     dense_use, outer = Dense(torch.randn(3, 4, 2)), Outer(torch.randn(3, 5, 2, 2), torch.randn(3, 5, 2, 2), form)
-    for uses in ([dense_use, outer], [outer, dense_use]):
+    orders: list[list[Factor]] = [[dense_use, outer], [outer, dense_use]]
+    for uses in orders:
         seen = [in_form(use, form_of(uses)) for use in uses]
         truth = form.fold(dense(outer) + dense_use.value)
         torch.testing.assert_close(squares(seen, 1), truth.square().sum(0))

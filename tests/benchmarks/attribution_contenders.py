@@ -135,10 +135,11 @@ def quiet() -> Iterator[None]:
 
 def kronfluence(problem: Problem, batch: int) -> Callable[[], Tensor]:
     """EK-FAC, empirical Fisher, a tenth of the mean eigenvalue: factors and all scores, [q, n]."""
-    analyzer_module, task_module = import_module("kronfluence.analyzer"), import_module("kronfluence.task")
+    analyzer_module = import_module("kronfluence.analyzer")
+    base: Any = import_module("kronfluence.task").Task
     arguments = import_module("kronfluence.arguments")
 
-    class Task(task_module.Task):
+    class Task(base):
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
             return criterion(model(batch[0]), batch).sum()
 

@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--rounds", type=positive(int), default=9)
     parser.add_argument("--threads", type=positive(int), default=1)
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--json", type=writable_file, help="file to write the rows to")
+    parser.add_argument("--out", type=writable_file, help="file to write the rows to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rounds = 3 if args.quick else args.rounds
@@ -221,9 +221,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         numbers = ["" if value is None else f"{value:.2g}" for value in (row.ratio, row.aim, row.off)]
         shown.append([row.what, row.against, *numbers, row.note])
     print(table(shown))
-    if args.json:
+    if args.out:
         content = {"machine": describe(torch.device("cpu")), "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        args.out.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return rows
 
 
