@@ -615,9 +615,9 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "other draws for a derivative": Mutation(
         "transforms/lifting.py",
-        """            with untouched(problem.devices()), replaying(drawn):
+        """            with untouched(self.problem.devices()), replaying(self.drawn):
                 losses""",
-        """            with untouched(problem.devices()):
+        """            with untouched(self.problem.devices()):
                 losses""",
         (WRAPPERS, "-k", "dropout"),
     ),

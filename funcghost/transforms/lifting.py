@@ -5,7 +5,7 @@ params and batch. The losses always run below the transforms, on ordinary tensor
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
@@ -83,42 +83,75 @@ def _differentiable(directions: Directions) -> bool:
     return torch.is_grad_enabled() and any(value.requires_grad for value in own)
 
 
-def _below_grad(solve: Solve, problem: Problem, directions: Directions) -> Outcome:
-    """Scores that are differentiated in what goes into the step."""
-    batch, spec = optree.tree_flatten(problem.batch)
-    places = [i for i, leaf in enumerate(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    present = [[leaf is not None for leaf in direction] for direction in directions]
-    outcomes, drawn, plain = list[Outcome](), random_state(problem.devices()), list[Sequence[Tensor]]()
+@dataclass(frozen=True, eq=False)
+class Below:
+    """A step that runs below the transforms of the caller, on ordinary tensors.
 
-    def at(params: Sequence[Tensor], floats: Sequence[Tensor]) -> Problem:
-        own = list(batch)
-        for place, value in zip(places, floats, strict=True):
+    `solve`: the step.
+    `problem`: the losses, and what the caller handed in.
+    `directions`: of the scores.
+    `drawn`: the state of the random numbers, from which a backward draws again.
+    `outcomes`: what the step gave when it ran, beside the scores.
+    """
+
+    solve: Solve
+    problem: Problem
+    directions: Directions
+    drawn: RandomState
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def solved(self, problem: Problem, directions: Directions) -> Tensor:
+        """The scores of the step, whose outcome is kept."""
+        self.outcomes.append(self.solve(problem, directions))
+        return self.outcomes[-1].scores
+
+
+@dataclass(frozen=True, eq=False)
+class BelowGrad(Below):
+    """Scores that are differentiated in what goes into the step.
+
+    `plain`: the leaves of the directions, the parameters and the floating tensors of the batch that it ran on.
+    """
+
+    plain: list[Sequence[Tensor]] = field(default_factory=list)
+
+    @property
+    def places(self) -> list[int]:
+        """Which leaves of the batch are floating tensors."""
+        leaves = enumerate(optree.tree_leaves(self.problem.batch))
+        return [i for i, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def at(self, params: Sequence[Tensor], floats: Sequence[Tensor]) -> Problem:
+        """The problem with these parameters, and these floating tensors in the batch."""
+        own, spec = optree.tree_flatten(self.problem.batch)
+        for place, value in zip(self.places, floats, strict=True):
             own[place] = value
-        moved = problem.params._replace(leaves=tuple(params))
-        return replace(problem, params=moved, batch=optree.tree_unflatten(spec, own))
+        moved = self.problem.params._replace(leaves=tuple(params))
+        return replace(self.problem, params=moved, batch=optree.tree_unflatten(spec, own))
 
-    def filled(leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    def filled(self, leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """The directions with these leaves."""
         given = iter(leaves)
-        return [[next(given) if there else None for there in direction] for direction in present]
+        return [[None if leaf is None else next(given) for leaf in direction] for direction in self.directions]
 
-    def scores(leaves: Sequence[Tensor], params: Sequence[Tensor], floats: Sequence[Tensor]) -> Tensor:
-        here = at(params, floats)
-        plain[:] = leaves, params, floats
-        outcomes.append(solve(replace(here, losses=_below(problem.losses)), filled(leaves)))
-        return outcomes[-1].scores
+    def scores(self, leaves: Sequence[Tensor], params: Sequence[Tensor], floats: Sequence[Tensor]) -> Tensor:
+        """All of them at once."""
+        self.plain[:] = leaves, params, floats
+        here = self.at(params, floats)
+        return self.solved(replace(here, losses=_below(here.losses)), self.filled(leaves))
 
-    def pulled(weights: Tensor) -> list[Tensor | None]:
+    def pulled(self, weights: Tensor) -> list[Tensor | None]:
         """The gradients of `<weights, scores>`: of all that went into them, first ones of the losses or second ones."""
         if not _only_tracked(weights):
             raise InputError(TRANSFORMS)
         # By autograd itself, below the transform: torch.func draws other random numbers.
         with temporarily_clear_interpreter_stack(), torch.enable_grad(), differentiable_kernels():
-            leaves, params, floats = ([value.detach() for value in values] for values in plain)
+            leaves, params, floats = ([value.detach() for value in values] for values in self.plain)
             inputs = [value.requires_grad_() for value in (*params, *floats)]
-            with untouched(problem.devices()), replaying(drawn):
-                losses, _ = at(params, floats).evaluate(params)
+            with untouched(self.problem.devices()), replaying(self.drawn):
+                losses, _ = self.at(params, floats).evaluate(params)
             pairs = list[tuple[Tensor, Tensor]]()
-            for column, direction in zip(physical(weights).detach().unbind(1), filled(leaves), strict=True):
+            for column, direction in zip(physical(weights).detach().unbind(1), self.filled(leaves), strict=True):
                 column = column.to(losses.dtype)
                 found = torch.autograd.grad(losses, params, column, create_graph=True, allow_unused=True)
                 for gradient, param, own in zip(found, params, direction, strict=True):
@@ -130,102 +163,104 @@ def _below_grad(solve: Solve, problem: Problem, directions: Directions) -> Outco
                 second = torch.autograd.grad(total, inputs, allow_unused=True)
         return [*(gradient.detach() for gradient, _ in pairs), *second]
 
+
+def _below_grad(solve: Solve, problem: Problem, directions: Directions) -> Outcome:
+    """Scores that are differentiated in what goes into the step."""
+    below = BelowGrad(solve, problem, directions, random_state(problem.devices()))
     given = [leaf for direction in directions for leaf in direction if isinstance(leaf, Tensor)]
-    floats = [batch[place] for place in places]
+    batch = optree.tree_leaves(problem.batch)
     sizes = len(given), len(problem.params.leaves)
-    of_all: Tensor = Differentiable.apply(scores, pulled, sizes, *given, *problem.params.leaves, *floats)
-    return replace(outcomes[-1], scores=of_all)
+    floats = [batch[place] for place in below.places]
+    of_all: Tensor = Differentiable.apply(below, sizes, *given, *problem.params.leaves, *floats)
+    return replace(below.outcomes[-1], scores=of_all)
 
 
 class Differentiable(torch.autograd.Function):
-    """`Differentiable.apply(scores, pulled, sizes, *leaves, *params, *floats) -> [b, k]`, under one gradient."""
+    """`Differentiable.apply(below, sizes, *leaves, *params, *floats) -> [b, k]`, under one gradient."""
 
     @staticmethod
-    def forward(scores: Any, pulled: Any, sizes: tuple[int, int], *given: Tensor) -> Tensor:
+    def forward(below: BelowGrad, sizes: tuple[int, int], *given: Tensor) -> Tensor:
         """All scores at once."""
         first, second = sizes[0], sum(sizes)
-        found: Tensor = scores(given[:first], given[first:second], given[second:])
-        return found
+        return below.scores(given[:first], given[first:second], given[second:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps what gives the gradients."""
-        ctx.pulled = inputs[1]
+        ctx.below = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """By derivatives of the losses: first ones for the directions, second ones for all else."""
-        return (None, None, None, *ctx.pulled(gradients[0]))
+        return (None, None, *ctx.below.pulled(gradients[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class BelowVmap(Below):
+    """Scores of all members of the vmapped axes at once, each member as so many more directions."""
+
+    def scores(self, flat: Sequence[Tensor]) -> Tensor:
+        """The scores of the members with these leaves, one member after the other."""
+        own, given = (
+            [leaf for direction in self.directions for leaf in direction if isinstance(leaf, Tensor)],
+            iter(flat),
+        )
+        wanted = [
+            [next(given).detach() if isinstance(leaf, Tensor) else leaf for leaf in direction]
+            for _ in range(len(flat) // len(own))
+            for direction in self.directions
+        ]
+        hidden = replace(self.problem, losses=_below(self.problem.losses))
+        return self.solved(hidden if any(map(_is_wrapped, own)) else self.problem, wanted)
+
+    def pulled(self, weights: Tensor) -> list[Tensor]:
+        """The gradients of the losses times each column of weights [b, k], for the leaves of the directions."""
+        with torch.enable_grad(), untouched(self.problem.devices()), replaying(self.drawn):
+            leaves = self.problem.leaves()
+            losses, _ = self.problem.evaluate(leaves)
+        found = list[Tensor]()
+        for k, column in enumerate(weights.unbind(1)):
+            gradients = backward(losses, leaves, column.to(losses.dtype), keep_graph=True)
+            direction = self.directions[k % len(self.directions)]
+            found += [g for g, leaf in zip(gradients, direction, strict=True) if isinstance(leaf, Tensor)]
+        return found
 
 
 def _below_vmap(solve: Solve, problem: Problem, directions: Directions, leaves: Sequence[Tensor]) -> Outcome:
     """Scores of all members of the vmapped axes at once."""
-    below = replace(problem, losses=_below(problem.losses)) if any(map(_is_wrapped, leaves)) else problem
-    outcomes, drawn = list[Outcome](), random_state(problem.devices())
-
-    def scores(flat: Sequence[Tensor]) -> Tensor:
-        given, members = iter(flat), len(flat) // len(leaves)
-        wanted = [
-            [next(given).detach() if isinstance(leaf, Tensor) else leaf for leaf in direction]
-            for _ in range(members)
-            for direction in directions
-        ]
-        outcomes.append(solve(below, wanted))
-        return outcomes[-1].scores
-
-    def pulled(weights: Tensor) -> list[Tensor]:
-        """The gradients of the losses times each column of weights [b, k], for the leaves of the directions."""
-        return _weighted_gradients(problem, weights, drawn, [[leaf is not None for leaf in d] for d in directions])
-
-    of_all: Tensor = Scores.apply(scores, pulled, len(directions), *leaves)
-    return replace(outcomes[-1], scores=of_all)
-
-
-def _weighted_gradients(
-    problem: Problem, weights: Tensor, drawn: RandomState, present: Sequence[Sequence[bool]]
-) -> list[Tensor]:
-    with torch.enable_grad(), untouched(problem.devices()), replaying(drawn):
-        leaves = problem.leaves()
-        losses, _ = problem.evaluate(leaves)
-    found = list[Tensor]()
-    for k, column in enumerate(weights.unbind(1)):
-        gradients = backward(losses, leaves, column.to(losses.dtype), keep_graph=True)
-        found += [g for g, there in zip(gradients, present[k % len(present)], strict=True) if there]
-    return found
+    below = BelowVmap(solve, problem, directions, random_state(problem.devices()))
+    of_all: Tensor = Scores.apply(below, len(directions), *leaves)
+    return replace(below.outcomes[-1], scores=of_all)
 
 
 class Scores(torch.autograd.Function):
-    """`Scores.apply(scores, pulled, k, *leaves) -> [b, k]`: those of `k` directions with these leaves."""
+    """`Scores.apply(below, k, *leaves) -> [b, k]`: those of `k` directions with these leaves."""
 
     @staticmethod
-    def forward(
-        scores: Callable[[Sequence[Tensor]], Tensor], pulled: Callable[[Tensor], list[Tensor]], k: int, *leaves: Tensor
-    ) -> Tensor:
+    def forward(below: BelowVmap, k: int, *leaves: Tensor) -> Tensor:
         """All of them at once."""
-        return scores(leaves)
+        return below.scores(leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps what gives the gradients of weighted losses."""
-        ctx.pulled = inputs[1]
+        ctx.below = inputs[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Scores are linear: the gradient in a direction is that of the losses, weighted by what comes in."""
-        return (None, None, None, *ctx.pulled(gradients[0]))
+        return (None, None, *ctx.below.pulled(gradients[0]))
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], scores: Any, pulled: Any, k: int, *leaves: Tensor
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], below: BelowVmap, k: int, *leaves: Tensor) -> tuple[Tensor, int]:
         """The members of the vmapped axis are so many more directions."""
         members = [
             leaf.unbind(dim) if dim is not None else (leaf,) * info.batch_size
-            for leaf, dim in zip(leaves, in_dims[3:], strict=True)
+            for leaf, dim in zip(leaves, in_dims[2:], strict=True)
         ]
         flat = (leaf for member in zip(*members, strict=True) for leaf in member)
-        found = Scores.apply(scores, pulled, info.batch_size * k, *flat)
+        found = Scores.apply(below, info.batch_size * k, *flat)
         return found.unflatten(1, (info.batch_size, k)), 1
 
 

@@ -900,6 +900,19 @@ def test_more_than_scores_is_refused_under_transforms(bilinear: Bilinear) -> Non
             call()
 
 
+def test_a_direction_is_differentiated_beside_one_of_low_rank() -> None:
+    params, x = {"w": torch.randn(12, 6, dtype=torch.float64)}, torch.randn(5, 12, dtype=torch.float64)
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return (x @ p["w"]).sin().sum(1)
+
+    v = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    low = fg.compress({"w": torch.randn(12, 6, dtype=torch.float64)}, rank=1)
+    scores = fg.reduce(losses)(params, x, fg.dot(fg.stack([{"w": v}, low])))
+    (found,) = torch.autograd.grad(scores[:, 0].sum(), v)
+    assert_close(found, grad(lambda p: losses(p, x).sum())(params)["w"])
+
+
 def test_direction_of_parameters_that_require_grad_is_scored(bilinear: Bilinear) -> None:
     direction = {k: p.clone().requires_grad_() for k, p in bilinear.params.items()}
     found = bilinear.scores(direction["w"], direction["b"])
