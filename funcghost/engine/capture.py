@@ -97,7 +97,8 @@ class Capture(Walker[Carried]):
         self.started = now() if self.watching else 0
         self.nodes: dict[Edge, Carried] = {}
         self.stood_for: list[Tensor] = []
-        self._follow(params, of_parameters(params) if self.collecting else [None] * len(params))
+        if params:  # a part that is run again follows the user's own
+            self._follow(params, of_parameters(params) if self.collecting else [None] * len(params))
 
     def __enter__(self) -> "Capture":
         """Starts to watch."""
