@@ -20,10 +20,15 @@ from funcghost.problem import Problem, Reduction, backward, cotangents, detached
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a run gives: scores [b, k] in units of the losses, the training gradient if asked for, losses, aux.
+    """What a run gives.
 
-    `sizes` is the checksum of the sizes its ops ran with, `positions` the scores by position [b, t], by column.
-    `parts` is what the tasks of the ledger made of each parameter, `pairs` the factors it kept.
+    `scores`: [b, k], in units of the losses.
+    `gradients`: the training gradient, if asked for.
+    `losses`, `aux`: what the losses returned, detached.
+    `sizes`: the checksum of the sizes its ops ran with.
+    `positions`: the scores by position [b, t], by column.
+    `parts`: what the tasks of the ledger made of each parameter.
+    `pairs`: the factors that the ledger kept.
     """
 
     scores: Tensor

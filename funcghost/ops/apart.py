@@ -46,10 +46,13 @@ Levels = tuple[Level, ...]
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """What a tapped call makes of the arguments in `slots`, of which it keeps the tensors in `needed`.
+    """How the factors of some arguments of a call are had.
 
-    `factors(saved, levels, gradients, layouts, batch)` gives the factor for each of the slots; `by_product` without a
-    derivative for each sample. With `smaller`, what the parameter meets is less than half of what comes out.
+    `slots`: the arguments.
+    `needed`: the slots of the tensors that it takes.
+    `factors(saved, levels, gradients, layouts, batch)`: gives the factor for each of the slots.
+    `by_product`: whether that is without a derivative for each sample.
+    `smaller`: whether what the parameter meets is less than half of what comes out.
     """
 
     slots: tuple[int, ...]

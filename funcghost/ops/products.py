@@ -25,9 +25,12 @@ Values = Callable[[Sequence[Tensor]], Tensor]
 class Product:
     """`out = scale * sum coefficient * param`.
 
-    `values` gives the coefficient from the tensors in the slots `needed`; without one (None) it is 1. With `groups`,
-    an axis of the output and the first of the parameter are each two: groups and what is in them. `gradients`, if there
-    are any, gives the per-sample gradients themselves from these tensors and the output's gradient, samples in front.
+    `param`, `coefficient`, `out`: the letters of the axes of each.
+    `needed`: the slots of the tensors that the coefficient is made of.
+    `values`: gives it from these; without one (None) it is 1.
+    `groups`: if above 1, an axis of the output and the first of the parameter are each two: groups, what is in them.
+    `base`: the sizes of the parameter's axes then.
+    `gradients`: gives the per-sample gradients themselves, samples in front, from these tensors and the output's.
     """
 
     param: Letters
@@ -43,10 +46,12 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """`out[t] = scale[t] * param[index[t]]`, for an index of so many axes, the `places`.
+    """`out[t] = scale[t] * param[index[t]]`.
 
-    `values` gives the index, and the scale if there is one, from the tensors in the slots `needed`. If `summed`, the
-    output is the sum over the last of the places, and there is a scale.
+    `needed`: the slots of the tensors that the index and the scale are made of.
+    `places`: how many axes the index has.
+    `values`: gives the index, and the scale if there is one, from these tensors.
+    `summed`: whether the output is the sum over the last of the places; then there is a scale.
     """
 
     needed: tuple[int, ...]
