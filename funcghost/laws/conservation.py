@@ -107,11 +107,12 @@ def check_conservation(
     raise ConservationError(
         f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
         f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
-        f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where a torch function mode does not see it "
-        "(inside a custom autograd Function, a torch.func transform of their own, a derivative that the losses take by "
-        "torch.autograd.grad, a compiled submodule, a C++ extension), changed in place through a view, or by an op "
-        "whose rule is wrong. Call ordinary torch ops on these parameters, out of place, with derivatives written out "
-        "by hand; correct the rule given to fg.register_rule; or leave them out of params."
+        f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where neither a torch function mode nor the "
+        "graph of autograd shows how (inside a custom autograd Function whose backward detaches what it returns or is "
+        "not linear in the incoming gradient, or under torch.func.vmap; a torch.func transform of their own), their "
+        "gradient is changed by a hook that is not linear, or an op's rule is wrong. Call ordinary torch ops on these "
+        "parameters, out of place, with derivatives written out by hand; take the hook off; correct the rule given to "
+        "fg.register_rule; or leave them out of params."
     )
 
 

@@ -276,7 +276,9 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 def _forward(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
-    derivative: Outputs = torch.func.jvp(op, primals, tangents)[1]
+    # An expanded value has one memory for many entries, a tangent of its own for each has not.
+    apart = tuple(value.contiguous() if 0 in value.stride() else value for value in primals)
+    derivative: Outputs = torch.func.jvp(op, apart, tangents)[1]
     return derivative
 
 

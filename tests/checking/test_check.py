@@ -657,7 +657,7 @@ def test_nothing_is_left_behind() -> None:
     module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 2)).double()
     losses, params, x = of_module(module, normal(4, 6))
     params["0.weight"].grad = torch.ones_like(params["0.weight"])
-    params["3.bias"].requires_grad_(False)
+    params["3.bias"] = params["3.bias"].detach()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     states = torch.get_rng_state(), random.getstate()
     fg.register_rule(F.linear, linear=[["weight"], ["bias"]], arguments=["input", "weight", "bias"])

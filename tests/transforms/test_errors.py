@@ -52,7 +52,6 @@ class World:
         first, last = nn.Linear(3, 4), nn.Linear(4, 2)
         layers = (first, nn.BatchNorm1d(4), nn.Dropout(0.5), Hook(self.between), last, nn.BatchNorm1d(2))
         self.model = nn.Sequential(*layers).double()
-        first.bias.requires_grad_(False)
         last.weight.grad = torch.ones_like(last.weight)
         self.params: Params = dict(self.model.named_parameters())
         self.direction = {name: normal(*value.shape) for name, value in self.params.items()}
