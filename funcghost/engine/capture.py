@@ -21,6 +21,7 @@ from funcghost.engine.unseen import (
     edge_of,
     hooked,
     is_hooked,
+    kept,
     now,
     replayed,
     stretch_of,
@@ -253,8 +254,6 @@ class Capture(Walker[Carried]):
         if site is None or site.unseen != number:
             return
         walked = walk(tensor, self._known, self.started)
-        if len(walked.ends) != len(site.tracked):
-            raise MismatchError(f"site {index}: {site.op} comes from {len(walked.ends)} tensors with tangents.")
         self.position += 1
         stretch, known = stretch_of(tensor, walked), [end.known for end in walked.ends.values()]
         if site.action == "tap":
@@ -293,7 +292,7 @@ class Capture(Walker[Carried]):
             else:
                 self.values.note(value, along)
                 if self.watching and value.requires_grad and physical(value) is value:
-                    self.nodes[edge_of(value)] = along
+                    self.nodes[edge_of(value)] = along._replace(shadow=along.shadow and kept(along.shadow))
 
     def _tap(
         self,

@@ -6,7 +6,7 @@ nearest tensors that are known is an op. Its transpose is its backward, and so i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from funcghost.engine.shadows import Computed, Constant, Shadow
 from funcghost.engine.tap import Taps, behind
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.apart import Level, Use, Where, of_sample
+from funcghost.ops.tangent import alias
 
 Known = TypeVar("Known")
 Edge = tuple[Any, int]
@@ -114,27 +115,26 @@ class Stretch:
         Raises:
             UnsupportedOpError: the backward cannot be differentiated.
         """
+        slope, drawn = torch.zeros_like(self.value, requires_grad=False), list[Tensor | None]()
         with torch.enable_grad():
             dual = torch.zeros_like(self.value, requires_grad=True)
             try:
                 pulled = self.pull(dual, differentiable=True)
-                both = [(u, v) for u, v in zip(pulled, tangents, strict=True) if u is not None and v is not None]
-                pairs = [(u, v) for u, v in both if u.requires_grad]
-                slope = None
-                if pairs:
-                    ends, along = zip(*pairs, strict=True)
-                    (slope,) = torch.autograd.grad(ends, dual, along, allow_unused=True)
+                for place, (u, v) in enumerate(zip(pulled, tangents, strict=True)):
+                    if u is None or v is None:
+                        continue
+                    own = None
+                    if u.requires_grad:
+                        (own,) = torch.autograd.grad(u, dual, v, allow_unused=True, retain_graph=True)
+                    if own is not None:
+                        slope = slope + own.detach()
+                        continue
+                    drawn = drawn or self.pull(torch.ones_like(self.value))
+                    if (whole := drawn[place]) is not None and bool(whole.any()):
+                        raise RuntimeError("what it returns does not depend on what comes in, as far as autograd sees")
             except RuntimeError as error:
                 raise self._refused(str(error).splitlines()[0]) from error
-        if len(pairs) < len(both):
-            drawn = self.pull(torch.ones_like(self.value))
-            told = zip(pulled, tangents, drawn, strict=True)
-            if any(
-                u is not None and v is not None and not u.requires_grad and own is not None and bool(own.any())
-                for u, v, own in told
-            ):
-                raise self._refused("what it returns does not depend on the incoming gradient as far as autograd sees")
-        return torch.zeros_like(dual, requires_grad=False) if slope is None else slope
+        return slope
 
     def _refused(self, reason: str) -> UnsupportedOpError:
         names = ", ".join(dict.fromkeys(name.removesuffix("Backward") for name in self.names)) or "a view"
@@ -272,6 +272,14 @@ def replayed(stretch: Stretch, ends: Sequence[Shadow]) -> Shadow:
         return Constant(value)
     leaves = {number: leaf for end in ends for number, leaf in end.leaves.items()}
     return Computed(value, dict(sorted(leaves.items())), get_gradient_edge(value))
+
+
+def kept(shadow: Shadow) -> Shadow:
+    """The same, whose value keeps its history where the other is written to."""
+    if not shadow.value.requires_grad:
+        return shadow
+    with torch.enable_grad():
+        return replace(shadow, value=alias(shadow.value))
 
 
 def is_hooked(leaf: Tensor) -> bool:

@@ -69,7 +69,9 @@ class Walker(TorchFunctionMode, Generic[Note]):
             for leaf, value in zip(leaves, values, strict=True):
                 if value is not None and leaf.requires_grad:
                     value.version = leaf._version  # the op may have written to it
-        self._give(returned)
+        # A view of itself is what a custom Function makes of an argument that it returns, and gives a history after.
+        itself = op is Tensor.view_as and leaves[0] is leaves[-1]
+        self._give(returned, watching=self.watching and not itself)
         return returned
 
     def end(self, losses: Tensor) -> Tensor:
@@ -104,16 +106,16 @@ class Walker(TorchFunctionMode, Generic[Note]):
                     self.met += 1
                     self.meet(leaf, value, self.met)
 
-    def _give(self, returned: Any) -> None:
+    def _give(self, returned: Any, watching: bool) -> None:
         """Numbers the tensors that an op gave, in the form in which the losses get them."""
         if isinstance(returned, Tensor):
             if self.digesting:
                 self.digest.number(self.values.of(returned))
-            if self.watching and returned.requires_grad:
+            if watching and returned.requires_grad:
                 self.values.of(returned).version = returned._version
         elif isinstance(returned, tuple | list):
             for part in returned:
-                self._give(part)
+                self._give(part, watching)
 
 
 def noted_slots(values: Sequence[Value[Any] | None]) -> tuple[int, ...]:

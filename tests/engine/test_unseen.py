@@ -171,7 +171,7 @@ PROGRAMS: dict[str, Losses] = {
     "once on activations": lambda p, x: Once.apply((x @ p["w"]).tanh(), p["v"]),
     "once, twice": lambda p, x: Once.apply(Once.apply(x, p["w"]).tanh(), p["w"]).cos() @ p["v"],
     "known tensors one behind the other": lambda p, x: (
-        (lambda h: Product.apply(h, h.mean(0, keepdim=True).tanh() * h.mT @ h))(batch_mixed(x @ p["w"])) @ p["v"]
+        (lambda h: Product.apply(h, h.mT @ h.tanh()))(batch_mixed(x @ p["w"])) @ p["v"]
     ),
 }
 
@@ -341,7 +341,9 @@ class Adjoint(nn.Module):
         self.body, self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Any:
-        return self.head(Rerun.apply(self.body, Rerun.apply(self.body, x, *self.body.parameters()), *self.body.parameters()))
+        return self.head(
+            Rerun.apply(self.body, Rerun.apply(self.body, x, *self.body.parameters()), *self.body.parameters())
+        )
 
 
 class Keeps(nn.Module):
