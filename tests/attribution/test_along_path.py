@@ -76,7 +76,7 @@ def test_values_are_those_of_the_definition(program: Program, reduction: Any, ru
     middle = {name: (p.detach() + after[name]) / 2 for name, p in params.items()}
     slopes = [gradient(program.losses, point, validation)[0] for point in (params, middle, after)]
     weights = (1 / 2, 0, 1 / 2) if rule == "trapezoid" else (1 / 6, 2 / 3, 1 / 6)
-    mean = {name: sum(w * slope[name] for w, slope in zip(weights, slopes, strict=True)) for name in params}
+    mean = {name: torch.stack([w * s[name] for w, s in zip(weights, slopes, strict=True)]).sum(0) for name in params}
     eta = lr / len(losses) if reduction == "mean" else lr
     sizes = {name: g.abs() for name, g in gradients.items()}
     size = float(dots(sizes, {name: m.abs() for name, m in mean.items()}).max()) + 1e-300
@@ -245,13 +245,13 @@ def test_values_by_parameter_and_by_position() -> None:
     wanted = plain(params, batch, state=state, validation=validation["a"])
     by_name = accounts(by=fg.per_param)[0](params, batch, state=state, validation=validation["a"])
     assert by_name.values.keys() == params.keys()
-    assert_close(sum(by_name.values.values()), wanted.values, 1e-9)  # type: ignore[arg-type]
+    assert_close(sum(by_name.values.values()), wanted.values, 1e-9)
     by_token = accounts(by=fg.per_token)[0](params, batch, state=state, validation=validation["a"])
     assert by_token.values.shape == (4, 12)
     assert by_token.route == "two passes over 1 of 1 batches: values by position are those of a step"
     assert_close(by_token.values.sum(1), wanted.values, 1e-9)
     columns = accounts(by=fg.per_param)[0](params, batch, state=state, validation=validation)
-    assert_close(sum(columns.values.values())[:, 0], wanted.values, 1e-9)  # type: ignore[index]
+    assert_close(sum(columns.values.values())[:, 0], wanted.values, 1e-9)
     assert columns.rest.shape == (2,)
 
 
@@ -314,7 +314,7 @@ def test_impulses_explain_a_run_with_momentum() -> None:
     for credit in ("step", "impulse"):
         params = {"w": torch.zeros(3, dtype=torch.float64, requires_grad=True)}
         update, state = updates.of(torch.optim.SGD(params.values(), lr=0.1, momentum=0.5), params)
-        step = in_run.along_path(lambda p, x: x @ p["w"], update, credit=credit)  # type: ignore[arg-type]
+        step = in_run.along_path(lambda p, x: x @ p["w"], update, credit=credit)
         out, values, change = None, 0.0, 0.0
         here: Params = params
         for number in range(50):
@@ -360,7 +360,7 @@ def test_arguments() -> None:
     update, state = updates.of(torch.optim.SGD(params.values(), lr=0.1), params)
     for bad in ({"rule": "midpoint"}, {"credit": "all"}, {"reduction": "max"}, {"rank": 0}, {"pairs_memory": -1}):
         with pytest.raises(fg.InputError, match=f"along_path: {next(iter(bad))}"):
-            in_run.along_path(losses, update, **bad)  # type: ignore[arg-type]
+            in_run.along_path(losses, update, **bad)
     with pytest.raises(fg.InputError, match="tolerance"):
         in_run.along_path(losses, update, tolerance=0.0)
     with pytest.raises(fg.InputError, match="takes a function"):

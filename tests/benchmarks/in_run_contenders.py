@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcghost as fg
+from funcghost.attribution import in_run
+from funcghost.training import updates
 from tests.benchmarks.bench_dot import Case, Route, by_vmap, count_flops, make_plan, training_gradient
 from tests.benchmarks.models import Params
 
 PLAIN, CONCATENATED = "plain", "plain, validation concatenated"
+STEPPED, STEPPED_BOTH = f"{PLAIN}, with AdamW", f"{CONCATENATED}, with AdamW"
 COMPILED, COMPILED_BOTH = (f"compiled: {name}" for name in (PLAIN, CONCATENATED))
 LOOKED_UP = "positions.weight"
 RANKS = (16, 32, 64)
@@ -165,7 +168,50 @@ def compiled(problem: InRun, plan: fg.Plan) -> dict[str, Contender]:
     }
 
 
-GROUPS = ("cached", "fresh", "others", "compiled")
+def account(problem: InRun, plan: fg.Plan) -> dict[str, Contender]:
+    """Steps of AdamW that account for the validation loss, with V(w) kept from the step before.
+
+    Beside one on as many validation as training samples, and one along tracked directions of rank 32 on the validation
+    batch of this benchmark. Their times are those of the whole step, parameters and moments renewed; that of a plain
+    step is its gradient and `torch.optim.AdamW`.
+    """
+    case, other = problem.train, problem.validation
+    params = {name: leaf.detach().clone().requires_grad_() for name, leaf in case.params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=1e-4)
+
+    def stepped(batch: Case) -> Any:
+        for leaf, gradient in zip(params.values(), training_gradient(batch), strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+
+    stepped(case)
+    update, state = updates.of(optimizer, params)
+    here = {name: leaf.detach().clone() for name, leaf in params.items()}
+
+    def along(batch: Any, **options: Any) -> Route:
+        step = in_run.along_path(case.losses, update, plan=plan, **options)
+        before = step(here, case.batch, state=state, validation=[batch]).after
+        before = step(here, case.batch, state=state, validation=[batch], before=before).after
+        return lambda: step(here, case.batch, state=state, validation=[batch], before=before)
+
+    def second() -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return reference(case.params, case.batch, lr=1e-4, validation=[case.batch])
+
+    reference = in_run.second_order(case.losses, plan=plan)
+    return {
+        STEPPED: Contender(lambda: stepped(case), STEPPED),
+        STEPPED_BOTH: Contender(lambda: stepped(problem.both), STEPPED_BOTH),
+        "account": Contender(along(case.batch), STEPPED),
+        "account, two passes": Contender(along(case.batch, pairs_memory=0), STEPPED),
+        "account, Simpson": Contender(along(case.batch, rule="simpson"), STEPPED),
+        "second order": Contender(second, STEPPED),
+        "account, rank 32": Contender(along(other.batch, rank=32), STEPPED_BOTH),
+        "account, small validation": Contender(along(other.batch), STEPPED_BOTH),
+    }
+
+
+GROUPS = ("cached", "fresh", "account", "others", "compiled")
 
 
 def contenders(problem: InRun, groups: tuple[str, ...] = GROUPS) -> dict[str, Contender]:
@@ -177,6 +223,7 @@ def contenders(problem: InRun, groups: tuple[str, ...] = GROUPS) -> dict[str, Co
     }
     found |= cached(problem, plan) if "cached" in groups else {}
     found |= fresh(problem, plan) if "fresh" in groups else {}
+    found |= account(problem, plan) if "account" in groups else {}
     found |= others(problem) if "others" in groups else {}
     found |= compiled(problem, plan) if "compiled" in groups else {}
     return found
