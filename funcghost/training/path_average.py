@@ -53,10 +53,10 @@ def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> tuple
     difference has lost digits, the gradient being small beside what the step moves anyway, A is the derivative at the
     middle, `u'(G / 2)`, which is right to second order there.
 
-    Cost: two evaluations and one derivative.
+    `step` takes gradients with an axis in front, too. Cost: two evaluations and one derivative.
     """
     with torch.no_grad():
-        whole, still = step(grad), step(torch.zeros_like(grad))
+        whole, still = step(torch.stack([grad, torch.zeros_like(grad)])).unbind()
         moved = whole - still
         least = torch.finfo(grad.dtype).eps ** (1 / 3)
         lost = (moved.abs() <= least * (whole.abs() + still.abs())) | (grad == 0)

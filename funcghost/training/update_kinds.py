@@ -73,11 +73,17 @@ class ByRules:
     ) -> Shared:
         """See `Update.share`; parameter by parameter."""
         rows = self._rows(params, grads, state)
-        columns = [
-            _shared(*row, [leaves[place] for leaves in cotangents], credit, tolerance) for place, row in enumerate(rows)
-        ]
-        along = [[found[place] for found, _ in columns] for place in range(len(cotangents))]
-        return Shared(along, [torch.stack([parts[k] for _, parts in columns]).sum() for k in range(len(cotangents))])
+        along: list[Leaves] = [list(leaves) for leaves in cotangents]
+        parts: list[list[Tensor]] = [[] for _ in cotangents]
+        for places in _together(rows):
+            row = _joined([rows[place] for place in places])
+            columns = [_flat([leaves[place] for place in places]) for leaves in cotangents]
+            found, own = _shared(*row, columns, credit, tolerance)
+            for k, value in enumerate(found):
+                parts[k].append(own[k])
+                for place, leaf in zip(places, _apart(value, [params.leaves[p] for p in places]), strict=True):
+                    along[k][place] = leaf
+        return Shared(along, [torch.stack(numbers).sum() for numbers in parts])
 
     def pulled(self, params: Params, grads: Leaves, state: Tree, cotangents: Sequence[Leaves]) -> list[Leaves]:
         """`J^T V`."""
@@ -91,7 +97,7 @@ class ByRules:
 
         return pulled_back(step, grads, cotangents)
 
-    def _rows(self, params: Params, grads: Leaves, state: Tree) -> list[tuple[str, Tensor, Tensor, Rule, Slots]]:
+    def _rows(self, params: Params, grads: Leaves, state: Tree) -> "list[Row]":
         """Name, parameter, gradient, rule and slots of every parameter."""
         if self.rules.keys() != set(params.names):
             raise InputError(
@@ -121,6 +127,42 @@ def _check_slots(name: str, param: Tensor, slots: Any, wanted: Slots) -> None:
         if not isinstance(value, Tensor) or list(value.shape) != shape:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"state[{name!r}][{slot!r}]: must be a tensor {shape}, found {found}.")
+
+
+SMALL = 1 << 16
+"""Entries of a parameter up to which the time of an op is that of calling it."""
+
+Row = tuple[str, Tensor, Tensor, Rule, Slots]
+
+
+def _together(rows: Sequence[Row]) -> list[list[int]]:
+    """Places of small parameters whose entries go by themselves in the same way, as one; every other by itself."""
+    groups: dict[Any, list[int]] = {}
+    for place, (_, param, _, rule, slots) in enumerate(rows):
+        numbers = tuple((name, float(value)) for name, value in slots.items() if not value.dim())
+        small = rule.elementwise and param.dim() > 0 and param.numel() <= SMALL
+        groups.setdefault((rule, param.dtype, param.device, numbers) if small else place, []).append(place)
+    return list(groups.values())
+
+
+def _joined(rows: Sequence[Row]) -> Row:
+    """Several parameters as one, flat and end to end; one as it is."""
+    if len(rows) == 1:
+        return rows[0]
+    names, params, grads, rules, slots = zip(*rows, strict=True)
+    merged = {name: _flat([own[name] for own in slots]) if value.dim() else value for name, value in slots[0].items()}
+    return ", ".join(names), _flat(params), _flat(grads), rules[0], merged
+
+
+def _flat(leaves: Sequence[Tensor]) -> Tensor:
+    return leaves[0] if len(leaves) == 1 else torch.cat([leaf.flatten() for leaf in leaves])
+
+
+def _apart(value: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    if len(like) == 1:
+        return [value]
+    parts = value.split([leaf.numel() for leaf in like])
+    return [part.view(leaf.shape) for part, leaf in zip(parts, like, strict=True)]
 
 
 def _shared(

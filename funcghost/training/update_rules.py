@@ -34,7 +34,8 @@ class Moved(NamedTuple):
 class Rule(Protocol):
     """What an optimizer does to one parameter.
 
-    `elementwise`: every entry of `move` depends on the entries of g and of the slots at its own place alone.
+    `elementwise`: every entry of `move` depends on the entries of w, of g and of the slots at its own place alone; then
+    `moved` and `from_memory` take gradients with an axis in front, too, and parameters of any shape.
     """
 
     @property
