@@ -128,4 +128,4 @@ def test_bad_arguments() -> None:
         (lambda: product({"a": v["a"]}), "missing leaves"),
     ]:
         with pytest.raises(fg.InputError, match=says):
-            call()  # type: ignore[no-untyped-call]
+            call()

@@ -168,7 +168,8 @@ def sweep(problem: Problem, rounds: int, k: int) -> Row:
         return {n: p - 0.01 * grads[n] for n, p in params.items()}, state
 
     def query(params: Any) -> Tensor:
-        found = problem.losses(params, tuple(own[: max(k, 2)] for own in problem.queries))
+        x, labels = (own[: max(k, 2)] for own in problem.queries)
+        found = problem.losses(params, (x, labels))
         return found.mean() if k == 1 else found.repeat(-(-k // len(found)))[:k]
 
     def plain() -> Any:
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         ("TracIn, mlp", lambda: tracin(mlp, rounds)),
         ("Gauss-Newton product, mlp", lambda: gauss_newton(mlp, rounds)),
         ("TRAK, mlp", lambda: trak(mlp, rounds)),
-        *((f"reverse sweep, {p.name}", lambda p=p, k=k: sweep(p, rounds, k)) for p in (mlp, gpt) for k in (1, 16)),  # type: ignore[misc]
+        *((f"reverse sweep, {p.name}", lambda p=p, k=k: sweep(p, rounds, k)) for p in (mlp, gpt) for k in (1, 16)),
     ]
     rows = []
     for name, case in cases:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import funcghost as fg
 from funcghost import progress
-from funcghost.__main__ import main
+from funcghost.shell.main import main
 from funcghost.algebra import contractions as contract
 from funcghost.checking import compare
 from funcghost.checking.checker import lowest_precision

@@ -23,7 +23,7 @@ from tests.models.corpora import COUNT, collate, losses_of, make, reducers_of, s
 def stored(out: Path, values: Any, vectors: Any, part: int = 3, ids: list[str] | None = None) -> corpus.Corpus:
     """A store with these values [n] and vectors [n, dim]."""
     pa = __import__("pyarrow")
-    kind = "int64" if ids is None else "string"
+    kind: Any = "int64" if ids is None else "string"
     columns = (Column("id", kind), Column("value", "float32"))
     manifest = Manifest("corpus", columns, (VectorColumn("v", vectors.shape[1], "float32"),))
     own: list[Any] = list(range(len(values))) if ids is None else ids

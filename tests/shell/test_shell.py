@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from funcghost import corpus, store
-from funcghost.__main__ import main
+from funcghost.shell.main import main
 from tests.models.corpora import COUNT, collate, losses_of, reducers_of, samples
 from tests.store.runs import write
 
