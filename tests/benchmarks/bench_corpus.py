@@ -6,8 +6,9 @@
   taken in turns: one direction; 16 directions with a projection to 2048 dimensions and norms.
 - `peers`: dattri, trak and bergson where they are installed, building their projections of the same samples of the same
   model in the same run: samples/s of funcghost's pass over theirs. dattri (TracIn) projects training and test gradients
-  and multiplies them, for 16 test samples; trak features in float32 by a dense random projection; bergson builds an
-  index of the linear layers' gradients. Where a package is missing the row says so.
+  and multiplies them, for 16 test samples, whose gradients it takes anew for every training batch; trak has features in
+  float32 by a dense random projection. bergson builds an index of Hugging Face models alone: its row says so, and so do
+  those of packages that are not installed.
 - `nearest`: one query against all vectors, over reading their files once.
 - `memory`: the peak of a pass over many samples beside that over few, in processes of their own.
 """
@@ -125,12 +126,10 @@ def peers(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
         try:
             run = make(work.model, work.data, args.batch, DIM, DIRECTIONS)
             ratios = []
-            for number in range(args.rounds + 1):
+            for _ in range(args.rounds):
                 with tempfile.TemporaryDirectory() as folder:
                     own = seconds(_score(work, reducers, folder, args.batch, plan))
-                theirs = seconds(run)
-                if number:
-                    ratios.append(theirs / own)
+                ratios.append(seconds(run) / own)
             found[name] = round(median(ratios), 2)
         except MissingError as missing:
             found[name] = f"not measured: {missing}"
@@ -215,8 +214,8 @@ def main() -> None:
     args.samples = args.samples or (50_000 if args.quick else 1_000_000)
     if args.threads:
         torch.set_num_threads(args.threads)
-    work = Workload(48 if args.quick else 256, 128, 256, 4, 8192)
-    small = Workload(32 if args.quick else 128, 64, 64, 2, 512)
+    work = Workload(32 if args.quick else 256, 128, 256, 4, 8192)
+    small = Workload(16 if args.quick else 128, 64, 64, 2, 512)
     sections: dict[str, Callable[[], Any]] = {
         "pass": lambda: passes(work, args),
         "peers": lambda: peers(small, args),

@@ -46,7 +46,7 @@ def dattri(model: nn.Module, data: Tensor, batch: int, dim: int, queries: int) -
 
     task = task_of(loss_func=loss, model=model, checkpoints=[model.state_dict()])
     train = DataLoader(TensorDataset(data), batch_size=batch, shuffle=False)
-    test = DataLoader(TensorDataset(data[:queries]), batch_size=batch, shuffle=False)
+    test = DataLoader(TensorDataset(data[:queries]), batch_size=queries, shuffle=False)
 
     def run() -> Any:
         attributor = tracin(
