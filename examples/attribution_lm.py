@@ -26,7 +26,7 @@ from funcghost.training import updates
 from lm_corpus import build_corpus
 from lm_model import GPT, Batch, ModelSize, Tree, WindowLosses, initial_params
 
-LENGTH, PACKED, ROWS, LEARNING_RATE, PATCH_RATE, TOP = 32, 4, 16, 3e-3, 0.3, 4
+LENGTH, PACKED, ROWS, LEARNING_RATE, PATCH_RATE, TOP = 32, 4, 16, 3e-3, 0.02, 4
 
 
 @dataclass(frozen=True)
