@@ -236,7 +236,12 @@ def recipe_of(
 
 @remembered
 def recipe(call: Call, wanted: Wanted, described: Description | None, way: Way) -> tuple[Term, ...]:
-    """As `recipe_of`, for one of the ways to `J V`."""
+    """As `recipe_of`, for one of the ways to `J V`; where there is none, by factors alone."""
+    if way == "each":
+        uses = find_uses(call, described, wanted.layouts, wanted.chosen, wanted.vmapped)
+        each = [(slot, kinds) for slot, kinds in zip(call.tracked, wanted.kinds, strict=True)]
+        scored = frozenset((slot, k) for slot, kinds in each for k, kind in enumerate(kinds) if kind is not NoneType)
+        return tuple(ByFactors(use, scored) for use in uses) if scored or wanted.collects else ()
     return recipe_of(call, wanted, described, lambda: pushforward(call, way))
 
 

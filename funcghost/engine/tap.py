@@ -18,7 +18,7 @@ from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import OutputLayout, Site
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow
-from funcghost.errors import MismatchError
+from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.ops.apart import Level, Where
 from funcghost.ops.known import description
 from funcghost.ops.layout import Layout, Placed, Rows
@@ -75,6 +75,12 @@ class Taps:
         values, batch = [found[i] for i in site.smooth], len(self.probe)
         layouts = tuple([placed(number, site, found[i], site.layouts[i], maps, batch) for i in site.smooth])
         if self.positions is not None:
+            if site.way == "each":
+                raise UnsupportedOpError(
+                    f"per_token: {site.op} has neither a forward derivative nor a backward that can be differentiated: "
+                    "its scores are those of a backward for each sample, which does not tell positions apart. Add a "
+                    "rule with fg.register_rule, or leave per_token out."
+                )
             for value, layout in zip(values, layouts, strict=True):
                 self.positions.check(f"site {number} ({site.op})", layout, batched_shape(value), batch)
         wanted = Wanted(

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcghost.ops.rules import Op, Rule, find_rule
 
-Way = Literal["rule", "forward", "transpose"]
+Way = Literal["rule", "forward", "transpose", "each"]
+"""How `J V` is had; "each": it is not, but a backward for each sample is."""
 Outputs = tuple[Tensor, ...]
 Term = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -253,7 +254,7 @@ Derivative = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
 
 def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
     needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
-    call = call.emptied()
+    call = replace(call.emptied(), op=WRITTEN_OUT.get(call.op, call.op))
 
     def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
         values = dict(zip(needed, saved, strict=True))
@@ -266,6 +267,31 @@ def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
             return derivative(op, tuple(values[slot] for slot in call.tracked), tuple(tangents))
 
     return Pushforward(needed, evaluate)
+
+
+def has_gradient(call: Call, saved: Sequence[Tensor]) -> bool:
+    """Whether the backward of a call gives anything, with its tensors `saved`."""
+    slots = [slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
+    given = {slot: value.detach() for slot, value in zip(slots, saved, strict=True)}
+    with torch.enable_grad():
+        leaves = [given[slot].requires_grad_() for slot in call.tracked]
+        values = [
+            v for v in call.evaluate([given.get(i, leaf) for i, leaf in enumerate(call.leaves)]) if v.requires_grad
+        ]
+    if not values:
+        return False
+    found = torch.autograd.grad(values, leaves, list(map(torch.ones_like, values)), allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in found)
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
+    """All distances, from all differences: b m d numbers."""
+    found: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    return found
+
+
+WRITTEN_OUT: dict[Op, Op] = {torch.cdist: _cdist}
+"""Ops whose kernels have neither a forward nor a second derivative, by ops that have."""
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from funcghost.engine.run import run
 from funcghost.errors import MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.conservation import Witness, check_conservation, together, witness
 from funcghost.laws.draws import sample_weights, shaken
-from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, physical, pushforward
+from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, has_gradient, physical, pushforward
 from funcghost.problem import Problem, backward
 from funcghost.side_effects import untouched
 
@@ -57,6 +57,14 @@ def nearby_gradients(problem: Problem, plan: Plan, weights: Tensor, seed: int) -
         return [gradient.to_dense() for gradient in backward(losses, inputs, near(weights, 0))]
 
 
+class NoSlopeError(Exception):
+    """The op at a site that is tapped has no `J V`, or says zero where its backward does not."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"site {index}")
+        self.index = index
+
+
 class Rehearsal:
     """Runs a plan along the witness, trying the ways to `J V` where there is no rule."""
 
@@ -69,9 +77,14 @@ class Rehearsal:
         devices = problem.devices()
 
         def scores(directions: Sequence[Direction]) -> Tensor:
-            plan = replace(self.plan, sites=tuple(self.sites))
-            with untouched(devices, plan.written):
-                outcome = run(problem, plan, directions, reduction=None, choose=self.choose)
+            outcome = None
+            while outcome is None:
+                plan = replace(self.plan, sites=tuple(self.sites))
+                try:
+                    with untouched(devices, plan.written):
+                        outcome = run(problem, plan, directions, reduction=None, choose=self.choose)
+                except NoSlopeError as error:
+                    self.sites[error.index] = replace(self.sites[error.index], way="each")
             if check and seen.finite and not seen.repeats(outcome.losses):
                 raise MismatchError(
                     "with equal params and batch, the losses have other values. Draw random numbers from torch, or from"
@@ -119,6 +132,10 @@ class Rehearsal:
                 if way == "rule" or any(bool(physical(value).any()) for value in out):
                     return noted(way, out, count.total)
                 zero.append((way, out, count.total))
+            plain = not any(physical(value) is not value for value in (*saved, *tangents))
+            silent = zero and plain and any(bool(value.any()) for value in tangents) and has_gradient(call, saved)
+            if site.action == "tap" and (silent or (not zero and plain)):
+                raise NoSlopeError(index)
             if zero:
                 return noted(*zero[0]) if self.sites[index] is site else zero[0][1]
             raise UnsupportedOpError(
