@@ -152,11 +152,16 @@ def single_parts(reducer: Reducer) -> list[Directional | Additive]:
 
 
 def register(kind: type[Any], tensors: tuple[str, ...], constants: tuple[str, ...] = ()) -> None:
-    """Makes a reducer a node of torch's own pytrees, as `torch.compile` wants it."""
-    fields = (*tensors, *constants)
+    """Makes a reducer a node of torch's own pytrees, as `torch.compile` wants it: None is no leaf there."""
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[tuple[str, ...], tuple[Any, ...]]]:
+        given = tuple(name for name in tensors if getattr(value, name) is not None)
+        return [getattr(value, name) for name in given], (given, tuple(getattr(value, name) for name in constants))
+
+    def unflatten(children: Any, context: Any) -> Any:
+        given, others = context
+        return kind(**dict(zip((*given, *constants), (*children, *others), strict=True)))
+
     torch.utils._pytree.register_pytree_node(
-        kind,
-        lambda value: ([getattr(value, name) for name in tensors], tuple(getattr(value, name) for name in constants)),
-        lambda children, context: kind(**dict(zip(fields, (*children, *context), strict=True))),
-        serialized_type_name=f"funcghost.{kind.__name__}",
+        kind, flatten, unflatten, serialized_type_name=f"funcghost.{kind.__name__}"
     )
