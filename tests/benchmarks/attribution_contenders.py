@@ -209,14 +209,14 @@ def captum(problem: Problem, batch: int) -> Callable[[], Tensor]:
         batch_size=batch,
         sample_wise_grads_per_batch=True,
     )
-    return lambda: tracin.influence(problem.queries, unpack_inputs=False)
+    return lambda: tracin.influence(problem.queries)
 
 
 def curvlinops(problem: Problem, batch: int) -> Callable[[Tensor], Tensor]:
     """The Gauss-Newton matrix of the mean loss times [P, k]."""
     operators = import_module("curvlinops")
     model = copy.deepcopy(problem.model)
-    params = {n: p for n, p in model.named_parameters() if n in problem.params}
+    params = [p for n, p in model.named_parameters() if n in problem.params]
     loader = DataLoader(TensorDataset(*problem.train), batch_size=batch)
     matrix = operators.GGNLinearOperator(model, nn.CrossEntropyLoss(), params, list(loader), check_deterministic=False)
     return lambda v: matrix @ v

@@ -115,8 +115,10 @@ def tracin(problem: Problem, rounds: int) -> Row:
     batches = problem.batches(BATCH[problem.name])
     row = Row(f"TracIn, {problem.name}", "captum")
 
+    score = gradient.dot(problem.losses)
+
     def ours() -> Tensor:
-        return gradient.dot(problem.losses)(problem.params, batches, [problem.queries])
+        return score(problem.params, batches, [problem.queries])
 
     with quiet():
         theirs = peers.captum(problem, BATCH[problem.name])
