@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     for number in itertools.count(0, EVERY):
         child = os.fork()
         if not child:
-            die_at(number)
+            die_at(number, folder)
             score(folder / str(number), plan)
             os._exit(0)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:

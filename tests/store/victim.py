@@ -13,20 +13,21 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import funcghost as fg
 from tests.store.runs import add, begin, write
 
 SIZES = (1, 600, 2500)
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "fcntl.flock")
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.listdir", "os.scandir")
 
 
-def die_at(number: int) -> None:
-    """Kills this very process at the file call of this number."""
+def die_at(number: int, folder: Path) -> None:
+    """Kills this very process at the file call of this number among those on what is in a folder."""
     calls = itertools.count()
 
-    def watch(event: str, arguments: object) -> None:
-        if event in EVENTS and next(calls) == number:
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in EVENTS and str(arguments[0]).startswith(str(folder)) and next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -36,7 +37,7 @@ def kill(folder: Path) -> None:
     for number in itertools.count():
         child = os.fork()
         if not child:
-            die_at(number)
+            die_at(number, folder)
             write(folder / str(number))
             write(folder / str(number), 3, 4, resume=3)
             os._exit(0)
