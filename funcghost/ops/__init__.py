@@ -4,6 +4,6 @@ May import: the root and `algebra`. Read `tangent.py` first (a call and its `J V
 gradient to factors). What is known of single ops stands in `families`, which are imported here, so that it is known.
 """
 
-from funcghost.ops.families import convolutions, norms, products, recurrent, sums, tables
+from funcghost.ops.families import convolutions, heads, norms, products, recurrent, sums, tables
 
-__all__ = ["convolutions", "norms", "products", "recurrent", "sums", "tables"]
+__all__ = ["convolutions", "heads", "norms", "products", "recurrent", "sums", "tables"]

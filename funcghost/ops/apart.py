@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.factors import Dense, Factor
-from funcghost.ops.known import Slices, slices_of
+from funcghost.ops.known import Slices, of_one, slices_of
 from funcghost.ops.layout import Layout, Placed
 from funcghost.ops.tangent import Call, Outputs
 
@@ -79,7 +79,8 @@ def by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Us
     """One derivative for each sample: of the op on that sample alone, or with the gradient of the others masked."""
     needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
     slices = slices_of(call)
-    places = [] if slices is None else [(Layout(slices.outputs[i]), "unused") for i in chosen]
+    axes = [] if slices is None else [slices.outputs[i] for i in chosen]
+    places = [(Layout(axis), Layout(axis, "high"), "unused") for axis in axes]
     call = call.emptied()
 
     def factors(
@@ -100,9 +101,9 @@ def by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Us
         def alone(slices: Slices, sample: int) -> Sequence[Tensor | None]:
             moved = [inputs.get(slot, leaf) for slot, leaf in enumerate(call.leaves)]
             with torch.enable_grad():
-                found = call.evaluate(slices.of(moved, sample))
+                found = call.evaluate(slices.of(moved, sample, batch))
             values = [found[i] for i in chosen]
-            return _pulled(values, [_narrow(g, where, sample) for g, where in pairs], leaves, keep=False)
+            return _pulled(values, [_narrow(g, where, sample, batch) for g, where in pairs], leaves, keep=False)
 
         def masked(sample: int) -> Sequence[Tensor | None]:
             return _pulled(out, [of_sample(g, where, sample, batch) for g, where in pairs], leaves, keep=True)
@@ -134,9 +135,11 @@ def _pulled(
     return torch.autograd.grad(ends, leaves, given, retain_graph=keep, allow_unused=True)
 
 
-def _narrow(gradient: Tensor | None, where: Where, sample: int) -> Tensor | None:
+def _narrow(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:
     """The gradient of the outputs for one sample alone."""
-    return gradient.narrow(where.axis, sample, 1) if gradient is not None and isinstance(where, Layout) else None
+    if gradient is None or not isinstance(where, Layout):
+        return None
+    return of_one(gradient, where.axis, sample, batch)
 
 
 def of_sample(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:

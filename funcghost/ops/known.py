@@ -22,10 +22,16 @@ class Slices(NamedTuple):
     axes: Mapping[int, int]
     outputs: tuple[int, ...]
 
-    def of(self, leaves: Sequence[Any], sample: int) -> list[Any]:
-        """The arguments of one sample, which is still an axis of length 1."""
+    def of(self, leaves: Sequence[Any], sample: int, batch: int) -> list[Any]:
+        """The arguments of one sample: its index or its run of indices, still an axis."""
         axes = self.axes
-        return [leaf.narrow(axes[slot], sample, 1) if slot in axes else leaf for slot, leaf in enumerate(leaves)]
+        return [of_one(leaf, axes[slot], sample, batch) if slot in axes else leaf for slot, leaf in enumerate(leaves)]
+
+
+def of_one(value: Tensor, axis: int, sample: int, batch: int) -> Tensor:
+    """What belongs to a sample along an axis of the samples, each of which may have several indices on end."""
+    length = value.shape[axis] // batch
+    return value.narrow(axis, sample * length, length)
 
 
 Slice = Callable[[Mapping[str, Any], Sequence[Any]], Slices | None]

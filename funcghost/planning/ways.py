@@ -71,6 +71,7 @@ class Rehearsal:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.sites: list[Site] = list(plan.sites)
+        self.tried = set[int]()
 
     def run(self, problem: Problem, seen: Witness, check: bool) -> bool:
         """Finds the ways; with `check`, holds the scores to the witness. Says whether they were verified."""
@@ -84,6 +85,10 @@ class Rehearsal:
                     with untouched(devices, plan.written):
                         outcome = run(problem, plan, directions, reduction=None, choose=self.choose)
                 except NoSlopeError as error:
+                    # What was chosen and has not been tried yet is chosen anew.
+                    self.tried.add(error.index)
+                    known = zip(self.sites, self.plan.sites, strict=True)
+                    self.sites = [own if i in self.tried else planned for i, (own, planned) in enumerate(known)]
                     self.sites[error.index] = replace(self.sites[error.index], way="each")
             if check and seen.finite and not seen.repeats(outcome.losses):
                 raise MismatchError(
@@ -116,6 +121,7 @@ class Rehearsal:
         site = self.sites[index] = replace(self.sites[index], way=ways[0])
 
         def noted(way: Way, out: Outputs, flops: int) -> Outputs:
+            self.tried.add(index)
             size = sum(value.numel() * value.element_size() for value in out)
             self.sites[index] = replace(site, way=way, flops=flops, bytes=size)
             return out
@@ -136,7 +142,8 @@ class Rehearsal:
             silent = zero and plain and any(bool(value.any()) for value in tangents) and has_gradient(call, saved)
             if site.action == "tap" and (silent or (not zero and plain)):
                 raise NoSlopeError(index)
-            if zero:
+            errors += [f"{way}: zero, which its backward is not" for way, _, _ in zero if silent]
+            if zero and not silent:
                 return noted(*zero[0]) if self.sites[index] is site else zero[0][1]
             raise UnsupportedOpError(
                 f"parameters {list(site.parameters)} are used by {site.op}, whose derivative cannot be had "

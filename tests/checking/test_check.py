@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import funcghost as fg
 from funcghost import progress
-from funcghost.shell.main import main
 from funcghost.algebra import contractions as contract
 from funcghost.checking import compare
 from funcghost.checking.checker import lowest_precision
@@ -29,6 +28,7 @@ from funcghost.ops.known import _KNOWN
 from funcghost.ops.layout import Layout
 from funcghost.ops.products import Product
 from funcghost.options import Options
+from funcghost.shell.main import main
 from funcghost.transforms.functions import grad_and_reduce
 from tests.models.awkward import CASES
 from tests.models.small import like, rows, small_gpt

@@ -42,6 +42,11 @@ CALLS: dict[str, Callable[[], Call]] = {
     "conv_transpose1d": lambda: call(F.conv_transpose1d, normal(B, B, 5), normal(B, 2, 2)),
     "conv_transpose2d": lambda: call(F.conv_transpose2d, normal(B, 3, 4, 5), normal(3, 2, 2, 1), stride=2),
     "conv_transpose3d": lambda: call(F.conv_transpose3d, normal(B, 3, 2, 2, 3), normal(3, 2, 2, 1, 1)),
+    **(
+        {"head": lambda: call(F.linear_cross_entropy, normal(B, 3), normal(7, 3), torch.arange(B), reduction="none")}
+        if hasattr(F, "linear_cross_entropy")
+        else {}
+    ),
     "instance_norm": lambda: call(F.instance_norm, normal(B, 3, 5), weight=normal(3), bias=normal(3)),
     "lstm": lambda: recurrent(torch.lstm, 2),
     "lstm, sequence first": lambda: recurrent(torch.lstm, 2, batch_first=False),
@@ -62,7 +67,9 @@ def test_the_op_on_one_sample_gives_its_outputs(name: str) -> None:
     assert slices is not None
     whole = made.evaluate(made.leaves)
     for sample in range(B):
-        for own, value, axis in zip(made.evaluate(slices.of(made.leaves, sample)), whole, slices.outputs, strict=False):
+        for own, value, axis in zip(
+            made.evaluate(slices.of(made.leaves, sample, B)), whole, slices.outputs, strict=False
+        ):
             assert_close(own, value.narrow(axis, sample, 1), 1e-12)
 
 
