@@ -239,7 +239,7 @@ def trak(problem: Problem, batch: int, dim: int) -> Callable[[], Tensor]:
                 outputs.ImageClassificationModelOutput(),
                 len(problem.train[0]),
                 folder,
-                False,
+                True,
                 "cpu",
                 projector=projector,
                 proj_dim=dim,

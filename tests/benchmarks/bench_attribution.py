@@ -218,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             rows.append(case())
         except ImportError as error:
             rows.append(Row(name, error.name or "", note=f"not installed: {error}"))
+        except Exception as error:  # what one library cannot do is no reason to leave the others out
+            rows.append(Row(name, "", note=f"failed: {type(error).__name__}: {str(error)[:80]}"))
         print(rows[-1], file=sys.stderr)
     shown = [["", "against", "ratio", "aim", "off", "note"]]
     for row in rows:
