@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what a first call imports is imported once, before the forks
 from torch import Tensor
 
 import funcghost as fg
