@@ -20,9 +20,11 @@ COPIED = ("funcghost", "tests", "examples", "pyproject.toml")
 LAYOUT, MOVES, RULES, VERIFY = (
     f"tests/{name}.py" for name in ("ops/test_layout", "ops/test_moves", "ops/test_rules", "laws/test_conservation")
 )
-MODES, WRAPPERS, EXAMPLE = (
-    f"tests/{name}.py" for name in ("engine/test_modes", "engine/test_wrappers", "losses/test_per_example")
+MODES, AUTOCAST, CHECKPOINTS = (
+    f"tests/engine/{name}.py" for name in ("test_modes", "test_mixed_precision", "test_checkpointing")
 )
+LIFTING, OWN_RULES = "tests/transforms/test_lifting.py", "tests/ops/test_rules_in_steps.py"
+EXAMPLE = "tests/losses/test_per_example.py"
 AWKWARD, LAYERS = "tests/engine/test_awkward.py", "tests/engine/test_nn_layers.py"
 CONTRACT, REDUCERS, PAIRS = (
     f"tests/{name}.py" for name in ("algebra/test_contractions", "reducers/test_reducers", "algebra/test_pairs")
@@ -187,13 +189,13 @@ MUTATIONS: dict[str, Mutation] = {
         "engine/capture.py",
         "again.position, again.moving, again.maps = self.position, self.moving, self.maps",
         "again.maps = self.maps",
-        (AWKWARD, WRAPPERS, "-k", "checkpoint"),
+        (AWKWARD, CHECKPOINTS, "-k", "checkpoint"),
     ),
     "nothing forgotten": Mutation(
         "ops/values.py",
         "value is None or value.reference() is not tensor",
         "value is None",
-        (WRAPPERS, AWKWARD, "-k", "dead or cell or follow"),
+        (CHECKPOINTS, AWKWARD, "-k", "dead or cell or follow"),
     ),
     "other draws where carried": Mutation(
         "engine/capture.py",
@@ -211,7 +213,7 @@ MUTATIONS: dict[str, Mutation] = {
         "engine/tap.py",
         "torch.autocast(device, dtype, enabled=autocast)",
         "torch.autocast(device, dtype, enabled=False)",
-        (MODES, WRAPPERS, "-k", "autocast"),
+        (MODES, AUTOCAST, "-k", "autocast"),
     ),
     "other ops between sites": Mutation(
         "engine/capture.py",
@@ -267,7 +269,7 @@ MUTATIONS: dict[str, Mutation] = {
         (RULES, AWKWARD, "-k", "disguise or outer"),
     ),
     "a bias twice": Mutation(
-        "ops/tangent.py", "tangents[0].new_zeros((), dtype", "tangents[0].new_ones((), dtype", (RULES,)
+        "ops/tangent.py", "tangents[0].new_zeros((), dtype", "tangents[0].new_ones((), dtype", (RULES, OWN_RULES)
     ),
     "the forward of an embedding": Mutation(
         "ops/tangent.py", "if rule.factor else None", "if False else None", (LAYERS, "-k", "Embedding")
@@ -300,7 +302,7 @@ MUTATIONS: dict[str, Mutation] = {
         "ops/families/tables.py",
         "return 1 / count if factor",
         "return count if factor",
-        (LAYERS, RULES, "-k", "Embedding or embedding"),
+        (LAYERS, RULES, OWN_RULES, "-k", "Embedding or embedding"),
     ),
     "a maximum is linear": Mutation(
         "ops/families/tables.py", 'return a.get("mode", "mean") != "max" and', "return", (LAYERS, "-k", "refused")
@@ -331,7 +333,7 @@ MUTATIONS: dict[str, Mutation] = {
         (MOVES, "-k", "gate"),
     ),
     "hidden checkpoints": Mutation(
-        "planning/planner.py", "    _refuse_reentrant_checkpoints(losses)\n", "", (WRAPPERS, "-k", "remedy")
+        "planning/planner.py", "    _refuse_reentrant_checkpoints(losses)\n", "", (CHECKPOINTS, "-k", "remedy")
     ),
     "flags do not count": Mutation("ops/digest.py", "flags.append(2 + leaf)", "pass", (AWKWARD, "-k", "by_a_flag")),
     "sizes do not count": Mutation(
@@ -587,7 +589,7 @@ MUTATIONS: dict[str, Mutation] = {
         "transforms/lifting.py",
         "found.unflatten(1, (info.batch_size, k)), 1",
         "found.unflatten(1, (k, info.batch_size)).mT, 1",
-        (WRAPPERS, "-k", "directions"),
+        (LIFTING, "-k", "directions"),
     ),
     "what is not wanted stays so": Mutation(
         "planning/sites.py",
@@ -619,13 +621,13 @@ MUTATIONS: dict[str, Mutation] = {
                 losses""",
         """            with untouched(self.problem.devices()):
                 losses""",
-        (WRAPPERS, "-k", "dropout"),
+        (LIFTING, "-k", "dropout"),
     ),
     "derivatives of unweighted losses": Mutation(
         "transforms/lifting.py",
         "column = column.to(losses.dtype)",
         "column = torch.ones_like(losses)",
-        (WRAPPERS, "-k", "transforms"),
+        (LIFTING, "-k", "transforms"),
     ),
     "patches where gradients are smaller": Mutation(
         "ops/uses.py",
