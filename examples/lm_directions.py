@@ -82,7 +82,10 @@ def compare(
     kept: Sequence[tuple[Keeping, Tree]],
     step: int,
 ) -> list[Comparison]:
-    """One pass over the batch along all directions: the kept ones, the first being the run's, and `LOW_RANK` ones."""
+    """One pass over the batch along all directions: the kept ones, and the fresh one at the ranks of `LOW_RANK`.
+
+    `scale` are the entries that the update's Jacobian has on its diagonal, averaged: AdamW's go by themselves.
+    """
     columns = [{name: scale[name] * leaf for name, leaf in tree.items()} for tree in (fresh, *(v for _, v in kept))]
     tries = [*((way, 1 + place) for place, (way, _) in enumerate(kept)), *((way, 0) for way in LOW_RANK)]
     places: list[int] = []
@@ -91,9 +94,8 @@ def compare(
         columns += [way.narrow(columns[dense])] if way.rank else []
     scores, bounds = score(params, batch, fg.dot(fg.stack(columns), with_bound=True))
     found = []
-    for row, ((way, dense), place) in enumerate(zip(tries, places, strict=True)):
-        name = str(way) if row else f"this run: {way}"
-        found.append(_against(step, name, scores[:, 0], scores[:, dense], scores[:, place], bounds[:, place]))
+    for (way, dense), place in zip(tries, places, strict=True):
+        found.append(_against(step, str(way), scores[:, 0], scores[:, dense], scores[:, place], bounds[:, place]))
     return found
 
 

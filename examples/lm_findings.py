@@ -3,7 +3,7 @@
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from lm_corpus import Corpus
 from lm_directions import Cost, costs_of
 from lm_scores import Tally, auroc
-from lm_training import Check, Log, OracleStep
+from lm_training import Log, OracleStep
 
 ORACLE_TOLERANCE = 1e-3
+WHOLE = ("values", "rest", "change", "impulse")
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,28 @@ class Claim:
 class Findings:
     """The numbers of a run.
 
-    `change_error` is the error of the summed second-order values over the checked steps, relative to the size of the
-    changes, `sum |sum_i phi_i - change| / sum |change|`; `first_order_error` the same for first-order values.
-    `median_change_error` is the median of the relative errors of single steps, and `close_steps` the share of steps
-    within 5 %. `overhead` is the median time of a step with first- and with second-order values, each in units of the
-    plain step beside it.
+    `law_error` is how far values and rests are off the changes of the validation loss, over all steps, relative to the
+    size of the changes: `sum |sum_i phi_i + rest - change| / sum |change|`. Of the checked steps, with changes in
+    float64, `trapezoid_error`, `simpson_error` and `first_order_error` are the same by these rules, and `median_error`
+    is the median of the relative errors of single steps. `whole` are the sums of values, rests, changes and impulses
+    over the run. `overhead` is the median time of a step with its account in units of the plain step beside it.
     `oracle_error` is the largest difference from the exact values, relative to the largest of these in their batch;
     `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones. `costs` are those of the
     ways to keep the validation gradient; empty where the run was too short for a comparison.
     """
 
-    change_error: float
+    law_error: float
+    trapezoid_error: float
+    simpson_error: float
     first_order_error: float
-    median_change_error: float
-    close_steps: float
+    median_error: float
+    whole: dict[str, float]
     auroc: float
-    auroc_first: float
     auroc_by_corruption: dict[str, float]
     auroc_in_validation_domain: float
     oracle_error: float
     oracle_auroc: tuple[float, float]
-    overhead: dict[str, float]
+    overhead: float
     costs: dict[str, Cost]
 
 
@@ -62,18 +64,21 @@ def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Find
     inside = np.array([document.domain == validation_domain for document in documents])
     corrupted = corruption != ""
     ways = {way: ~corrupted | (corruption == way) for way in sorted(set(corruption) - {""})}
-    errors = [abs(check.second / check.change - 1) if check.change else math.inf for check in log.checks]
+    errors = [abs(row.values + row.rest - row.change) / abs(row.change) for row in log.account if row.change]
+    changes = [row.change for row in log.account]
+    checked = [check.change for check in log.checks]
     return Findings(
-        change_error=_weighted_error(log.checks, lambda check: check.second),
-        first_order_error=_weighted_error(log.checks, lambda check: check.first),
-        median_change_error=statistics.median(errors),
-        close_steps=statistics.fmean(error <= 0.05 for error in errors),
-        auroc=auroc(tally.second[drawn], corrupted[drawn]),
-        auroc_first=auroc(tally.first[drawn], corrupted[drawn]),
+        law_error=_weighted_error(changes, [row.values + row.rest for row in log.account]),
+        trapezoid_error=_weighted_error(checked, [check.trapezoid for check in log.checks]),
+        simpson_error=_weighted_error(checked, [check.simpson for check in log.checks]),
+        first_order_error=_weighted_error(checked, [check.first for check in log.checks]),
+        median_error=statistics.median(errors) if errors else math.inf,
+        whole={name: sum(getattr(row, name) for row in log.account) for name in WHOLE},
+        auroc=auroc(tally.values[drawn], corrupted[drawn]),
         auroc_by_corruption={
-            way: auroc(tally.second[drawn & among], corrupted[drawn & among]) for way, among in ways.items()
+            way: auroc(tally.values[drawn & among], corrupted[drawn & among]) for way, among in ways.items()
         },
-        auroc_in_validation_domain=auroc(tally.second[drawn & inside], corrupted[drawn & inside]),
+        auroc_in_validation_domain=auroc(tally.values[drawn & inside], corrupted[drawn & inside]),
         oracle_error=max(float((o.values - o.exact).abs().max() / o.exact.abs().max()) for o in log.oracle),
         oracle_auroc=_oracle_auroc(log.oracle, corrupted),
         overhead=overhead(log.seconds),
@@ -81,9 +86,9 @@ def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Find
     )
 
 
-def _weighted_error(checks: Sequence[Check], total: Callable[[Check], float]) -> float:
-    size = sum(abs(check.change) for check in checks)
-    return sum(abs(total(check) - check.change) for check in checks) / size if size else math.inf
+def _weighted_error(changes: Sequence[float], found: Sequence[float]) -> float:
+    size = sum(map(abs, changes))
+    return sum(abs(a - b) for a, b in zip(found, changes, strict=True)) / size if size else math.inf
 
 
 def _oracle_auroc(steps: Sequence[OracleStep], corrupted: NDArray[np.bool_]) -> tuple[float, float]:
@@ -93,10 +98,9 @@ def _oracle_auroc(steps: Sequence[OracleStep], corrupted: NDArray[np.bool_]) -> 
     return auroc(ours, positive), auroc(exact, positive)
 
 
-def overhead(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The median ratios of times taken one after the other; empty before the first probe."""
-    names = ("first", "second") if seconds else ()
-    return {name: statistics.median(probe[name] / probe["plain"] for probe in seconds) for name in names}
+def overhead(seconds: Sequence[dict[str, float]]) -> float:
+    """The median ratio of times taken one after the other; not a number before the first probe."""
+    return statistics.median(probe["account"] / probe["plain"] for probe in seconds) if seconds else math.nan
 
 
 def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
@@ -110,14 +114,15 @@ def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
     )
     return (
         Claim(
-            f"sums of second-order values are within {args.max_change_error:.1%} of the changes of the validation loss",
-            f"{found.change_error:.2%} off, weighted by the changes (first order {found.first_order_error:.1%}); "
-            f"median step {found.median_change_error:.2%}; {found.close_steps:.0%} of the steps within 5 %",
-            found.change_error <= args.max_change_error,
+            f"values and rests are within {args.max_change_error:.2%} of the changes of the validation loss",
+            f"{found.law_error:.3%} off over all steps, weighted by the changes; of those in float64 "
+            f"{found.trapezoid_error:.3%} off by trapezoid, {found.simpson_error:.5%} by Simpson's rule, "
+            f"{found.first_order_error:.1%} at first order; median step {found.median_error:.3%}",
+            found.law_error <= args.max_change_error,
         ),
         Claim(
             f"corrupted documents are found with an AUROC of at least {args.min_auroc:.2f}",
-            f"{found.auroc:.3f} ({ways}; by first-order values {found.auroc_first:.3f})",
+            f"{found.auroc:.3f} ({ways})",
             args.min_auroc == 0 or found.auroc >= args.min_auroc,
         ),
         Claim(
@@ -142,4 +147,15 @@ def remark_of(args: argparse.Namespace, found: Findings, claims: Sequence[Claim]
         f"Values are about {args.validation_domain}; clean text of other domains need not help it more than noise "
         f"does. Among the documents of {args.validation_domain} alone the AUROC is "
         f"{found.auroc_in_validation_domain:.3f}."
+    )
+
+
+def explained(found: Findings) -> str:
+    """How much of the change over the whole run the values explain, by either credit."""
+    change = found.whole["change"]
+    shares = {name: found.whole[name] / change if change else math.nan for name in ("values", "rest", "impulse")}
+    return (
+        f"of the whole change of the validation loss, {change:.4f}, this step's values explain {shares['values']:.1%} "
+        f"and rests of momentum and decay {shares['rest']:.1%}; by impulses, all that a gradient moves through the "
+        f"optimizer's memory, the samples explain {shares['impulse']:.1%}"
     )

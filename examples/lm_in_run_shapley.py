@@ -1,16 +1,16 @@
 """Trains a small language model and values its training data in the very run: In-Run Data Shapley.
 
 A byte-level GPT learns from the sources of Python's standard library and the prose of its manual. Ten percent of its
-documents are corrupted. Every step says what each of its windows did to the loss on held-out text of one domain, to
-first and to second order, and the run asserts that
+documents are corrupted. Every step of AdamW says what each of its windows did to the loss on held-out text of one
+domain, and what the optimizer did by itself, and the run asserts that
 
-- the second-order values of a step sum to the change of the validation loss which that step really made,
+- the values of a step and this rest sum to the change of the validation loss which that step really made,
 - corrupted documents stand out by their values,
 - the values are those of per-sample gradients taken one by one,
 - a direction of low rank changes no score by more than its certified bound.
 
-The validation gradient is taken at every step. It may be kept for some instead (`--refresh`), averaged (`--ema`) and
-cut to low rank (`--rank`); what that costs in the scores is measured beside the run, and reported.
+A validation gradient is taken at every step. What it would cost in scores to keep one for some steps, to average it, or
+to cut it to low rank, is measured beside the run, and reported.
 
     python examples/lm_in_run_shapley.py --out runs/lm
 
@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 import funcghost as fg
 from lm_corpus import DOMAINS, SHORTEST, Corpus, WindowSampler, build_corpus, validation_tokens
-from lm_directions import Keeping
-from lm_findings import Claim, Findings, claims_of, find, overhead, remark_of
+from lm_findings import Claim, Findings, claims_of, explained, find, overhead, remark_of
 from lm_model import GPT, HEADS, Batch, ModelSize, WindowLosses, initial_params
 from lm_report import write_report
 from lm_scores import record_scores, tally
@@ -43,7 +42,6 @@ from lm_training import UNFINISHED, Log, Optimizer, State, Trainer, load_checkpo
 
 SCORES, CHECKPOINT, REPORT = "scores", "checkpoint.pt", "report.html"
 HELD_OUT_DOCUMENTS = 32
-CALIBRATION_BATCHES = 8
 ORIGIN = (
     "seed",
     "validation_domain",
@@ -54,9 +52,6 @@ ORIGIN = (
     "layers",
     "dropout",
     "lr",
-    "refresh",
-    "ema",
-    "rank",
     "validation_windows",
 )
 
@@ -81,9 +76,11 @@ class Summary:
         lines = [f"{'holds' if claim.holds else 'FAILS'}  {claim.text}: {claim.measured}" for claim in self.claims]
         if self.remark:
             lines.append(self.remark)
-        if found.overhead:
-            first, second = found.overhead["first"], found.overhead["second"]
-            lines.append(f"a step costs {first:.2f}x with first-order values, {second:.2f}x with second-order values")
+        lines.append(explained(found))
+        if not math.isnan(found.overhead):
+            lines.append(
+                f"a step with its account, validation gradient included, costs {found.overhead:.2f} plain ones"
+            )
         lines += [
             f"kept {name}: rank correlation with fresh scores {cost.correlation:.3f} (lowest {cost.lowest:.3f}), "
             f"{cost.error:.2%} off" + (f", certified within {cost.bound:.0%}" if cost.bound else "")
@@ -136,15 +133,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
     parser.add_argument("--width", type=whole(HEADS), default=64)
     parser.add_argument("--layers", type=whole(1), default=2)
     parser.add_argument("--dropout", type=number(0.0, 1.0), default=0.0)
-    parser.add_argument("--lr", type=number(1e-9, math.inf), default=3e-5)
-    parser.add_argument("--refresh", type=whole(1), default=1, help="steps for which a validation gradient is kept")
-    parser.add_argument("--ema", type=number(0.0, 1.0), default=0.0, help="what its average keeps at each of these")
-    parser.add_argument("--rank", type=whole(0), default=0, help="to which it is cut for the scores; 0 for not at all")
+    parser.add_argument("--lr", type=number(1e-9, math.inf), default=1e-3)
     parser.add_argument("--check", type=whole(1), default=10, help="steps between checks of the values' sums")
     parser.add_argument("--compare", type=whole(1), default=21, help="steps between comparisons with fresh scores")
     parser.add_argument("--flush", type=whole(1), default=10, help="steps between two parts of scores and checkpoints")
     parser.add_argument("--threads", type=whole(1), default=1, help="more gain little here, and lose on shared cores")
-    parser.add_argument("--max-change-error", type=number(0.0, math.inf), default=0.05, help="what the run asserts")
+    parser.add_argument("--max-change-error", type=number(0.0, math.inf), default=0.01, help="what the run asserts")
     parser.add_argument("--min-auroc", type=number(0.0, 1.0), default=0.9, help="what the run asserts; 0 for nothing")
     args = parser.parse_args(argv)
     if args.context >= SHORTEST:
@@ -205,9 +199,9 @@ class Run:
         losses = WindowLosses(model)
         self.sampler = WindowSampler(corpus.training, args.context, args.batch_size, (args.seed, 0))
         validation = Batch(validation_tokens(corpus.validation, args.context, args.validation_windows))
-        keeping = Keeping(args.refresh, args.ema, args.rank)
         plan = fg.plan(losses, self.params, self.batch(0))
-        self.trainer = Trainer(losses, Optimizer(args.lr), [validation], keeping, args.check, args.compare, plan)
+        optimizer = Optimizer(args.lr)
+        self.trainer = Trainer(losses, optimizer, self.params, [validation], args.check, args.compare, plan)
 
     def batch(self, step: int) -> Batch:
         """The windows of a step, with dropout if the run has it."""
@@ -216,9 +210,7 @@ class Run:
 
     def begin(self) -> State:
         """The state before the first step."""
-        other = WindowSampler(self.corpus.training, self.args.context, self.args.batch_size, (self.args.seed, 1))
-        calibration = [Batch(other.draw(number).tokens) for number in range(CALIBRATION_BATCHES)]
-        return self.trainer.begin(self.params, calibration)
+        return self.trainer.begin(self.params)
 
     def go(self, state: State, log: Log, origin: dict[str, Any]) -> None:
         """Takes the steps from this state on; scores, then checkpoint, so that no checkpoint is ahead of its scores."""
@@ -226,25 +218,51 @@ class Run:
         documents = self.corpus.training
         with (
             record_scores(args.out / SCORES, origin, state.step) as scores,
-            tqdm(total=args.steps, initial=state.step, unit="step") as progress,
+            Progress(args.steps, state.step) as progress,
         ):
             for step in range(state.step, args.steps):
                 drawn = self.sampler.draw(step)
                 state, out = self.trainer.step(state, self.batch(step), torch.from_numpy(drawn.documents), log)
                 names = [documents[index].name for index in drawn.documents]
                 domains = [documents[index].domain for index in drawn.documents]
-                values = {"first": out.first, "second": out.values}
-                scores.add(step, drawn.windows, values, {"document": names, "domain": domains})
+                scores.add(step, drawn.windows, {"value": out.values}, {"document": names, "domain": domains})
                 if state.step % args.flush == 0 or state.step == args.steps:
                     scores.flush()
                     save_checkpoint(args.out / CHECKPOINT, state, log, origin)
-                progress.update()
-                progress.set_postfix(self._status(progress, out.losses.mean().item(), log), refresh=False)
+                progress.update(self._status(out, log))
 
-    def _status(self, progress: tqdm, loss: float, log: Log) -> dict[str, str]:
-        rate = progress.format_dict["rate"] or 0.0
-        times = {f"{name} order": f"{ratio:.2f}x" for name, ratio in overhead(log.seconds).items()}
-        return {"loss": f"{loss:.3f}", "bytes/s": f"{rate * self.args.batch_size * self.args.context:.0f}", **times}
+    def _status(self, out: Any, log: Log) -> dict[str, str]:
+        sum_law = abs((out.values.sum() + out.rest - out.change) / out.change).item() if out.change else math.nan
+        found = {"loss": f"{out.losses.mean():.3f}", "validation": f"{out.after.loss:.3f}", "law": f"{sum_law:.2%}"}
+        return found | ({"account": f"{overhead(log.seconds):.2f}x"} if log.seconds else {})
+
+
+class Progress:
+    """A bar on a terminal; elsewhere, as in a log, a line every few seconds."""
+
+    EVERY = 5.0
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.shown = total, done, time.monotonic()
+        self.bar = tqdm(total=total, initial=done, unit="step") if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, status: dict[str, str]) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix(status, refresh=False)
+            self.bar.update()
+        elif self.done == self.total or time.monotonic() - self.shown > self.EVERY:
+            self.shown = time.monotonic()
+            words = ", ".join(f"{name} {value}" for name, value in status.items())
+            print(f"step {self.done} of {self.total}: {words}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -20,22 +20,21 @@ Floats = NDArray[np.float64]
 def record_scores(folder: Path, origin: dict[str, Any], step: int) -> store.Recorder:
     """The record of a run, to be written from this step on."""
     extras: Any = {"document": "string", "domain": "string"}
-    return store.record(folder, ["first", "second"], extras, origin=origin, resume=step)
+    return store.record(folder, ["value"], extras, origin=origin, resume=step)
 
 
 @dataclass(frozen=True)
 class Tally:
     """What the scores add up to.
 
-    `first` and `second` [documents] are means over a document's windows of the value less the mean value of the
-    window's batch (a batch that moves the model much, moves it for all its windows); nan for a document never drawn.
-    `by_group` [groups, bins] is the mean second-order value, as it is, of the windows of a group of documents in a
-    stretch of steps: `GROUPS` are the domains without their corrupted documents, and the corrupted ones.
+    `values` [documents] are means over a document's windows of the value less the mean value of the window's batch (a
+    batch that moves the model much, moves it for all its windows); nan for a document never drawn. `by_group` [groups,
+    bins] is the mean value, as it is, of the windows of a group of documents in a stretch of steps: `GROUPS` are the
+    domains without their corrupted documents, and the corrupted ones.
     """
 
     drawn: Integers
-    first: Floats
-    second: Floats
+    values: Floats
     bin_edges: Floats
     by_group: Floats
 
@@ -44,20 +43,19 @@ def tally(folder: Path, documents: Sequence[Document], steps: int, bins: int = 2
     """Adds up the scores in a folder, a part at a time."""
     index = {document.name: number for number, document in enumerate(documents)}
     group = np.array([GROUPS.index(CORRUPTED if d.corruption else d.domain) for d in documents])
-    sums = np.zeros((3, len(documents)))
+    sums = np.zeros((2, len(documents)))
     cells = np.zeros((2, len(GROUPS), min(bins, steps)))
     for table in store.open_record(folder).tables():
-        step, first, second = (table[name].to_numpy() for name in ("step", "first", "second"))
+        step, values = (table[name].to_numpy() for name in ("step", "value"))
         rows = np.array([index[name] for name in table["document"].to_pylist()])
-        centred = [values - _batch_means(step, values) for values in (first, second)]
-        np.add.at(sums.T, rows, np.stack([np.ones(len(rows)), *centred]).T)
+        np.add.at(sums.T, rows, np.stack([np.ones(len(rows)), values - _batch_means(step, values)]).T)
         cell = group[rows], step * cells.shape[2] // steps
         np.add.at(cells[0], cell, 1.0)
-        np.add.at(cells[1], cell, second)
+        np.add.at(cells[1], cell, values)
     with np.errstate(invalid="ignore"):
-        means, by_group = sums[1:] / sums[0], cells[1] / cells[0]
+        means, by_group = sums[1] / sums[0], cells[1] / cells[0]
     edges = np.linspace(0, steps, cells.shape[2] + 1)
-    return Tally(sums[0].astype(np.int64), means[0], means[1], edges, by_group)
+    return Tally(sums[0].astype(np.int64), means, edges, by_group)
 
 
 def _batch_means(step: Integers, values: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Scored training steps: the optimizer, the step with its values, what is measured beside it, and checkpoints."""
+"""Accounted training steps: the optimizer, the step with its values, what is measured beside it, and checkpoints."""
 
 import io
 import time
@@ -13,7 +13,10 @@ from torch import Tensor
 import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.store import write_whole
-from lm_directions import BESIDE, Comparison, Keeping, compare
+from funcghost.training import updates
+from funcghost.training.update_kinds import Scheduled, ScheduledState
+from funcghost.trees import match_direction, split_params
+from lm_directions import BESIDE, Comparison, compare
 from lm_model import Batch, Tree, WindowLosses, mean_loss
 
 UNFINISHED = ".unfinished-"
@@ -22,75 +25,64 @@ ORACLE_EVERY_CHECKS = 10
 
 
 @dataclass(frozen=True)
+class Optimizer:
+    """AdamW, whose learning rate rises over the first steps."""
+
+    lr: float
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: int = 20
+
+    def rate(self, step: int) -> float:
+        """The learning rate of this step."""
+        return self.lr * min(1.0, (step + 1) / self.warmup)
+
+    def begin(self, params: Tree) -> tuple[Scheduled, ScheduledState]:
+        """The step as a pure function, and its state before the first."""
+        adam = torch.optim.AdamW(params.values(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        update, state = updates.of(adam, params)
+        return updates.scheduled(update, state, lambda count: ((count + 1) / self.warmup).clamp(max=1.0))
+
+
+@dataclass(frozen=True)
 class State:
     """All that a step needs of the steps before; the batches follow from the seed and the step.
 
-    `kept` are validation gradients as the run keeps them, and as `BESIDE` does.
+    `slots` are the optimizer's, `slope` is what is known of the validation loss here, and `kept` are validation
+    gradients as `BESIDE` keeps them.
     """
 
     step: int
     params: Tree
-    velocity: Tree
-    second_moment: Tree
+    slots: Any
+    slope: in_run.Validation | None
     kept: tuple[Tree, ...]
 
 
-@dataclass(frozen=True)
-class Optimizer:
-    """RMSprop with Nesterov momentum, its scale held: an adaptive optimizer whose step the values describe exactly.
+class Row(NamedTuple):
+    """The account of a step, added up over its samples.
 
-    With `s` the second moment of the gradients of the steps before and `P = 1 / (sqrt(s) + eps)`, a step is
-
-        w~ = w + momentum * v              look ahead, along the earlier steps
-        g  = mean_j grad l_j(w~)
-        w' = w~ - lr * P * g               the gradient's step, linear in g because P is from before it
-        v' = momentum * v - lr * P * g
-
-    In-run values of the batch are about the third line: they sum to `l_val(w') - l_val(w~)`.
+    `impulse` is what the batch's gradient moves in all through the optimizer's memory, to which `values` are the part
+    of this step.
     """
-
-    lr: float
-    momentum: float = 0.95
-    decay: float = 0.99
-    eps: float = 1e-5
-    warmup: int = 20
-
-    def rate(self, step: int) -> float:
-        """The learning rate of this step: it rises over the first `warmup` steps."""
-        return self.lr * min(1.0, (step + 1) / self.warmup)
-
-    def look_ahead(self, state: State) -> Tree:
-        """`w~`, where the gradient is taken."""
-        return {name: value + self.momentum * state.velocity[name] for name, value in state.params.items()}
-
-    def scale(self, state: State) -> Tree:
-        """`P`, known before the gradient is."""
-        return {name: 1.0 / (moment.sqrt() + self.eps) for name, moment in state.second_moment.items()}
-
-    def advance(self, state: State, here: Tree, scale: Tree, grads: Tree, kept: tuple[Tree, ...]) -> State:
-        """The state after the step with these gradients at `here`."""
-        lr = self.rate(state.step)
-        move = {name: -lr * scale[name] * grad for name, grad in grads.items()}
-        past = state.second_moment
-        moment = {name: torch.lerp(grad.square(), past[name], self.decay) for name, grad in grads.items()}
-        return State(
-            step=state.step + 1,
-            params={name: here[name] + move[name] for name in move},
-            velocity={name: self.momentum * state.velocity[name] + move[name] for name in move},
-            second_moment=moment,
-            kept=kept,
-        )
-
-
-class Check(NamedTuple):
-    """A step held against the truth: losses before it, the change it made, sums of values along a fresh gradient."""
 
     step: int
     training_loss: float
     validation_loss: float
+    values: float
+    rest: float
+    change: float
+    impulse: float
+
+
+class Check(NamedTuple):
+    """A step whose change is known in float64, and what it comes to at first order, by trapezoid and by Simpson."""
+
+    step: int
     change: float
     first: float
-    second: float
+    trapezoid: float
+    simpson: float
 
 
 class OracleStep(NamedTuple):
@@ -103,8 +95,9 @@ class OracleStep(NamedTuple):
 
 @dataclass
 class Log:
-    """What is measured beside the steps; a few numbers for each check, probe and comparison."""
+    """What is known of the run: the account of every step; a few numbers for each check, probe and comparison."""
 
+    account: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     oracle: list[OracleStep] = field(default_factory=list)
@@ -112,82 +105,102 @@ class Log:
 
 
 class Trainer:
-    """Takes scored steps: second-order values of every batch, along a validation gradient that may be kept for a while.
+    """Takes steps that account for the validation loss.
 
-    Every `check_every` steps, values along a fresh validation gradient are checked against the truth. Every
-    `compare_every` steps, what keeping one costs is measured: choose a number without common factors with the numbers
-    of steps that it is kept for, and the comparisons will meet it at every age.
+    Every `check_every` steps the account is held against the truth in float64, and against Simpson's rule. Every
+    `compare_every` steps, what it costs to keep a validation gradient for a while is measured: choose a number without
+    common factors with the numbers of steps that it is kept for, and the comparisons will meet it at every age.
     """
 
     def __init__(
         self,
         losses: WindowLosses,
         optimizer: Optimizer,
+        params: Tree,
         validation: Sequence[Batch],
-        keeping: Keeping,
         check_every: int,
         compare_every: int,
         plan: fg.Plan,
     ) -> None:
-        self.losses = losses
-        self.optimizer = optimizer
-        self.validation = list(validation)
-        self.keeping = keeping
-        self.check_every = check_every
-        self.compare_every = compare_every
-        self.first_order = in_run.first_order(losses, compress=keeping.narrow, plan=plan)
-        self.second_order = in_run.second_order(losses, compress=keeping.narrow, plan=plan)
-        self.exact = in_run.second_order(losses, plan=plan)
+        self.losses, self.validation = losses, list(validation)
+        self.optimizer, self.check_every, self.compare_every = optimizer, check_every, compare_every
+        self.update, self.slots = optimizer.begin(params)
+        self.account = in_run.along_path(losses, self.update, plan=plan)
+        self.simpson = in_run.along_path(losses, self.update, rule="simpson", plan=plan)
         self.score = fg.reduce(losses, plan=plan)
 
-    def begin(self, params: Tree, calibration: Sequence[Batch]) -> State:
-        """The state before the first step; the second moment is that of the calibration batches' gradients."""
+    def begin(self, params: Tree) -> State:
+        """The state before the first step."""
         zeros = {name: torch.zeros_like(value) for name, value in params.items()}
-        moment = zeros
-        for batch in calibration:
-            grads = plain_gradient(self.losses, params, batch)
-            moment = {name: moment[name] + grad.square() / len(calibration) for name, grad in grads.items()}
-        return State(step=0, params=params, velocity=zeros, second_moment=moment, kept=(zeros,) * (1 + len(BESIDE)))
+        return State(step=0, params=params, slots=self.slots, slope=None, kept=(zeros,) * len(BESIDE))
 
-    def step(self, state: State, batch: Batch, documents: Tensor, log: Log) -> tuple[State, in_run.Values]:
-        """One step: the state after it, and its values. What is measured goes to the log."""
-        here, scale, lr = self.optimizer.look_ahead(state), self.optimizer.scale(state), self.optimizer.rate(state.step)
-        ways = self.keeping, *BESIDE
-        checking = state.step % self.check_every == 0
-        comparing = state.step % self.compare_every == self.compare_every - 1
-        kept, fresh = state.kept, None
-        if checking or comparing or any(way.due(state.step) for way in ways):
-            fresh = in_run.validation_gradient(self.losses, here, self.validation)
-            kept = tuple(way.renew(state.step, old, fresh) for way, old in zip(ways, kept, strict=True))
-        keywords = {"lr": lr, "direction": kept[0], "preconditioner": scale}
+    def step(self, state: State, batch: Batch, documents: Tensor, log: Log) -> tuple[State, in_run.Account]:
+        """One step: the state after it, and its account. What is measured goes to the log."""
+        slope = state.slope or in_run.validation_at(self.losses, state.params, self.validation)
         calls: dict[str, Callable[[], Any]] = {
-            "plain": lambda: plain_gradient(self.losses, here, batch),
-            "first": lambda: self.first_order(here, batch, **keywords),
-            "second": lambda: self.second_order(here, batch, validation=self.validation, **keywords),
+            "plain": lambda: self._plain(state, batch),
+            "account": lambda: self.account(
+                state.params, batch, state=state.slots, validation=self.validation, before=slope
+            ),
         }
-        values = self._call(calls, state.step, log)
-        after = self.optimizer.advance(state, here, scale, values.grads, kept)
-        if fresh is not None and checking:
-            truth = {"lr": lr, "direction": fresh, "preconditioner": scale, "validation": self.validation}
-            as_it_is = kept[0] is fresh and not self.keeping.rank
-            exact = values if as_it_is else self.exact(here, batch, **truth)
-            before = mean_loss(self.losses, here, self.validation)
-            change = mean_loss(self.losses, after.params, self.validation) - before
-            sums = exact.first.sum().item(), exact.values.sum().item()
-            log.checks.append(Check(state.step, values.losses.mean().item(), before, change, *sums))
-            if state.step % (ORACLE_EVERY_CHECKS * self.check_every) == 0:
-                slow = exact_values(self.losses, here, batch, self.validation, lr, scale)
-                log.oracle.append(OracleStep(documents, exact.values, slow))
-        if fresh is not None and comparing:
-            pairs = list(zip(ways, kept, strict=True))
-            log.comparisons += compare(self.score, here, batch, scale, fresh, pairs, state.step)
-        return after, values
+        out = self._call(calls, state.step, log)
+        gradient = slope.gradients[0]
+        kept = tuple(way.renew(state.step, old, gradient) for way, old in zip(BESIDE, state.kept, strict=True))
+        mean = {name: (gradient[name] + leaf) / 2 for name, leaf in out.after.gradients[0].items()}
+        impulse = self._shared(state, out.grads, mean, "impulse").parts[0].item()
+        log.account.append(
+            Row(
+                state.step,
+                out.losses.mean().item(),
+                slope.loss.item(),
+                out.values.sum().item(),
+                out.rest.item(),
+                out.change.item(),
+                impulse,
+            )
+        )
+        if state.step % self.check_every == 0:
+            self._check(state, batch, documents, slope, out, log)
+        if state.step % self.compare_every == self.compare_every - 1:
+            ones = {name: torch.ones_like(leaf) for name, leaf in gradient.items()}
+            [leaves] = self._shared(state, out.grads, ones, "step").along
+            factor = dict(zip(sorted(gradient), leaves, strict=True))  # in the order of names, as trees are
+            pairs = list(zip(BESIDE, kept, strict=True))
+            log.comparisons += compare(self.score, state.params, batch, factor, gradient, pairs, state.step)
+        return State(state.step + 1, out.params, out.state, out.after, kept), out
 
-    def _call(self, calls: dict[str, Callable[[], Any]], step: int, log: Log) -> in_run.Values:
-        """The second-order call; at every probe the others too, in turning order, each with its time taken."""
+    def _plain(self, state: State, batch: Batch) -> Any:
+        """The step without an account."""
+        return self.update(state.params, plain_gradient(self.losses, state.params, batch), state.slots)
+
+    def _shared(self, state: State, grads: Tree, along: Tree, credit: Any) -> Any:
+        """What the gradient does in this step, along this direction of the parameters."""
+        split = split_params(state.params)
+        ours, v = match_direction(grads, split), match_direction(along, split)
+        return self.update.share(split, ours, state.slots, [v], credit, 1e-3)
+
+    def _check(
+        self, state: State, batch: Batch, documents: Tensor, slope: in_run.Validation, out: in_run.Account, log: Log
+    ) -> None:
+        better = self.simpson(state.params, batch, state=state.slots, validation=self.validation, before=slope)
+        change = mean_loss(self.losses, out.params, self.validation) - mean_loss(
+            self.losses, state.params, self.validation
+        )
+        first = sum(
+            float((leaf.double() * (out.params[name].double() - state.params[name].double())).sum())
+            for name, leaf in slope.gradients[0].items()
+        )
+        sums = [(account.values.sum() + account.rest).item() for account in (out, better)]
+        log.checks.append(Check(state.step, change, first, *sums))
+        if state.step % (ORACLE_EVERY_CHECKS * self.check_every) == 0:
+            exact = exact_values(self.losses, self.optimizer, state, batch, self.validation)
+            log.oracle.append(OracleStep(documents, out.values, exact))
+
+    def _call(self, calls: dict[str, Callable[[], Any]], step: int, log: Log) -> in_run.Account:
+        """The account; at every probe a plain step too, in turning order, each with its time taken."""
         turn, place = divmod(step, PROBE_EVERY)
         probed = place == PROBE_EVERY // 2
-        names = sorted(calls) if probed else ["second"]
+        names = sorted(calls) if probed else ["account"]
         seconds: dict[str, float] = {}
         results: dict[str, Any] = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -196,8 +209,8 @@ class Trainer:
             seconds[name] = time.perf_counter() - start
         if probed:
             log.seconds.append(seconds)
-        values: in_run.Values = results["second"]
-        return values
+        account: in_run.Account = results["account"]
+        return account
 
 
 def plain_gradient(losses: WindowLosses, params: Tree, batch: Batch) -> Tree:
@@ -208,31 +221,45 @@ def plain_gradient(losses: WindowLosses, params: Tree, batch: Batch) -> Tree:
 
 
 def exact_values(
-    losses: WindowLosses, params: Tree, batch: Batch, validation: Sequence[Batch], lr: float, scale: Tree
+    losses: WindowLosses, optimizer: Optimizer, state: State, batch: Batch, validation: Sequence[Batch]
 ) -> Tensor:
-    """Second-order in-run values [b] the slow way: one backward per sample, in float64, and no use of funcghost.
+    """The values [b] of a step of AdamW the slow way: one backward per sample, in float64, and no use of funcghost.
 
-    `phi_i = lr/b <grad_i, P * (-V + 1/2 H (lr P * mean_j grad_j))>`.
+    `phi_i = 1/b <grad_i, A * (V(w) + V(w')) / 2>` with `A = (u(G) - u(0)) / G`, u being what a gradient adds to w.
     """
-    leaves = [value.double().requires_grad_() for value in params.values()]
-    tree = dict(zip(params, leaves, strict=True))
-    rows = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses(tree, batch)]
-    grads = [torch.stack(column) for column in zip(*rows, strict=True)]
-    validation_loss = torch.cat([losses(tree, part) for part in validation]).mean()
-    slope = torch.autograd.grad(validation_loss, leaves, create_graph=True)
-    moves = [lr * scale[name] * grad.mean(0) for name, grad in zip(tree, grads, strict=True)]
-    along = torch.stack([(v * move).sum() for v, move in zip(slope, moves, strict=True)]).sum()
-    bend = torch.autograd.grad(along, leaves)
+    here = {name: value.double() for name, value in state.params.items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in here.items()}
+    rows = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in losses(leaves, batch)]
+    grads = {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+    lr, (beta1, beta2), step = optimizer.rate(state.step), optimizer.betas, state.step + 1
+
+    def added(name: str, grad: Tensor) -> Tensor:
+        slots = state.slots.inner[name]
+        first = beta1 * slots["exp_avg"].double() + (1 - beta1) * grad
+        second = beta2 * slots["exp_avg_sq"].double() + (1 - beta2) * grad.square()
+        return -lr * first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + 1e-8)
+
+    mean = {name: grad.mean(0) for name, grad in grads.items()}
+    there = {name: w * (1 - lr * optimizer.weight_decay) + added(name, mean[name]) for name, w in here.items()}
+    slopes = []
+    for point in (here, there):
+        own = {name: value.clone().requires_grad_() for name, value in point.items()}
+        loss = torch.cat([losses(own, part) for part in validation]).mean()
+        slopes.append(dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True)))
     values = torch.zeros(len(rows), dtype=torch.float64)
-    for name, grad, v, h in zip(tree, grads, slope, bend, strict=True):
-        values += grad.flatten(1) @ (scale[name] * (h / 2 - v.detach())).flatten()
-    return values * lr / len(rows)
+    for name, grad in grads.items():
+        moved = added(name, mean[name]) - added(name, torch.zeros_like(mean[name]))
+        share = torch.where(mean[name] == 0, 0, moved / mean[name])
+        values += grad.flatten(1) @ (share * (slopes[0][name] + slopes[1][name]) / 2).flatten()
+    return values / len(rows)
 
 
 def save_checkpoint(path: Path, state: State, log: Log, origin: dict[str, Any]) -> None:
     """Writes what a run needs to continue, and what it comes from; a reader sees the old file or the new one."""
-    rows = {name: [tuple(row) for row in getattr(log, name)] for name in ("checks", "oracle", "comparisons")}
-    content = {"origin": origin, "state": vars(state), "log": {"seconds": log.seconds, **rows}}
+    names = ("account", "checks", "oracle", "comparisons")
+    rows = {name: [tuple(row) for row in getattr(log, name)] for name in names}
+    kept = vars(state) | {"slots": tuple(state.slots), "slope": state.slope and tuple(state.slope)}
+    content = {"origin": origin, "state": kept, "log": {"seconds": log.seconds, **rows}}
     file = io.BytesIO()
     torch.save(content, file)
     write_whole(path.with_name(UNFINISHED + path.name), path, file.getbuffer())
@@ -241,8 +268,11 @@ def save_checkpoint(path: Path, state: State, log: Log, origin: dict[str, Any]) 
 def load_checkpoint(path: Path) -> tuple[State, Log, dict[str, Any]]:
     """What `save_checkpoint` wrote."""
     content = torch.load(path, weights_only=True)
-    log = content["log"]
+    log, kept = content["log"], content["state"]
+    kept["slots"] = ScheduledState(*kept["slots"])
+    kept["slope"] = kept["slope"] and in_run.Validation(*kept["slope"])
+    account = [Row(*row) for row in log["account"]]
     checks = [Check(*row) for row in log["checks"]]
     oracle = [OracleStep(*row) for row in log["oracle"]]
     comparisons = [Comparison(*row) for row in log["comparisons"]]
-    return State(**content["state"]), Log(checks, log["seconds"], oracle, comparisons), content["origin"]
+    return State(**kept), Log(account, checks, log["seconds"], oracle, comparisons), content["origin"]

@@ -31,7 +31,7 @@ from torch import Tensor
 from funcghost.algebra.directions import Stack
 from funcghost.attribution.passes import Microbatches
 from funcghost.attribution.path import Account, along_path
-from funcghost.attribution.validation import Validation, check_batches, some, validation_gradient
+from funcghost.attribution.validation import Validation, check_batches, some, validation_at, validation_gradient
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.ops.tangent import differentiable_kernels
@@ -51,6 +51,7 @@ __all__ = [
     "first_order",
     "hessian_vector_product",
     "second_order",
+    "validation_at",
     "validation_gradient",
 ]
 

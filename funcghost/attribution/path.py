@@ -200,7 +200,7 @@ class _Path:
         one = not isinstance(validation, Mapping)
         values = self.passes.second(split, taken, along[0] if one else stack(along))
         change = there.loss - here.loss
-        kept = there._replace(along=along if self.settings.rank else None)
+        kept = there._replace(along=along if self.settings.rank else None).squeezed(validation)
         return Account(
             values,
             rest[0] if one else rest,

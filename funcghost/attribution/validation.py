@@ -33,6 +33,10 @@ class Validation(NamedTuple):
     gradients: tuple[Tree, ...]
     along: tuple[Tree, ...] | None = None
 
+    def squeezed(self, validation: Sets) -> "Validation":
+        """With one number for the loss where there is one set, and not several by name."""
+        return self if isinstance(validation, Mapping) else self._replace(loss=self.loss.reshape(()))
+
 
 def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -> Tree:
     """The gradient of the mean validation loss: `(1/n) sum over all n samples of all batches of grad losses[i]`.
@@ -55,6 +59,20 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -
         total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
         count += outcome.losses.shape[0]
     return split.rebuild([leaf / some(count) for leaf in total])
+
+
+def validation_at(losses: Losses, params: Tree, validation: Sets) -> Validation:
+    """The validation losses and gradients at these parameters: what `along_path` takes as `before` in a first step.
+
+    Cost and errors: those of `validation_gradient`.
+
+    Example:
+        >>> import torch
+        >>> from funcghost.attribution import in_run
+        >>> in_run.validation_at(lambda p, x: x @ p["w"], {"w": torch.ones(2)}, [torch.eye(2)]).loss
+        tensor(1., dtype=torch.float64)
+    """
+    return Lookout(losses, None, None).at(split_params(params), check_sets(validation), None).squeezed(validation)
 
 
 def check_batches(batches: Batches, what: str = "validation") -> Batches:

@@ -10,7 +10,7 @@ import lm_in_run_shapley as example
 BATCH, STEPS = 4, 6
 TINY = [
     *("--documents", "4", "--batch-size", str(BATCH), "--context", "16", "--width", "8", "--layers", "1"),
-    *("--validation-windows", "4", "--refresh", "2", "--check", "2", "--compare", "3", "--flush", "3"),
+    *("--validation-windows", "4", "--check", "2", "--compare", "3", "--flush", "3"),
     *("--min-auroc", "0"),
 ]
 
