@@ -85,9 +85,9 @@ def _drown(document: Document, others: Sequence[Document], random: np.random.Gen
     return replace(document, text=text[: len(document.text)], corruption="wrong-domain noise")
 
 
-def _corrupt(documents: Sequence[Document], random: np.random.Generator) -> Iterator[Document]:
-    """The documents with `CORRUPTED_SHARE` of them replaced, half of these in either way."""
-    chosen = random.permutation(len(documents))[: round(CORRUPTED_SHARE * len(documents))]
+def _corrupt(documents: Sequence[Document], share: float, random: np.random.Generator) -> Iterator[Document]:
+    """The documents with this share of them replaced, half of these in either way."""
+    chosen = random.permutation(len(documents))[: round(share * len(documents))]
     ways = {int(index): rank % 2 for rank, index in enumerate(chosen)}
     for index, document in enumerate(documents):
         if index not in ways:
@@ -98,7 +98,9 @@ def _corrupt(documents: Sequence[Document], random: np.random.Generator) -> Iter
             yield _shuffle(document, random)
 
 
-def build_corpus(validation_domain: str, per_domain: int, held_out: int, seed: int) -> Corpus:
+def build_corpus(
+    validation_domain: str, per_domain: int, held_out: int, seed: int, corrupted: float = CORRUPTED_SHARE
+) -> Corpus:
     """Reads the text of this Python, cuts it, holds some out and corrupts some of the rest.
 
     Of the validation domain, whole sources are held out until they make `held_out` documents: no training document
@@ -114,7 +116,7 @@ def build_corpus(validation_domain: str, per_domain: int, held_out: int, seed: i
             holding_out = domain == validation_domain and len(validation) < held_out
             (validation if holding_out else kept).extend(_passages(sources[index][0], domain, sources[index][1]))
         training.extend(kept[index] for index in random.permutation(len(kept))[:per_domain])
-    return Corpus(tuple(_corrupt(training, random)), tuple(validation[:held_out]))
+    return Corpus(tuple(_corrupt(training, corrupted, random)), tuple(validation[:held_out]))
 
 
 class Draw(NamedTuple):
