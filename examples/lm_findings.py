@@ -79,7 +79,9 @@ def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Find
             way: auroc(tally.values[drawn & among], corrupted[drawn & among]) for way, among in ways.items()
         },
         auroc_in_validation_domain=auroc(tally.values[drawn & inside], corrupted[drawn & inside]),
-        oracle_error=max(float((o.values - o.exact).abs().max() / o.exact.abs().max()) for o in log.oracle),
+        oracle_error=max(
+            (float((o.values - o.exact).abs().max() / o.exact.abs().max()) for o in log.oracle), default=0.0
+        ),
         oracle_auroc=_oracle_auroc(log.oracle, corrupted),
         overhead=overhead(log.seconds),
         costs=costs_of(log.comparisons),
@@ -92,6 +94,8 @@ def _weighted_error(changes: Sequence[float], found: Sequence[float]) -> float:
 
 
 def _oracle_auroc(steps: Sequence[OracleStep], corrupted: NDArray[np.bool_]) -> tuple[float, float]:
+    if not steps:
+        return math.nan, math.nan
     positive = np.concatenate([corrupted[step.documents.numpy()] for step in steps])
     ours = np.concatenate([(step.values - step.values.mean()).numpy() for step in steps])
     exact = np.concatenate([(step.exact - step.exact.mean()).numpy() for step in steps])

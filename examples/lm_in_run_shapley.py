@@ -133,7 +133,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
     parser.add_argument("--width", type=whole(HEADS), default=64)
     parser.add_argument("--layers", type=whole(1), default=2)
     parser.add_argument("--dropout", type=number(0.0, 1.0), default=0.0)
-    parser.add_argument("--lr", type=number(1e-9, math.inf), default=1e-3)
+    parser.add_argument("--lr", type=number(1e-9, math.inf), default=5e-4)
     parser.add_argument("--check", type=whole(1), default=10, help="steps between checks of the values' sums")
     parser.add_argument("--compare", type=whole(1), default=21, help="steps between comparisons with fresh scores")
     parser.add_argument("--flush", type=whole(1), default=10, help="steps between two parts of scores and checkpoints")

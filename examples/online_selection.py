@@ -1,10 +1,11 @@
 """Selects training windows while a language model trains, at equal compute: half of every batch, by its gradients.
 
 The corpus is that of the main job, with 30 % of its documents corrupted; what counts is the loss on held-out text of
-one of eleven domains. Every step scores its candidates along the validation gradient, `<grad losses[i], V>`, and takes
-the mean gradient of the better half: `weighting.weighted_gradient` with `selection.quantile`, one forward and one
-backward. Random selection spends the same FLOPs on larger batches drawn at random: it needs no scores and no validation
-gradient. FLOPs are counted, not estimated, those of validation gradients included.
+one of eleven domains. Every step scores its candidates by what their gradients take off the validation loss through
+AdamW, `<grad losses[i], P V>` with the validation gradient V and the optimizer's denominators P, and takes the mean
+gradient of the best: `weighting.weighted_gradient` with `selection.quantile`, one forward and one backward. Random
+selection spends the same FLOPs on larger batches drawn at random: it needs no scores and no validation gradient. FLOPs
+are counted, not estimated, those of validation gradients included.
 
     python examples/online_selection.py
 
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.training import selection, updates, weighting
+from funcghost.trees import match_direction, split_params
 from lm_corpus import WindowSampler, build_corpus, validation_tokens
 from lm_model import GPT, Batch, ModelSize, Tree, WindowLosses, initial_params, mean_loss
 from lm_training import plain_gradient
@@ -93,6 +95,8 @@ class Race:
         steering, judging = self.corpus.validation[::2], self.corpus.validation[1::2]
         self.steering = [Batch(validation_tokens(steering, args.context, args.validation_windows))]
         self.judging = [Batch(validation_tokens(judging, args.context, 64))]
+        adam = torch.optim.AdamW(self.start.values(), lr=args.lr, betas=(0.9, 0.99))
+        self.update, self.state = updates.of(adam, self.start)
         self.plan = fg.plan(self.losses, self.start, self.batch(4, 0))
         self.pick = weighting.weighted_gradient(self.losses, selection.quantile(args.keep), plan=self.plan)
 
@@ -101,16 +105,21 @@ class Race:
         sampler = WindowSampler(self.corpus.training, self.args.context, size, (self.seed,))
         return Batch(sampler.draw(step).tokens)
 
-    def train(self, gradient: Callable[[Tree, int], Tree], costs: Callable[[int], int], budget: int) -> Curve:
+    def through(self, params: Tree, state: Any, slope: Tree) -> Tree:
+        """`P V`: what a gradient has to lie along to take the most off the validation loss through the optimizer."""
+        split = split_params(params)
+        v, none = match_direction(slope, split), [torch.zeros_like(leaf) for leaf in split.leaves]
+        [along] = self.update.share(split, none, state, [v], "impulse", 1e-3).along
+        return split.rebuild([-leaf for leaf in along])
+
+    def train(self, gradient: Callable[[Tree, Any, int], Tree], costs: Callable[[int], int], budget: int) -> Curve:
         """Steps of AdamW along these gradients, until the FLOPs are spent."""
-        adam = torch.optim.AdamW(self.start.values(), lr=self.args.lr, betas=(0.9, 0.99))
-        update, state = updates.of(adam, self.start)
-        params, spent, step = self.start, 0, 0
+        params, state, spent, step = self.start, self.state, 0, 0
         curve = Curve([], [])
         while spent < budget:
-            grads = gradient(params, step)
+            grads = gradient(params, state, step)
             with torch.no_grad():
-                params, state = update(params, grads, state)
+                params, state = self.update(params, grads, state)
             spent, step = spent + costs(step), step + 1
             if step % self.args.look == 0 or spent >= budget:
                 curve.flops.append(spent)
@@ -121,20 +130,21 @@ class Race:
         """Random selection, and selection by scores."""
         args, kept = self.args, dict[str, Tree]()
 
-        def selected(params: Tree, step: int) -> Tree:
+        def selected(params: Tree, state: Any, step: int) -> Tree:
             if step % args.refresh == 0:
-                kept["direction"] = in_run.validation_gradient(self.losses, params, self.steering)
+                slope = in_run.validation_gradient(self.losses, params, self.steering)
+                kept["direction"] = self.through(params, state, slope)
             return self.pick(params, self.batch(args.candidates, step), fg.dot(kept["direction"])).grads
 
-        selected(self.start, 0)  # what is verified in a first call is no part of a step
-        _, with_refresh = counted(lambda: selected(self.start, 0))
-        _, without = counted(lambda: selected(self.start, 1)) if args.refresh > 1 else (None, with_refresh)
+        selected(self.start, self.state, 0)  # what is verified in a first call is no part of a step
+        _, with_refresh = counted(lambda: selected(self.start, self.state, 0))
+        _, without = counted(lambda: selected(self.start, self.state, 1)) if args.refresh > 1 else (None, with_refresh)
         mean = (with_refresh + (args.refresh - 1) * without) / args.refresh
         _, of_one = counted(lambda: plain_gradient(self.losses, self.start, self.batch(8, 0)))
         size = round(8 * mean / of_one)
         budget = round(args.steps * mean)
         plain = self.train(
-            lambda params, step: plain_gradient(self.losses, params, self.batch(size, step)),
+            lambda params, _, step: plain_gradient(self.losses, params, self.batch(size, step)),
             lambda _: round(of_one * size / 8),
             budget,
         )

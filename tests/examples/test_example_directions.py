@@ -37,7 +37,7 @@ def take(job: example.Run, state: State, log: Log) -> tuple[State, in_run.Accoun
 def test_a_step_is_that_of_the_optimizer_and_keeps_the_law() -> None:
     job, state = begun("--compare", "1")
     twin = {name: value.clone().requires_grad_() for name, value in state.params.items()}
-    adam = torch.optim.AdamW(twin.values(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    adam = torch.optim.AdamW(twin.values(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.1)
     log = Log()
     for step in range(3):
         adam.zero_grad()

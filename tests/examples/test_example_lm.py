@@ -269,7 +269,7 @@ def test_refuses(
     [
         (["--seed", "3"], "has --seed 0, not 3"),
         (["--batch-size", "8"], "has --batch-size 4, not 8"),
-        (["--lr", "0.5"], "has --lr 0.001, not 0.5"),
+        (["--lr", "0.5"], "has --lr 0.0005, not 0.5"),
         (["--steps", "2"], "has come to step 6 already"),
     ],
 )
