@@ -9,6 +9,7 @@ import attribution_lm
 import custom_loop
 import funcghost as fg
 import mislabelled_digits
+import online_selection
 import private_digits
 import prune_digits
 import write_your_own_reducer
@@ -64,6 +65,18 @@ def test_pieces_of_text_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row.method for row in rows] == ["gradient dot", "diagonal", "K-FAC", "EK-FAC"]
     assert all(0 <= row.recall <= 1 and 0 < row.reciprocal_rank <= 1 for row in rows)
     assert "MRR" in capsys.readouterr().out
+
+
+def test_online_selection_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (
+        "--seeds 1 --steps 4 --candidates 4 --validation-windows 4 --refresh 2 --documents 4 --context 16 --width 8 "
+        "--layers 1 --look 1"
+    )
+    summary = online_selection.main(tiny.split())
+    said = capsys.readouterr().out
+    assert ("is at random" in said) == summary.holds
+    assert ("is NOT at random" in said) == (not summary.holds)
+    assert 0 < summary.trained < 1
 
 
 def test_reducers_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
