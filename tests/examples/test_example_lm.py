@@ -1,5 +1,6 @@
 """The language model example, run for real on a tiny model: what it writes, how it resumes, what it refuses."""
 
+import html
 import os
 import signal
 import subprocess
@@ -130,7 +131,7 @@ def test_report_is_one_file_with_plots_and_documents(finished: example.Summary) 
     assert all(source.startswith("data:image/png;base64,iVBORw0KGgo") for source in page.sources)
     assert not page.seen & {"script", "link", "iframe"}
     for claim in finished.claims:
-        assert claim.measured in text
+        assert html.escape(claim.measured) in text
     corpus = build_corpus("email", 4, example.HELD_OUT_DOCUMENTS, seed=0)
     sums = tally(finished.out / example.SCORES, corpus.training, STEPS)
     order = [index for index in np.argsort(sums.values) if sums.drawn[index]]
