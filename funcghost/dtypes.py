@@ -1,4 +1,7 @@
-"""In which dtype sums are taken: float32 at least."""
+"""In which dtype products and sums are taken: that of their terms, float32 at least."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,3 +28,15 @@ def score_dtype(params: Params) -> torch.dtype:
     for leaf in params.leaves:
         dtype = torch.promote_types(dtype, leaf.dtype)
     return dtype
+
+
+def as_written(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products have the dtype of their factors, also within a user's autocast.
+
+    The losses run in what the user has on, and so does `J V` of an op, which is that of the op as it ran. All else does
+    not: backwards, as torch advises, and contractions, whose precision is `Options.compute_dtype` alone.
+    """
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

@@ -1,8 +1,10 @@
 """What is differentiated: the losses of a batch at given parameters, and their gradient by autograd."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import optree
@@ -11,6 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointError
 
+from funcghost.control_flow import as_python
+from funcghost.dtypes import as_written
 from funcghost.errors import InputError, UnsupportedOpError
 from funcghost.trees import Params, Tree, tensors
 
@@ -64,13 +68,44 @@ class Problem:
 
     def evaluate(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """The losses [b] and the auxiliary output."""
-        with torch.enable_grad():
-            out = self.losses(self.params.rebuild(leaves), self.batch)
+        with torch.enable_grad(), as_python():
+            try:
+                out = self.losses(self.params.rebuild(leaves), containers(self.batch))
+            except RuntimeError as error:
+                if not str(error).startswith("Creating a new Tensor subclass"):
+                    raise
+                raise UnsupportedOpError(
+                    f"losses: make a tensor of a class of its own, which torch refuses while writes are watched "
+                    f"({error}). Make it once, outside of the losses, and close over it."
+                ) from error
         if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise InputError(f"losses: with has_aux=True it must return (losses, aux), found {type(out).__name__}.")
         values, aux = out if self.has_aux else (out, None)
         check_losses(values)
         return values, aux
+
+
+def containers(batch: Tree) -> Tree:
+    """The same leaves in containers of their own, so that losses may take something out of them, or put something in.
+
+    Raises:
+        InputError: the batch is an iterator, which the losses of one run would use up for the next.
+    """
+    if isinstance(batch, Iterator):
+        raise InputError(
+            f"batch: is an iterator ({type(batch).__name__}), which one run of the losses uses up, and a step may run "
+            "them several times. Pass one batch, such as next(iter(loader)), or list(batch)."
+        )
+    if isinstance(batch, Tensor):
+        return batch
+    leaves, spec = optree.tree_flatten(batch, none_is_leaf=True)
+    return optree.tree_unflatten(spec, map(_own, leaves))
+
+
+def _own(leaf: Any) -> Any:
+    """A shallow copy of a container that optree does not know, such as a tokenizer's output or a dataclass."""
+    known = isinstance(leaf, MutableMapping | MutableSequence | MutableSet | SimpleNamespace)
+    return copy(leaf) if known or (is_dataclass(leaf) and not isinstance(leaf, type)) else leaf
 
 
 def is_own(leaf: Tensor) -> bool:
@@ -98,18 +133,39 @@ def cotangents(losses: Tensor, reduction: Reduction) -> Tensor:
     return torch.full_like(losses, 1 / losses.shape[0] if reduction == "mean" and losses.shape[0] else 1.0)
 
 
-def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_graph: bool = False) -> list[Tensor]:
-    """The gradient of `<losses, cotangent>`; zeros where the losses do not depend on something."""
-    if not losses.requires_grad:
-        return [torch.zeros_like(leaf, requires_grad=False) for leaf in wanted]
+@contextmanager
+def backwards(device: torch.device) -> Iterator[None]:
+    """Where backwards of the losses run: out of the caller's autocast, with errors that say what to do.
+
+    Raises:
+        UnsupportedOpError: a checkpointed region cannot be run again.
+    """
     try:
-        found = torch.autograd.grad(losses, wanted, cotangent, retain_graph=keep_graph, allow_unused=True)
+        with as_written(device):
+            yield
     except CheckpointError as error:
         raise UnsupportedOpError(
             "torch.utils.checkpoint recomputed a region differently. Pass context_fn=fg.checkpoint_context to "
             "checkpoint(..., use_reentrant=False), and let params be the module's own tensors "
             "(dict(model.named_parameters())), since that is what a recomputed module sees."
         ) from error
+    except RuntimeError as error:
+        if "selective activation checkpoint" not in str(error):
+            raise
+        raise UnsupportedOpError(
+            "a region of torch.utils.checkpoint keeps a selection of its ops (create_selective_checkpoint_contexts), "
+            "and torch lets it be run again for one backward alone, where a plan takes several. While samples are "
+            "scored, checkpoint the whole region: checkpoint(..., use_reentrant=False, "
+            "context_fn=fg.checkpoint_context)."
+        ) from error
+
+
+def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_graph: bool = False) -> list[Tensor]:
+    """The gradient of `<losses, cotangent>`; zeros where the losses do not depend on something."""
+    if not losses.requires_grad:
+        return [torch.zeros_like(leaf, requires_grad=False) for leaf in wanted]
+    with backwards(losses.device):
+        found = torch.autograd.grad(losses, wanted, cotangent, retain_graph=keep_graph, allow_unused=True)
     return [
         torch.zeros_like(leaf, requires_grad=False) if gradient is None else gradient.detach()
         for gradient, leaf in zip(found, wanted, strict=True)

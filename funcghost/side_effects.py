@@ -52,9 +52,12 @@ def replaying(state: RandomState | None) -> Iterator[None]:
 def _effects(op: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
     """The arguments that an op writes to, by place and name, and whether it may return older memory.
 
-    By the schema; those of batch norm do not say that the running statistics are written to.
+    By the schema; those of batch norm do not say that the running statistics are written to. What takes functions, as
+    `torch.cond` does, has none: torch refuses such functions that write to what they are given.
     """
-    schema = op._schema
+    schema = getattr(op, "_schema", None)
+    if schema is None:
+        return (), True
     written = tuple(
         (place, argument.name)
         for place, argument in enumerate(schema.arguments)
@@ -79,6 +82,8 @@ class _WriteLog(TorchDispatchMode):
         super().__init__()
         self.originals: dict[Any, tuple[Memory, Any]] = {}
         self.born: set[int] = set()
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,6 +1,6 @@
 """Trees of tensors, keyed by parameter name, on top of optree."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,8 +37,20 @@ def _names(spec: optree.PyTreeSpec) -> tuple[str, ...]:
     return tuple(".".join(map(str, path)) or "<root>" for path in spec.paths())
 
 
+_REAL = {
+    False: "Only such tensors have gradients here: close over the others instead of passing them as parameters.",
+    True: "Pass torch.view_as_real(w) in place of it, and take torch.view_as_complex(params[..]) in the losses.",
+}
+
+
 def split_params(tree: Tree) -> Params:
     """Takes a tree of parameters apart; every leaf must be a real floating-point tensor."""
+    if isinstance(tree, Iterator | torch.nn.Module):
+        own = "model" if isinstance(tree, torch.nn.Module) else "model.named_parameters()"
+        raise InputError(
+            f"params: must be a tree of tensors, found {type(tree).__name__}. Pass dict(model.named_parameters()), and "
+            f"not {own} itself."
+        )
     names, leaves, spec = named_leaves(tree)
     if not leaves:
         raise InputError(
@@ -46,11 +58,13 @@ def split_params(tree: Tree) -> Params:
         )
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            raise InputError(f"params[{name!r}] must be a tensor, found {type(leaf).__name__}. Leave it out of params.")
+            named = isinstance(leaf, str) and isinstance(tree, list)
+            remedy = "Make a dict of the list of pairs." if named else "Leave it out of params."
+            raise InputError(f"params[{name!r}] must be a tensor, found {type(leaf).__name__}. {remedy}")
         if not leaf.is_floating_point():
             raise InputError(
                 f"params[{name!r}] must have a real floating-point dtype, found {leaf.dtype}. "
-                "Only such tensors have gradients here: close over the others instead of passing them as parameters."
+                + _REAL[leaf.is_complex()]
             )
         if isinstance(leaf, torch.nn.Parameter) and not leaf.requires_grad:
             raise InputError(
@@ -82,7 +96,8 @@ def match_direction(direction: Tree, params: Params, what: str = "direction") ->
         extra = [n for n in names if n not in params.names]
         raise InputError(
             f"{what}: must be a tree like params; missing leaves {missing[:5]}, unexpected leaves {extra[:5]}. "
-            "Give every parameter a leaf (zeros where the direction is zero)."
+            f"Give every parameter a leaf (zeros where the direction is zero). params has {len(params.names)} leaves, "
+            f"such as {list(params.names[:3])}: if those are not meant, it is params that is wrong."
         )
     leaves = [found[name] for name in params.names]
     for name, leaf, param in zip(params.names, leaves, params.leaves, strict=True):
@@ -105,3 +120,25 @@ def _show(trait: torch.Size | torch.dtype | torch.device | torch.layout) -> str:
 def tensors(tree: Tree) -> list[Tensor]:
     """The tensor leaves of any tree."""
     return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def in_short(record: Any) -> str:
+    """The fields of a named tuple, with tensors by dtype and shape, and trees by the number of their leaves."""
+
+    def short(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        leaves = optree.tree_leaves(value)
+        if not leaves or leaves[0] is value:
+            return type(value).__name__ if leaves else "None" if value is None else repr(value)
+        return f"{type(value).__name__} of {len(leaves)}" if len(leaves) > 4 else str(optree.tree_map(_Word, value))
+
+    class _Word:
+        def __init__(self, leaf: Any) -> None:
+            self.leaf = leaf
+
+        def __repr__(self) -> str:
+            return short(self.leaf)
+
+    fields = (f"{name}={short(value)}" for name, value in zip(record._fields, record, strict=True))
+    return f"{type(record).__name__}({', '.join(fields)})"

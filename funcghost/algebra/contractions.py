@@ -14,13 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcghost.algebra.cost import ANY, Means, choose, common_form, sketch
+from funcghost.algebra.cost import ANY, Means, bytes_of_entry, choose, common_form, sketch
 from funcghost.algebra.directions import Leaf, LowRank
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples
+from funcghost.algebra.sums import added_rows, product, squares, total
 from funcghost.dtypes import wide
-
-PIECE = 2**14
-"""How many squares are kept at once."""
 
 
 def squared_norms(uses: Sequence[Factor], means: Means = ANY, name: str = "") -> Tensor:
@@ -32,7 +30,7 @@ def squared_norms(uses: Sequence[Factor], means: Means = ANY, name: str = "") ->
         return _materialised_norms(uses, means.budget)
     if len(uses) == 1 and isinstance(uses[0], Outer) and uses[0].positions == uses[0].form.blocks[0] == 1:
         # One position of a sample: the product of two squared sizes.
-        rows, cols = (_squares(wide(value).flatten(1)) for value in uses[0].tensors)
+        rows, cols = (squares(wide(value).flatten(1)) for value in uses[0].tensors)
         return rows * cols
     found = [
         _ghost_diagonal(one, other, means.budget) * (1 if i == j else 2)
@@ -68,14 +66,14 @@ def along(use: Factor, direction: Leaf) -> Tensor:
     if isinstance(direction, LowRank):
         return _along_low_rank(use, direction)
     if isinstance(use, Dense):
-        return wide(use.value).reshape(samples(use), direction.numel()) @ wide(direction).flatten()
+        return product(wide(use.value).reshape(samples(use), direction.numel()), wide(direction).view(-1, 1)).squeeze(1)
     if isinstance(use, Lookup):
         looked = wide(direction).reshape(use.form.blocks[1:])[use.index]
         return (looked * wide(use.cols)).flatten(1).sum(1)
     matrices, (one, other) = use.form.fold(direction), use.tensors  # [q, m, n]
     if one.shape[-1] < other.shape[-1]:
         matrices, one, other = matrices.mT, other, one
-    met = torch.matmul(one.transpose(1, 2), matrices.to(one.dtype)).transpose(1, 2)
+    met = product(one.transpose(1, 2), matrices.to(one.dtype)).transpose(1, 2)
     return (wide(met) * wide(other)).flatten(1).sum(1)
 
 
@@ -88,13 +86,13 @@ def _along_low_rank(use: Factor, direction: LowRank) -> Tensor:
         return along(use, direction.dense())
     if isinstance(use, Lookup):
         left = direction.rows[0][use.index]
-        right = torch.matmul(use.cols, direction.cols[0].to(use.cols.dtype))
+        right = product(use.cols, direction.cols[0].to(use.cols.dtype))
     else:
         assert isinstance(use, Outer)
         left, right = (
-            torch.matmul(value.squeeze(2), factor[0].to(value.dtype))
+            product(value.squeeze(2), factor[0].to(value.dtype))
             if len(factor) == 1
-            else torch.einsum("btqm,qmr->btqr", value, factor.to(value.dtype))
+            else product(value.transpose(1, 2), factor.to(value.dtype)).transpose(1, 2)
             for value, factor in ((use.rows, direction.rows), (use.cols, direction.cols))
         )
     return (wide(left) * wide(right)).flatten(1).sum(1)
@@ -115,10 +113,10 @@ def weighted_sum(use: Factor, weights: Tensor) -> Tensor:
     if isinstance(use, Dense):
         return scaled.sum(0)
     if isinstance(use, Lookup):
-        table = scaled.new_zeros((use.form.blocks[1], scaled.shape[-1]))
-        return table.index_add(0, use.index.flatten(), scaled.flatten(0, 1)).reshape(use.shape)
+        index = use.index.flatten()
+        return added_rows(index, scaled.flatten(0, 1), use.form.blocks[1], len(index)).reshape(use.shape)
     rows, cols = wide(use.rows).flatten(0, 1), scaled.flatten(0, 1)
-    return use.form.unfold(torch.matmul(rows.permute(1, 2, 0), cols.transpose(0, 1)))
+    return use.form.unfold(product(rows.permute(1, 2, 0), cols.transpose(0, 1)))
 
 
 def summed(uses: Sequence[Factor]) -> Tensor:
@@ -133,14 +131,6 @@ def in_dtype(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     return lambda value: value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
 
-def total(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of one tensor or more."""
-    first, *others = terms
-    for other in others:
-        first = first + other
-    return first
-
-
 def _zeros(use: Factor, shape: tuple[int, ...]) -> Tensor:
     return wide(use.tensors[-1]).new_zeros(shape)
 
@@ -149,20 +139,20 @@ def _products(one: Factor, other: Factor) -> Tensor:
     """`<position t of one, position s of other>`, [..., t, s], added up over blocks, of tensors [..., t, q, m]."""
     if isinstance(one, Lookup) and isinstance(other, Lookup):
         same = one.index.unsqueeze(-1) == other.index.unsqueeze(-2)
-        return torch.matmul(wide(one.cols), wide(other.cols).mT) * same
+        return product(wide(one.cols), wide(other.cols).mT) * same
     if isinstance(one, Lookup):
         return _products(other, one).mT
     assert isinstance(one, Outer)
     if isinstance(other, Lookup):
         rows, cols = wide(one.rows).squeeze(-2), wide(one.cols).squeeze(-2)
         index = other.index.unsqueeze(-2).expand(*rows.shape[:-1], -1)
-        return torch.gather(rows, -1, index) * torch.matmul(cols, wide(other.cols).mT)
+        return torch.gather(rows, -1, index) * product(cols, wide(other.cols).mT)
     assert isinstance(other, Outer)
     pairs = zip(map(wide, one.tensors), map(wide, other.tensors), strict=True)
     if one.form.blocks[0] == 1:
-        of_rows, of_cols = (torch.matmul(x.squeeze(-2), y.squeeze(-2).mT) for x, y in pairs)
+        of_rows, of_cols = (product(x.squeeze(-2), y.squeeze(-2).mT) for x, y in pairs)
         return of_rows * of_cols
-    of_rows, of_cols = (torch.matmul(x.transpose(-3, -2), y.transpose(-3, -2).mT) for x, y in pairs)
+    of_rows, of_cols = (product(x.transpose(-3, -2), y.transpose(-3, -2).mT) for x, y in pairs)
     return (of_rows * of_cols).sum(-3)
 
 
@@ -184,7 +174,7 @@ def _ghost_matrix(one: Factor, other: Factor, budget: int) -> Tensor:
         for part in parts:
             products, size = _products(_as_one(part), second), samples(part)
             single = _length(part) == s == 1
-            terms.append(products if single else products.view(size, _length(part), b, s).sum((1, 3)))
+            terms.append(products if single else products.view(size, _length(part), b, s).sum(3).sum(1))
         found.append(total(terms))
     return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -226,11 +216,12 @@ def _as_one(use: Factor) -> Factor:
 
 def _slices(uses: Sequence[Factor], count: int, budget: int) -> tuple[Form | None, int, int]:
     """The form to slice, the number of rows, and the rows of a slice for which `count` gradients fit the budget."""
-    form = common_form([sketch(use) for use in uses])
+    sketches = [sketch(use) for use in uses]
+    form = common_form(sketches)
     if form is None:
         return None, 1, 1
     q, m, n = form.blocks
-    row = q * n * max(use.tensors[-1].element_size() for use in uses) * count * (2 if len(uses) > 1 else 1)
+    row = q * n * max(map(bytes_of_entry, sketches)) * count * (2 if len(uses) > 1 else 1)
     return form, m, max(1, budget // max(row, 1))
 
 
@@ -250,7 +241,7 @@ def _gradients(uses: Sequence[Factor], form: Form | None, start: int, stop: int)
 def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     if len(uses) == 1 and isinstance(uses[0], Dense):
         value = wide(uses[0].value)
-        return _squares(value.flatten(1) if value.dim() > 1 else value.unsqueeze(1))
+        return squares(value.flatten(1) if value.dim() > 1 else value.unsqueeze(1))
     b = samples(uses[0])
     form, rows, width = _slices(uses, 1, budget)
     together = max(1, min(b, width // max(rows, 1))) if width >= rows else 1
@@ -260,27 +251,22 @@ def _materialised_norms(uses: Sequence[Factor], budget: int) -> Tensor:
     for first in range(0, b, together) or [0]:
         some = [_narrow(use, first, first + together) for use in uses]
         slices = range(0, rows, width) or [0]
-        found.append(total([_squares(_gradients(some, form, at, min(at + width, rows))) for at in slices]))
+        found.append(total(squares(_gradients(some, form, at, min(at + width, rows))) for at in slices))
     return torch.cat(found) if len(found) > 1 else found[0]
-
-
-def _squares(gradients: Tensor) -> Tensor:
-    """The sum of squares of each row, without a root on the way, added up in pieces: no digits are lost on the way."""
-    if gradients.shape[1] <= PIECE:
-        squares: Tensor = torch.linalg.vecdot(gradients, gradients)
-        return squares
-    return total([torch.linalg.vecdot(part, part) for part in gradients.split(PIECE, 1)])
 
 
 def _materialised_products(a: Sequence[Factor], b: Sequence[Factor], budget: int) -> Tensor:
     if len(a) == len(b) == 1 and isinstance(a[0], Dense) and isinstance(b[0], Dense):
         one, other = (wide(use.value).reshape(len(use.value), prod(use.shape)) for use in (a[0], b[0]))
-        return torch.matmul(one, other.T)
+        return product(one, other.T)
     count = samples(a[0]) + (0 if a is b else samples(b[0]))
     form, rows, width = _slices([*a, *b], count, budget)
-    found = _zeros(a[0], (samples(a[0]), samples(b[0])))
-    for at in range(0, rows, width):
-        one = _gradients(a, form, at, min(at + width, rows))
-        other = one if a is b else _gradients(b, form, at, min(at + width, rows))
-        found = found + one @ other.T
-    return found
+
+    def terms() -> Iterator[Tensor]:
+        yield _zeros(a[0], (samples(a[0]), samples(b[0])))
+        for at in range(0, rows, width):
+            one = _gradients(a, form, at, min(at + width, rows))
+            other = one if a is b else _gradients(b, form, at, min(at + width, rows))
+            yield product(one, other.T)
+
+    return total(terms())

@@ -5,6 +5,9 @@ For a and b samples, t and s positions, and a parameter of q blocks of m x n:
     ghost        2 q (a t) (b s) (m + n) FLOPs: products of positions, nothing of the size of the parameter
     materialise  2 (a t + b s) q m n for the gradients themselves, and 2 a b q m n for their products
 
+Long sums are taken in pieces (see `sums.py`): the products of pieces are written and read once more, and a table to
+which many rows are added is in float64 for a while.
+
 The norms alone (`diagonal`) need the products of positions of the same sample, a t s, and of no other gradients.
 """
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.factors import Factor, Form, Lookup, Outer
+from funcghost.algebra.sums import AT_ONCE, in_double, piece
 from funcghost.errors import MemoryBudgetError
 from funcghost.options import DEFAULT_BUDGET, Options, Rates, RouteName
 
@@ -70,6 +74,11 @@ def sketch(factor: Factor) -> Sketch:
     if isinstance(factor, Lookup):
         return Sketch("lookup", factor.positions, factor.form, max(4, factor.cols.element_size()))
     return Sketch("dense", 1, factor.form, max(4, factor.value.element_size()))
+
+
+def bytes_of_entry(use: Sketch) -> int:
+    """The memory that an entry of a gradient takes while it is formed."""
+    return use.itemsize + 8 if use.kind == "lookup" and in_double(use.positions) and use.itemsize < 8 else use.itemsize
 
 
 def common_form(uses: Sequence[Sketch]) -> Form | None:
@@ -132,12 +141,15 @@ def _materialise(
     flops = sum(2 * size * use.positions * entries for use, size in uses if use.kind == "outer")
     flops += 0 if diagonal else 2 * rows * columns * entries
     row = entries // max(1, 1 if form is None else form.blocks[1])
-    several, size = len(a) > 1 or len(b) > 1, max(use.itemsize for use, _ in uses)
+    several, size = len(a) > 1 or len(b) > 1, max(bytes_of_entry(use) for use, _ in uses)
     item = size * (2 if several else 1)
     moved = (3 if diagonal else 4) * count * entries * item
+    pieces = 0 if diagonal else 4 * rows * columns * -(-entries // piece(rows, columns))
+    moved += 2 * pieces
     # Uses are added up one after the other, first those of a.
     held = count if not several else 2 * rows if same else max(2 * rows, rows + 2 * columns)
-    return Route("materialise", flops, moved, (1 if diagonal else count) * row * item, held * entries * size)
+    kept = min(pieces, 4 * max(AT_ONCE, rows * columns))
+    return Route("materialise", flops, moved, (1 if diagonal else count) * row * item, held * entries * size + kept)
 
 
 def choose(

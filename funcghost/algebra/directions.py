@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.sketch import as_written
+from funcghost.dtypes import as_written
 from funcghost.errors import InputError
 from funcghost.trees import Params, Tree, match_direction, named_leaves
 

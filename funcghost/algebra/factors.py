@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from funcghost.algebra.sums import added_rows, product
 from funcghost.dtypes import wide
 
 
@@ -182,13 +183,13 @@ def blocks(factor: Factor, form: Form, start: int = 0, stop: int | None = None) 
         return wide(form.fold(factor.value)[:, :, start:stop])
     if isinstance(factor, Outer):
         rows, cols = wide(factor.rows[..., start:stop]), wide(factor.cols)
-        return torch.matmul(rows.permute(0, 2, 3, 1), cols.permute(0, 2, 1, 3))
+        return product(rows.permute(0, 2, 3, 1), cols.permute(0, 2, 1, 3))
     cols = wide(factor.cols)
     b, t, n = cols.shape
     inside = (factor.index >= start) & (factor.index < stop)
     place = torch.where(inside, factor.index - start, stop - start)
     place = place + (stop - start + 1) * torch.arange(b, device=place.device).unsqueeze(1)
-    table = cols.new_zeros((b * (stop - start + 1), n)).index_add_(0, place.flatten(), cols.reshape(b * t, n))
+    table = added_rows(place.flatten(), cols.reshape(b * t, n), b * (stop - start + 1), t)
     return table.view(b, 1, stop - start + 1, n)[:, :, :-1]
 
 

@@ -7,13 +7,14 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import along, inner_products, squared_norms, total, weighted_sum
+from funcghost.algebra.contractions import along, inner_products, squared_norms, weighted_sum
 from funcghost.algebra.cost import Means, means_of
 from funcghost.algebra.directions import Direction
 from funcghost.algebra.factors import Factor, dense
 from funcghost.algebra.metric import Metric, known, metric_of
 from funcghost.algebra.pairs import Pairs, check_weights
-from funcghost.dtypes import wide
+from funcghost.algebra.sums import total
+from funcghost.dtypes import as_written, wide
 from funcghost.errors import InputError
 from funcghost.options import Options, check_options
 from funcghost.trees import Tree
@@ -62,9 +63,10 @@ def cross_dots(a: Pairs, b: Pairs, metric: Tree | None = None, *, options: Optio
     means = means_of(check_options(options), a.device)
     weightings = None if metric is None else metric_of(metric)
     parts = []
-    for name, uses in a.uses.items():
-        products = inner_products if weightings is None else known(weightings, name).products
-        parts.append(products(uses, b.uses[name], means, name))
+    with as_written(a.device):
+        for name, uses in a.uses.items():
+            products = inner_products if weightings is None else known(weightings, name).products
+            parts.append(products(uses, b.uses[name], means, name))
     return torch.stack(parts).sum(0)
 
 
@@ -88,9 +90,10 @@ def cosine(a: Pairs, b: Pairs, metric: Tree | None = None, *, options: Options |
     """
     products = cross_dots(a, b, metric, options=options)
     means, weightings = means_of(check_options(options), a.device), None if metric is None else metric_of(metric)
-    one, other = (
-        total([_norms(name, uses, means, weightings) for name, uses in pairs.uses.items()]).sqrt() for pairs in (a, b)
-    )
+    with as_written(a.device):
+        one, other = (
+            total(_norms(name, uses, means, weightings) for name, uses in p.uses.items()).sqrt() for p in (a, b)
+        )
     scale = one.unsqueeze(1) * other
     return torch.where(scale > 0, products / scale.where(scale > 0, 1), 0)
 
@@ -117,6 +120,8 @@ def combine(pairs: Pairs, weights: Weights) -> Tree:
     that of `combine` with its own.
 
     Shapes: weights [b], or a dict from all names of parameters to weights [b]; a tree like params.
+
+    Weights may be a boolean mask. Leaves are dense, also where a backward gives sparse ones (`sparse=True`).
 
     Cost: one product per use, as the weight's gradient in a backward.
 
@@ -163,9 +168,7 @@ def materialize(pairs: Pairs) -> Tree:
 def _added(pairs: Pairs, of_use: Callable[[str, Factor], Tensor]) -> Tree:
     """A tree like params of the sums over the uses of each."""
     leaves = []
-    for name, _, dtype in pairs.parameters:
-        total, *others = (of_use(name, use) for use in pairs.uses[name])
-        for other in others:
-            total = total + other
-        leaves.append(total.to(dtype))
+    with as_written(pairs.device):
+        for name, _, dtype in pairs.parameters:
+            leaves.append(total(of_use(name, use) for use in pairs.uses[name]).to(dtype))
     return optree.tree_unflatten(pairs.spec, leaves)

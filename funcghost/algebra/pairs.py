@@ -11,6 +11,7 @@ from torch import Tensor
 from funcghost.algebra.contractions import summed
 from funcghost.algebra.directions import Leaf, LowRank
 from funcghost.algebra.factors import Dense, Factor, Lookup, Outer, nbytes, samples
+from funcghost.dtypes import as_written
 from funcghost.errors import InputError
 from funcghost.trees import Params, Tree
 
@@ -95,7 +96,8 @@ class Pairs:
 
         Law: `fg.dot(pairs) == fg.dot(fg.combine(pairs, ones))`.
         """
-        leaves = [_summed(self.uses[name], dtype) for name, _, dtype in self.parameters]
+        with as_written(self.device):
+            leaves = [_summed(self.uses[name], dtype) for name, _, dtype in self.parameters]
         return optree.tree_unflatten(self.spec, leaves)
 
     @staticmethod
@@ -171,10 +173,13 @@ def _joined(uses: Sequence[Any]) -> Any:
 
 
 def check_weights(what: str, pairs: Pairs, weights: Any) -> None:
-    """Weights must be floating numbers, one per sample."""
-    if not isinstance(weights, Tensor) or weights.shape != (len(pairs),) or not weights.is_floating_point():
+    """Weights must be floating numbers, one per sample, or a mask of them."""
+    numbers = isinstance(weights, Tensor) and (weights.is_floating_point() or weights.dtype is torch.bool)
+    if not isinstance(weights, Tensor) or weights.shape != (len(pairs),) or not numbers:
         found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise InputError(f"{what}: weights must be floating numbers [{len(pairs)}], one per sample, found {found}.")
+        raise InputError(
+            f"{what}: weights must be floating numbers [{len(pairs)}], one per sample, or a mask, found {found}."
+        )
 
 
 def _flatten(pairs: Pairs) -> tuple[list[Tensor], Any]:

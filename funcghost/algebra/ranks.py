@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.allocation import Option, allocate
-from funcghost.algebra.sketch import Factors, as_written, leading_factors
+from funcghost.algebra.sketch import Factors, leading_factors
+from funcghost.dtypes import as_written
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FIRST_SKETCH = 32

@@ -1,7 +1,6 @@
 """The leading singular vectors of a batch of matrices, by random sketches that depend on a seed alone."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,9 +81,3 @@ def _svd_of_wide(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverses = torch.where(values > floor, values, torch.inf).reciprocal()
     right = (wide.mT @ left) * inverses[..., None, :]
     return left.to(matrix.dtype), torch.where(values > floor, values, 0.0).to(matrix.dtype), right.to(matrix.dtype)
-
-
-def as_written(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which products have the dtype of their factors, also within a user's autocast."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()

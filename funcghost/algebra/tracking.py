@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.compression import check_leaf
-from funcghost.algebra.contractions import fits, summed, total
+from funcghost.algebra.contractions import fits, summed
 from funcghost.algebra.directions import Leaf, LowRank, Stack, match_leaves
 from funcghost.algebra.factors import Dense, Factor, Lookup
 from funcghost.algebra.pairs import Pairs
-from funcghost.algebra.sketch import as_written, orthonormal
-from funcghost.dtypes import wide
+from funcghost.algebra.sketch import orthonormal
+from funcghost.algebra.sums import total
+from funcghost.dtypes import as_written, wide
 from funcghost.errors import InputError
 from funcghost.trees import Params, Tree, named_leaves
 

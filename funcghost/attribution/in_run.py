@@ -40,7 +40,7 @@ from funcghost.problem import Losses, Problem, Reduction, backward
 from funcghost.reducers.dots import dot
 from funcghost.transforms.functions import grad_and_reduce, reduce
 from funcghost.transforms.steps import Step
-from funcghost.trees import Params, Tree, match_direction, split_params
+from funcghost.trees import Params, Tree, in_short, match_direction, split_params
 
 __all__ = [
     "Account",
@@ -63,6 +63,10 @@ class Values(NamedTuple):
     first: Tensor
     grads: Tree
     losses: Tensor
+
+    def __repr__(self) -> str:
+        """The fields in short: tensors by their shapes."""
+        return in_short(self)
 
 
 def hessian_vector_product(losses: Losses, params: Tree, batches: Sequence[Tree], vector: Tree) -> Tree:

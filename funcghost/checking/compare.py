@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.factors import Dense
-from funcghost.dtypes import wide
+from funcghost.dtypes import as_written, wide
 from funcghost.engine.plans import Plan
 from funcghost.engine.run import run
 from funcghost.laws.factored import Along
@@ -118,7 +118,8 @@ def by_autograd(problem: Problem, chosen: list[int], named: Named, what: str = "
         losses = problem.evaluate(leaves)[0]
         summed: Sequence[Tensor | None] = [None] * len(leaves)
         if losses.requires_grad:
-            summed = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
+            with as_written(losses.device):
+                summed = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
         for sample in progress(chosen, f"funcghost check: {what}"):
             gradient = gradient_of(losses[sample], leaves)
             largest.append(doubles([largest_entry(leaf) for leaf in gradient]))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from funcghost.algebra.directions import Direction, as_dense
 from funcghost.engine.contributions import Tangents, filled
@@ -70,6 +71,8 @@ class Capture(Walker[Carried]):
         positions: what adds up scores by position, if any are wanted.
         dtype: what products are computed in for scores, if not in the dtype of their operands.
     """
+
+    sees_parts = True
 
     def __init__(
         self,
@@ -238,7 +241,9 @@ class Capture(Walker[Carried]):
         sources = [carried.shadow for carried in known if carried.shadow is not None]
         shadows: Sequence[Shadow | None] = [None] * len(site.layouts)
         if sources:
-            with replaying(drawn):
+            # A checkpointed region has a graph that runs it again, and counts what is kept: ours is beside it.
+            found = () if torch._C._autograd._top_saved_tensors_default_hooks(True) else found
+            with replaying(drawn), saved_tensors_hooks(_as_it_is, _as_it_is):
                 shadows = followed(call, found, sources, site.way)
         return [
             None
@@ -311,6 +316,10 @@ class Capture(Walker[Carried]):
         }
         planned = Planned(index, site, call, found, [carried.tangents for carried in known], targets, drawn)
         return self.taps.put(planned, self.maps, self._push, lambda: self.ended)
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
 
 
 def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcghost.algebra.directions import Direction, as_dense
 from funcghost.algebra.factors import Factor
-from funcghost.dtypes import score_dtype
+from funcghost.dtypes import as_written, score_dtype
 from funcghost.engine.capture import Capture, Choose
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
@@ -88,7 +88,8 @@ def run(
         scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
     scale = losses.shape[0] if reduction == "mean" else 1
     if ledger is not None:
-        ledger.close(tail, cotangent, scale)
+        with as_written(losses.device):
+            ledger.close(tail, cotangent, scale)
     by_position = {} if positions is None else positions.results(scale)
     if carried and carried.tangents:
         tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried.tangents]

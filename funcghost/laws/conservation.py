@@ -78,13 +78,14 @@ def check_conservation(
     seen: Witness,
     groups: Sequence[list[int]],
     nearby: Callable[[int], Sequence[Tensor]],
+    explain: Callable[[], str],
 ) -> None:
     """Compares the sum of shares of each group of parameters, and then of its halves where it is off.
 
     A column for each group costs no more than one for all where directions do not meet.
 
     `nearby(seed)` gives autograd's gradients where all differs by rounding: what such a change does to a share is
-    no evidence against ours.
+    no evidence against ours. `explain()` says what the cause may be.
 
     Raises:
         ConservationError: naming the parameters.
@@ -107,12 +108,7 @@ def check_conservation(
     raise ConservationError(
         f"the scores do not add up for parameters {named}{' and others' if len(culprits) > 10 else ''}: "
         f"sum_i c_i <grad_i, V> is {sum(shares[i] for i in culprits):.6g} by autograd, "
-        f"{sum(ours[i] for i in culprits):.6g} by funcghost. They are used where neither a torch function mode nor the "
-        "graph of autograd shows how (inside a custom autograd Function whose backward detaches what it returns or is "
-        "not linear in the incoming gradient, or under torch.func.vmap; a torch.func transform of their own), their "
-        "gradient is changed by a hook that is not linear, or an op's rule is wrong. Call ordinary torch ops on these "
-        "parameters, out of place, with derivatives written out by hand; take the hook off; correct the rule given to "
-        "fg.register_rule; or leave them out of params."
+        f"{sum(ours[i] for i in culprits):.6g} by funcghost. {explain()}"
     )
 
 

@@ -17,6 +17,16 @@ def shaken(value: Tensor, size: float, seed: int) -> Tensor:
     return value.detach() * (1 + size * sign)
 
 
+def near(leaves: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Parameters that are off by a little rounding."""
+    return [shaken(leaf, rounding(leaf.dtype), 1000 * seed + number) for number, leaf in enumerate(leaves, 1)]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far off a number may be after some ops, relative to it."""
+    return (64 if dtype in (torch.float64, torch.float32) else 1) * torch.finfo(dtype).eps
+
+
 def repeated(numbers: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of this shape, filled with the numbers over and over."""
     copies = -(-prod(shape) // len(numbers))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcghost.problem import Losses, Problem
+from funcghost.problem import Losses, Problem, backwards
 from funcghost.side_effects import untouched
 from funcghost.trees import Tree, split_params
 
@@ -39,7 +39,8 @@ def gradient_of(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """The gradient of one number, dense, with zeros where it does not depend on a leaf; its graph is kept."""
     if not value.requires_grad:
         return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
-    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    with backwards(value.device):
+        found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
     return [
         torch.zeros_like(leaf, requires_grad=False) if g is None else g.to_dense()
         for g, leaf in zip(found, leaves, strict=True)

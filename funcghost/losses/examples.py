@@ -1,5 +1,6 @@
 """Ways to write `losses(params, batch) -> [b]`."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -11,11 +12,15 @@ from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim, lazy
 from torch._functorch.vmap import vmap_increment_nesting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from funcghost.errors import InputError
+from funcghost.control_flow import AsPython, watching
+from funcghost.errors import GhostError, InputError, MismatchError
 from funcghost.losses.batching import Batching
 from funcghost.ops.rules import register_rule
 from funcghost.problem import Losses
+from funcghost.side_effects import random_state
 from funcghost.trees import Tree
+
+log = logging.getLogger("funcghost")
 
 
 def per_example(
@@ -36,7 +41,9 @@ def per_example(
     mode: splitting the batch and calling the step for each part costs less. A loss that returns (scalar, aux) gives
     (losses, aux), for `has_aux=True`, with every tensor of aux stacked.
 
-    Python may read a value (`if`, `.item()`) if all examples agree in it.
+    Python may read a value (`if`, `.item()`) if all examples agree in it. What vmap refuses (an LSTM, batch norm in
+    training, rows chosen by a mask, writes into zeros) is taken one example at a time, from the first refusal on, with
+    a warning: exact, at the pace of a loop.
 
     Cost: the FLOPs of the batched losses, and about their time. `scaled_dot_product_attention` runs as one op on all
     examples.
@@ -59,6 +66,8 @@ def per_example(
     if chunk_size is not None and not (type(chunk_size) is int and chunk_size > 0):
         raise InputError(f"per_example: chunk_size must be a positive number of examples, found {chunk_size!r}.")
 
+    refused: list[str] = []
+
     def losses(params: Tree, batch: Tree) -> Tree:
         axes = _example_axes(in_dims, batch)
         leaves, spec = optree.tree_flatten(batch, none_is_leaf=True)
@@ -80,13 +89,53 @@ def per_example(
                 value = _checked(loss(params, optree.tree_unflatten(spec, examples)))
                 return optree.tree_map(lambda leaf: gathered(leaf, count, level), value)
 
-        lazy_load_decompositions()  # batching rules of some ops come with them
-        # Dynamo itself, outside of a step, follows vmap but not the mode: attention is a loop there.
-        with nullcontext() if torch.compiler.is_dynamo_compiling() else Batching():
-            if chunk_size is None or chunk_size >= total:
-                return of_chunk(0, total)
-            chunks = [of_chunk(i, min(chunk_size, total - i)) for i in range(0, total, chunk_size)]
-            return optree.tree_map(lambda *parts: torch.cat(parts), *chunks)
+        def together() -> Tree:
+            lazy_load_decompositions()  # batching rules of some ops come with them
+            # Dynamo itself, outside of a step, follows vmap but not the mode: attention is a loop there.
+            with nullcontext() if torch.compiler.is_dynamo_compiling() else Batching():
+                if chunk_size is None or chunk_size >= total:
+                    return of_chunk(0, total)
+                chunks = [of_chunk(i, min(chunk_size, total - i)) for i in range(0, total, chunk_size)]
+                return optree.tree_map(lambda *parts: torch.cat(parts), *chunks)
+
+        def one_by_one() -> Tree:
+            before = random_state([])
+            values = [
+                _checked(loss(params, optree.tree_unflatten(spec, example)))
+                for example in (
+                    [leaf if axis is None else leaf.select(axis, i) for leaf, axis in zip(leaves, axes, strict=True)]
+                    for i in range(total)
+                )
+            ]
+            if randomness != "different" and not all(
+                a.equal(b) for (_, a), (_, b) in zip(before, random_state([]), strict=True)
+            ):
+                raise InputError(
+                    "per_example: the loss draws random numbers, and torch.func.vmap cannot run it, so that examples "
+                    f"are taken one by one, each with numbers of its own. Pass randomness='different', found "
+                    f"{randomness!r}."
+                )
+            return optree.tree_map(lambda *parts: torch.stack(parts), *values)
+
+        if refused:
+            return one_by_one()
+        try:
+            return together()
+        except GhostError:
+            raise
+        except RuntimeError as error:
+            if torch.compiler.is_compiling():
+                raise
+            reason = str(error).splitlines()[0]
+            mode = watching()
+            if mode is None or isinstance(mode, AsPython):
+                found = one_by_one()
+                refused.append(reason)
+                log.warning("per_example: torch.func.vmap refuses the loss (%s): one example at a time.", reason)
+                return found
+            # The mode has seen ops of an attempt that failed.
+            refused.append(reason)
+            raise MismatchError(f"per_example: torch.func.vmap refuses the loss ({reason}).") from error
 
     return losses
 

@@ -1,5 +1,6 @@
 """The losses of an `nn.Module`."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,12 +12,18 @@ from funcghost.problem import Losses
 from funcghost.trees import Tree
 
 
-def module_losses(model: nn.Module, criterion: Callable[[Any, Tree], Tensor]) -> Losses:
+def module_losses(
+    model: nn.Module, criterion: Callable[[Any, Tree], Tensor], inputs: Callable[[Tree], Any] | None = None
+) -> Losses:
     """The losses of a module: `losses(params, batch) = criterion(model(batch), batch)`, by `functional_call`.
 
-    Calls `model(**batch)` for a mapping, `model(*batch)` for a tuple or list, otherwise `model(batch)`. The criterion
-    gives [b]. Parameters of the model that are not in `params` stay as they are in the model, and so do its buffers
-    and its training mode.
+    Calls `model(**batch)` for a mapping, `model(*batch)` for a tuple or list, otherwise `model(batch)`. With `inputs`,
+    the model is called on `inputs(batch)` instead, in the same way: `inputs=lambda batch: batch[0]` for the pairs
+    `(x, y)` of a loader, of which the criterion takes `batch[1]`. The criterion gives [b]. Parameters of the model that
+    are not in `params` stay as they are in the model, and so do its buffers and its training mode.
+
+    Raises:
+        InputError: (when used) params are no dict of names, or the model does not take what it is called with.
 
     Example:
         >>> import funcghost as fg, torch
@@ -27,13 +34,19 @@ def module_losses(model: nn.Module, criterion: Callable[[Any, Tree], Tensor]) ->
     """
 
     def losses(params: Tree, batch: Tree) -> Tensor:
-        if isinstance(batch, Mapping):
-            output = functional_call(model, params, (), dict(batch))
-        elif isinstance(batch, tuple | list):
-            output = functional_call(model, params, tuple(batch))
-        else:
-            output = functional_call(model, params, (batch,))
-        return criterion(output, batch)
+        if not isinstance(params, Mapping):
+            raise InputError(
+                f"module_losses: params must be a dict from the names of the model's parameters to tensors, found "
+                f"{type(params).__name__}. Pass dict(model.named_parameters())."
+            )
+        given = batch if inputs is None else inputs(batch)
+        named = dict(given) if isinstance(given, Mapping) else {}
+        args: tuple[Any, ...] = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if isinstance(given, Mapping):
+            args = ()
+        if inputs is None:
+            _check_call(model, args, named)
+        return criterion(functional_call(model, params, args, named), batch)
 
     return losses
 
@@ -61,3 +74,19 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "e.g. by parameter.requires_grad_()."
         )
     return found
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Whether the model takes a batch as it is."""
+    try:
+        bind = inspect.signature(model.forward).bind
+    except (TypeError, ValueError):  # a forward that says nothing of its arguments
+        return
+    try:
+        bind(*args, **named)
+    except TypeError as error:
+        raise InputError(
+            f"module_losses: {type(model).__name__}.forward does not take the batch, {len(args) or len(named)} "
+            f"arguments: {error}. Say which of it are the model's, e.g. inputs=lambda batch: batch[0] for (x, y), and "
+            "take the others in the criterion."
+        ) from None

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.factors import Dense, Factor
+from funcghost.dtypes import as_written
 from funcghost.ops.known import Slices, of_one, slices_of
 from funcghost.ops.layout import Layout, Placed
-from funcghost.ops.tangent import Call, Outputs
+from funcghost.ops.tangent import Call, Outputs, is_operand
 
 Where = Layout | Placed | Literal["unused"]
 
@@ -77,7 +78,7 @@ def _mapped(values: Callable[[Sequence[Tensor]], Any], level: Level) -> Callable
 
 def by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Use:
     """One derivative for each sample: of the op on that sample alone, or with the gradient of the others masked."""
-    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if is_operand(leaf))
     slices = slices_of(call)
     axes = [] if slices is None else [slices.outputs[i] for i in chosen]
     places = [(Layout(axis), Layout(axis, "high"), "unused") for axis in axes]
@@ -132,7 +133,8 @@ def _pulled(
     if not there:
         return [None] * len(leaves)
     ends, given = zip(*there, strict=True)
-    return torch.autograd.grad(ends, leaves, given, retain_graph=keep, allow_unused=True)
+    with as_written(ends[0].device):
+        return torch.autograd.grad(ends, leaves, given, retain_graph=keep, allow_unused=True)
 
 
 def _narrow(gradient: Tensor | None, where: Where, sample: int, batch: int) -> Tensor | None:

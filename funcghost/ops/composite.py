@@ -7,6 +7,7 @@ from types import FunctionType
 
 from torch.overrides import TorchFunctionMode
 
+from funcghost.control_flow import AS_PYTHON
 from funcghost.ops.families.products import COMPOSITES
 from funcghost.ops.rules import Op
 
@@ -14,6 +15,8 @@ from funcghost.ops.rules import Op
 @cache
 def opened(op: Op) -> Op | None:
     """The same function, but for the question whether a mode takes it as a whole; None where it is to be one."""
+    if op in AS_PYTHON:
+        return AS_PYTHON[op]
     if op not in COMPOSITES or not isinstance(op, FunctionType) or "has_torch_function" not in op.__code__.co_names:
         return None
     names = {**op.__globals__, "has_torch_function": lambda _: False}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from funcghost.dtypes import as_written
 from funcghost.ops.rules import Op, Rule, find_rule
 
+_T: Any = Tensor
 Way = Literal["rule", "forward", "transpose", "each"]
 """How `J V` is had; "each": it is not, but a backward for each sample is."""
 Outputs = tuple[Tensor, ...]
@@ -42,7 +44,7 @@ class Call:
 
     def emptied(self) -> "Call":
         """The same call without its tensors, so that keeping it keeps none of them."""
-        leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves)
+        leaves = tuple(None if is_operand(leaf) else leaf for leaf in self.leaves)
         return Call(self.op, leaves, self.spec, self.tracked, self.written)
 
     def key(self) -> tuple[Any, ...] | None:
@@ -123,6 +125,21 @@ def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def is_operand(value: object) -> bool:
+    """Whether a value is a tensor of numbers, and no object of its own that is a tensor by descent.
+
+    Such ones (`CausalBias`, the images of torchvision) say in a `__torch_function__` what ops make of them, and lose
+    what they are made of where they are copied: without a gradient they are kept as they are.
+    """
+    if not isinstance(value, Tensor):
+        return False
+    kind = type(value)
+    return kind in LEAVES or value.requires_grad or getattr(kind.__torch_function__, "__func__", None) in _NO_OWN_WAY
+
+
+_NO_OWN_WAY = (None, _T.__torch_function__.__func__)
+
+
 def outputs(returned: Any, written: Sequence[Tensor]) -> Outputs:
     """What an op gave: the floating tensors it returned, then those it wrote to."""
     if not written and isinstance(returned, Tensor):
@@ -187,7 +204,7 @@ def _by_rule(call: Call, rule: Rule) -> Pushforward:
     terms = _terms(call, rule)
     if terms is None:
         raise AssertionError("covered_by_rule() was asked when the plan was made")
-    tensors = [slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
+    tensors = [slot for slot, leaf in enumerate(call.leaves) if is_operand(leaf)]
     needed = tuple(slot for slot in tensors if any(slot not in filled + empty for filled, empty in terms))
     blanks = {
         slot: (call.leaves[slot].shape, call.leaves[slot].dtype) if isinstance(call.leaves[slot], Tensor) else None
@@ -253,7 +270,7 @@ Derivative = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
 
 
 def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
-    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if is_operand(leaf))
     call = replace(call.emptied(), op=WRITTEN_OUT.get(call.op, call.op))
 
     def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
@@ -302,10 +319,19 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 def _forward(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
-    # An expanded value has one memory for many entries, a tangent of its own for each has not.
-    apart = tuple(value.contiguous() if 0 in value.stride() else value for value in primals)
-    derivative: Outputs = torch.func.jvp(op, apart, tangents)[1]
+    derivative: Outputs = torch.func.jvp(op, _unshared(primals), _unshared(tangents))[1]
     return derivative
+
+
+def _unshared(values: Outputs) -> Outputs:
+    """The tensors, copied where several entries are of one memory: some forward derivatives are written in place."""
+    return tuple(value.contiguous() if _shares(value) else value for value in values)
+
+
+def _shares(value: Tensor) -> bool:
+    if physical(value) is not value or value.layout is not torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
 def _transpose(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) -> Outputs:
@@ -318,10 +344,11 @@ def _transpose(op: Callable[..., Outputs], primals: Outputs, tangents: Outputs) 
         values = op(*leaves)
         smooth = [value for value in values if value.requires_grad]
         duals = [torch.zeros_like(value, requires_grad=True) for value in smooth]
-        pulled = torch.autograd.grad(smooth, leaves, duals, create_graph=True, allow_unused=True)
-        pairs = [(u, v) for u, v in zip(pulled, tangents, strict=True) if u is not None and u.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(duals)
-        if pairs:
-            found = torch.autograd.grad([u for u, _ in pairs], duals, [v for _, v in pairs], allow_unused=True)
+        with as_written(primals[0].device):  # the op runs as it ran, its backward as backwards do
+            pulled = torch.autograd.grad(smooth, leaves, duals, create_graph=True, allow_unused=True)
+            pairs = [(u, v) for u, v in zip(pulled, tangents, strict=True) if u is not None and u.requires_grad]
+            if pairs:
+                found = torch.autograd.grad([u for u, _ in pairs], duals, [v for _, v in pairs], allow_unused=True)
     derivatives = dict(zip(map(id, smooth), found, strict=True))
     return tuple(torch.zeros_like(v) if (d := derivatives.get(id(v))) is None else d for v in values)

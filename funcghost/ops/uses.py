@@ -13,7 +13,8 @@ from math import prod
 from torch import Tensor
 
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer
-from funcghost.dtypes import wide, wide_dtype
+from funcghost.algebra.sums import LONG
+from funcghost.dtypes import as_written, wide, wide_dtype
 from funcghost.ops.apart import Levels, Use, Where, by_autograd, lifted
 from funcghost.ops.layout import Layout
 from funcghost.ops.products import Description, Letter, Letters, Product, Table, describe, itself
@@ -68,7 +69,8 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         if product.gradients is not None and in_front and not levels:
             positions = g.numel() // (batch * left_size * q)
             if left_size * right_size <= positions * (left_size + right_size):
-                return [Dense(product.gradients([wide(value) for value in saved], wide(g)))]
+                with as_written(g.device):
+                    return [Dense(product.gradients([wide(value) for value in saved], wide(g)))]
         if product.groups > 1:
             g = g.unflatten(a.out.index("g"), (product.groups, -1))
         sizes = dict(zip(a.out, g.shape, strict=True))
@@ -89,7 +91,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         return [Outer(right, left, form) if a.swapped else Outer(left, right, form)]
 
     fixed = isinstance(left_size, int) and isinstance(right_size, int)  # and not symbols
-    smaller = fixed and product.values is itself and bool(a.cols) and left_size >= 2 * right_size
+    smaller = fixed and product.values is itself and bool(a.cols) and (left_size >= 2 * right_size or right_size > LONG)
     return Use((slot,), product.needed, factors, smaller=smaller)
 
 

@@ -22,7 +22,7 @@ from funcghost.ops.families.products import FACTORS
 from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.layout import Clock
 from funcghost.ops.moves import MOVES
-from funcghost.ops.tangent import Call, Outputs, is_float, is_linear, is_multilinear, physical
+from funcghost.ops.tangent import Call, Outputs, is_float, is_linear, is_multilinear, is_operand, physical
 
 FEW = 1024
 """Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""
@@ -61,7 +61,7 @@ class Generic:
         Its derivative is the same everywhere where the op is linear in all its tensors.
         """
         # 1. Nothing is drawn where the derivative is the same everywhere, or cannot be had.
-        tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)}
+        tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if is_operand(leaf)}
         if any(physical(leaf) is not leaf for leaf in tensors.values()):
             return found
         if call.op in OVERWRITES:

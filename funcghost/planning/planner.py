@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcghost.engine.plans import Plan, batch_axes
-from funcghost.errors import GhostError, InputError, PlanError, UnsupportedOpError
+from funcghost.errors import GhostError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.draws import sample_weights
 from funcghost.ops.layout import Clock, codes
 from funcghost.options import Options
@@ -22,7 +22,7 @@ from funcghost.planning.sites import (
 )
 from funcghost.planning.trace import Trace
 from funcghost.planning.ways import rehearse
-from funcghost.problem import Problem, backward
+from funcghost.problem import Problem, backward, backwards
 from funcghost.side_effects import Changes
 
 log = logging.getLogger("funcghost")
@@ -52,7 +52,11 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
         return _make_plan(problem, options, drawn=False)
     try:
         with problem.at(without_zeros(problem.params.leaves)) as moved:
-            return _make_plan(moved, options, drawn=True)
+            try:
+                return _make_plan(moved, options, drawn=True)
+            except MismatchError as change:  # the losses have found that they must run otherwise
+                log.info("planning once more: %s", change)
+                return _make_plan(moved, options, drawn=True)
     except (InputError, UnsupportedOpError):
         raise
     except (GhostError, RuntimeError, ValueError) as error:
@@ -101,7 +105,8 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
 
     def measure(code: Tensor | None) -> None:
         clock.code, cotangent = code, weights if code is None else weights * code
-        torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
+        with backwards(losses.device):
+            torch.autograd.grad(losses, trace.roots or leaves, cotangent, retain_graph=True, allow_unused=True)
 
     with changes.watched():
         with trace:

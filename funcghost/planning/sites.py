@@ -43,6 +43,8 @@ def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int)
     for record in records:
         ways = [rows[value] for value in record.inputs.values() if value in rows]
         note = noted.get(record.move) if record.move is not None else None
+        if note is not None and not note.move.leaves:
+            raise UnresolvedMoveError(record.op)
         kept = {output.value: _in_rows(output, ways, maps) for output in record.outputs} if ways else {}
         lost = any(where is None for where in kept.values())
         if note is not None and (lost or note.by_data):

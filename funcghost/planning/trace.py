@@ -80,6 +80,8 @@ class Trace(Walker[Downstream]):
     A backward as far as the `roots` comes past every meter.
     """
 
+    sees_parts = True
+
     def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock, drawn: bool) -> None:
         super().__init__()
         params, names = leaves, problem.params.names
@@ -111,6 +113,12 @@ class Trace(Walker[Downstream]):
                 if leaf.requires_grad and leaf.is_leaf:
                     self._refuse_aliases([leaf])
         inputs = {slot: value.note for slot, value in known.items() if value.note is not None}
+        if inputs and any(leaf.is_nested for leaf in given.values()):
+            raise UnsupportedOpError(
+                f"a nested tensor and what was computed from parameters go into {op_name(op)}: its samples lie on no "
+                "axis. Call the ops on its rows, `h = layer(nested.values())` with the parts `h.split(lengths)`, or on "
+                "padded samples with a mask."
+            )
         self._note_move(visit, given, inputs)
         versions = {slot: physical(leaf)._version for slot, leaf in given.items() if not leaf.is_inference()}
         copies = {slot: leaf.clone() for slot, leaf in given.items() if inputs and self._may_be_statistics(leaf)}
@@ -254,7 +262,10 @@ class Trace(Walker[Downstream]):
             return  # under vmap, samples stay apart
         op = visit.op
         moved = tuple(slot for slot, known in inputs.items() if not known.fixed)
-        if moved:
+        if moved and any(leaf.layout is not torch.strided for leaf in given.values()):
+            if op in BY_DATA:  # no numbers of samples go the way of the entries of a sparse tensor
+                self.moves[visit.move] = Noted(Move(op, (), visit.spec, moved), (), True)
+        elif moved:
             index = tuple(slot for slot, leaf in given.items() if not is_float(leaf)) if op in BY_DATA else ()
             kept = tuple(
                 (leaf.new_empty(()).expand(leaf.shape) if is_float(leaf) else leaf.clone()) if slot in given else leaf

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -15,8 +14,9 @@ from funcghost.algebra.directions import Direction
 from funcghost.engine.plans import Plan, Site
 from funcghost.engine.run import run
 from funcghost.errors import MismatchError, PlanError, UnsupportedOpError
+from funcghost.laws.causes import causes
 from funcghost.laws.conservation import Witness, check_conservation, together, witness
-from funcghost.laws.draws import sample_weights, shaken
+from funcghost.laws.draws import near, rounding, sample_weights, shaken
 from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, has_gradient, physical, pushforward
 from funcghost.problem import Problem, backward
 from funcghost.side_effects import untouched
@@ -45,16 +45,19 @@ def rehearse(problem: Problem, plan: Plan, losses: Tensor, gradients: list[Tenso
 
 def nearby_gradients(problem: Problem, plan: Plan, weights: Tensor, seed: int) -> list[Tensor]:
     """The gradients of `<weights, losses>` by autograd, with parameters and weights off by a little rounding."""
-
-    def near(value: Tensor, number: int) -> Tensor:
-        size = 64 if value.dtype in (torch.float64, torch.float32) else 1
-        return shaken(value, size * torch.finfo(value.dtype).eps, 1000 * seed + number)
-
-    values = [near(leaf, number) for number, leaf in enumerate(problem.params.leaves, 1)]
-    with problem.at(values) as moved, untouched(problem.devices(), plan.written):
+    with problem.at(near(problem.params.leaves, seed)) as moved, untouched(problem.devices(), plan.written):
         inputs = moved.leaves()
         losses, _ = moved.evaluate(inputs)
-        return [gradient.to_dense() for gradient in backward(losses, inputs, near(weights, 0))]
+        return [
+            gradient.to_dense()
+            for gradient in backward(losses, inputs, shaken(weights, rounding(weights.dtype), 1000 * seed))
+        ]
+
+
+def losses_that_are_not_finite(losses: Tensor) -> str:
+    """The numbers of the samples, of which there may be many."""
+    found = (~losses.isfinite()).nonzero().flatten().tolist()
+    return str(found[:8]) + (" and others" if len(found) > 8 else "")
 
 
 class NoSlopeError(Exception):
@@ -94,6 +97,7 @@ class Rehearsal:
                 raise MismatchError(
                     "with equal params and batch, the losses have other values. Draw random numbers from torch, or from"
                     " the global streams of numpy and random, whose state is put back, or hand them in with the batch."
+                    " What a model keeps from one call to the next (membranes, memories, caches) the losses must reset."
                 )
             return outcome.scores
 
@@ -104,10 +108,16 @@ class Rehearsal:
                 seen,
                 together(self.plan, problem.params.names),
                 partial(nearby_gradients, problem, self.plan, seen.weights),
+                partial(causes, problem, self.plan.precision),
             )
             return True
         if check:
-            log.warning("the gradients are not finite: the conservation law will be checked with a batch whose are.")
+            bad = losses_that_are_not_finite(seen.losses)
+            log.warning(
+                "the losses of samples %s, or gradients, are NaN or infinite: nothing can be checked on this batch. "
+                "The plan will be checked on the next one. The loss of a sample without any target must be 0.",
+                bad,
+            )
         scores([seen.direction])
         return False
 

@@ -8,10 +8,10 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import total
 from funcghost.algebra.cost import Means, Route, Sketch
 from funcghost.algebra.directions import Direction
 from funcghost.algebra.factors import Factor
+from funcghost.algebra.sums import total
 from funcghost.errors import InputError
 from funcghost.trees import Params, Tree
 

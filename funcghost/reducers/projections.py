@@ -5,7 +5,7 @@ and for every split of the batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import ClassVar, Literal, Self
@@ -16,6 +16,7 @@ from torch import Tensor
 from funcghost.algebra.contractions import in_dtype
 from funcghost.algebra.cost import ANY, Means
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, matrix_form, samples
+from funcghost.algebra.sums import product, total
 from funcghost.dtypes import wide
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Additive, register
@@ -157,13 +158,16 @@ class Project(Additive):
         _, m, n = form.blocks
         b, kind = samples(use), "gaussian" if self.kind == "gaussian" else "rademacher"
         width = max(1, budget // max(1, 16 * n * (self.dim + b)))
-        total = wide(use.tensors[-1]).new_zeros((b, self.dim))
-        for at in range(0, m, width):
-            stop = min(at + width, m)
-            part = blocks(own, form, at, stop).reshape(b, (stop - at) * n)
-            places = torch.arange(at * n, stop * n, device=part.device)
-            total = total + part @ numbers(kind, seed, places, self.dim, part.dtype)
-        return total
+
+        def terms() -> Iterator[Tensor]:
+            yield wide(use.tensors[-1]).new_zeros((b, self.dim))
+            for at in range(0, m, width):
+                stop = min(at + width, m)
+                part = blocks(own, form, at, stop).reshape(b, (stop - at) * n)
+                places = torch.arange(at * n, stop * n, device=part.device)
+                yield product(part, numbers(kind, seed, places, self.dim, part.dtype))
+
+        return total(terms())
 
     def _two_sided(self, seed: int, use: Factor, form: Form) -> Tensor:
         """With `P (x) Q`, rows and columns each projected on their own: nothing of the size of the parameter."""
@@ -178,18 +182,17 @@ class Project(Additive):
         if isinstance(use, Lookup):
             cols = wide(use.cols)
             rows = numbers("rademacher", seed_of(seed, "0"), use.index, left, cols.dtype)
-            return _outer(rows, cols @ signs(n, right, 1, cols))
+            return _outer(rows, product(cols, signs(n, right, 1, cols)))
         if isinstance(use, Outer) and use.form == form:
             rows, cols = wide(use.rows).squeeze(2), wide(use.cols).squeeze(2)
-            return _outer(rows @ signs(m, left, 0, rows), cols @ signs(n, right, 1, cols))
+            return _outer(product(rows, signs(m, left, 0, rows)), product(cols, signs(n, right, 1, cols)))
         value = form.fold(dense(use)).squeeze(1)  # [b, m, n]
-        found: Tensor = signs(m, left, 0, value).T @ value @ signs(n, right, 1, value)
-        return found.flatten(1)
+        return product(product(signs(m, left, 0, value).T, value), signs(n, right, 1, value)).flatten(1)
 
 
 def _outer(rows: Tensor, cols: Tensor) -> Tensor:
     """The sum over positions of outer products, [b, left * right]."""
-    return torch.matmul(rows.mT, cols).flatten(1)
+    return product(rows.mT, cols).flatten(1)
 
 
 def project(dim: int, seed: int = 0, kind: Kind = "rademacher") -> Project:

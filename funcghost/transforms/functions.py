@@ -8,6 +8,7 @@ from torch import Tensor
 from funcghost.algebra.cost import means_of
 from funcghost.algebra.pair_algebra import check_pairs, scores_along
 from funcghost.algebra.pairs import Pairs
+from funcghost.dtypes import as_written
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.laws.factored import verify_factors
@@ -42,9 +43,10 @@ def apply(reducers: Tree, pairs: Pairs, *, options: Options | None = None) -> Tr
     if request.positions:
         raise InputError("apply: scores by position are those of a step: pass the reducer to fg.grad_and_reduce.")
     tasks = [task.within(means) for task in request.tasks]
-    parts = [{name: task.of_parameter(name, uses) for name, uses in pairs.uses.items()} for task in tasks]
-    answer = Answer(scores_along(pairs, request.directions), parts)
-    return optree.tree_unflatten(spec, request.results(answer, pairs.params))
+    with as_written(pairs.device):
+        parts = [{name: task.of_parameter(name, uses) for name, uses in pairs.uses.items()} for task in tasks]
+        answer = Answer(scores_along(pairs, request.directions), parts)
+        return optree.tree_unflatten(spec, request.results(answer, pairs.params))
 
 
 def grad_and_reduce(
@@ -54,14 +56,14 @@ def grad_and_reduce(
     has_aux: bool = False,
     options: Options | None = None,
     plan: Plan | None = None,
-) -> Callable[[Tree, Tree, Tree], Step]:
+) -> Callable[..., Step]:
     """A training gradient and reduced per-sample gradients, from one forward and one backward.
 
-    `step(params, batch, reducers)` gives a `Step`: `grads` is the gradient of `losses.mean()` or `losses.sum()`, a tree
-    like params, equal to autograd's to rounding (zeros for parameters the losses do not depend on); `losses` is [b];
-    `reduced` has the structure of `reducers`; `aux` is the second value of the losses with `has_aux=True`. All come
-    detached, but for scores along directions that require gradients, or under `torch.func.grad`. With sample i's
-    gradient meaning that of `losses[i]`, whatever the model does.
+    `step(params, batch, reducers)`, also without reducers, gives a `Step`: `grads` is the gradient of `losses.mean()`
+    or `losses.sum()`, a tree like params, equal to autograd's to rounding (zeros for parameters the losses do not
+    depend on); `losses` is [b]; `reduced` has the structure of `reducers`; `aux` is the second value of the losses with
+    `has_aux=True`. All come detached, but for scores along directions that require gradients, or under
+    `torch.func.grad`. With sample i's gradient meaning that of `losses[i]`, whatever the model does.
 
     Units: `reduced` is about the gradients of the losses as the user's function returned them; `reduction` has no
     effect on it.
@@ -73,7 +75,8 @@ def grad_and_reduce(
         has_aux: whether the losses return `(losses, aux)`.
         options: see `Options`.
         plan: a plan from `fg.plan`; without one, the first call makes it (the FLOPs of three steps), and so
-            does a later call that runs other ops. A call with sizes not seen before verifies it. Needed under
+            does a later call that runs other ops. A call with sizes not seen before verifies it, until three sizes
+            were right, and then each time their number has doubled. Needed under
             `torch.compile`, and on the meta device.
 
     Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
@@ -99,9 +102,7 @@ def grad_and_reduce(
     return Transform(losses, reduction, has_aux, options, plan).step
 
 
-def reduce(
-    losses: Losses, *, options: Options | None = None, plan: Plan | None = None
-) -> Callable[[Tree, Tree, Tree], Tree]:
+def reduce(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[..., Tree]:
     """Reduced per-sample gradients alone: no gradient of a parameter is computed.
 
     `score(params, batch, reducers)` has the structure of `reducers`. Arguments, units and errors as in
@@ -115,7 +116,7 @@ def reduce(
         tensor([3., 4.])
     """
     step = Transform(losses, None, False, options, plan).step
-    return lambda params, batch, reducers: step(params, batch, reducers).reduced
+    return lambda params, batch, reducers=None: step(params, batch, reducers).reduced
 
 
 def pairs(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[[Tree, Tree], Pairs]:

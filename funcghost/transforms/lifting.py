@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from funcghost.algebra.directions import Direction, LowRank, as_dense
+from funcghost.dtypes import as_written
 from funcghost.engine.run import Outcome
 from funcghost.errors import InputError
 from funcghost.ops.tangent import differentiable_kernels, physical
@@ -153,14 +154,16 @@ class BelowGrad(Below):
             pairs = list[tuple[Tensor, Tensor]]()
             for column, direction in zip(physical(weights).detach().unbind(1), self.filled(leaves), strict=True):
                 column = column.to(losses.dtype)
-                found = torch.autograd.grad(losses, params, column, create_graph=True, allow_unused=True)
+                with as_written(losses.device):
+                    found = torch.autograd.grad(losses, params, column, create_graph=True, allow_unused=True)
                 for gradient, param, own in zip(found, params, direction, strict=True):
                     if own is not None:
                         pairs.append((torch.zeros_like(param) if gradient is None else gradient, own))
             total = torch.stack([(gradient * own).sum().to(weights.dtype) for gradient, own in pairs]).sum()
             second: Sequence[Tensor | None] = [None] * len(inputs)
             if total.requires_grad:
-                second = torch.autograd.grad(total, inputs, allow_unused=True)
+                with as_written(total.device):
+                    second = torch.autograd.grad(total, inputs, allow_unused=True)
         return [*(gradient.detach() for gradient, _ in pairs), *second]
 
 

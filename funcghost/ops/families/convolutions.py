@@ -1,12 +1,15 @@
 """Convolutions: products over patches, and their transposes."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from funcghost.algebra.sums import SHORT, total
 from funcghost.ops.known import in_front, know
 from funcghost.ops.products import Arguments, Letters, Product
 from funcghost.ops.tangent import Call
@@ -25,8 +28,8 @@ def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> 
     groups, weight_shape, kernel = a.get("groups", 1), tuple(weight.shape), tuple(weight.shape[2:])
     padding = a.get("padding", 0)
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(size // 2, size - size // 2) for size in total]
+        around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(size // 2, size - size // 2) for size in around]
     else:
         pads = [(size, size) for size in _each(0 if padding == "valid" else padding, n)]
     flat = [size for pair in reversed(pads) for size in pair]
@@ -35,11 +38,25 @@ def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> 
 
     def gradients(saved: Sequence[Tensor], g: Tensor) -> Tensor:
         """The gradients of the weight, by a convolution in which every sample is a group of its own."""
-        x = F.pad(saved[0], flat) if any(flat) else saved[0]
-        b, shape = len(x), (len(x) * weight_shape[0], *weight_shape[1:])
-        apart = (value.reshape(1, -1, *value.shape[2:]) for value in (x, g))
-        found: Tensor = by_weight(next(apart), shape, next(apart), stride, 0, dilation, b * groups)
-        return found.view(b, *weight_shape)
+        x, b = F.pad(saved[0], flat) if any(flat) else saved[0], len(g)
+        p, d = weight_shape[0], prod(weight_shape[1:])
+        enough = max(SHORT, 2 * p * d // (p + d))  # positions, for which the gradients of a band take less than it does
+        rows = max(1, enough // max(1, prod(g.shape[3:]))) if g.dtype is torch.float32 else g.shape[2]
+
+        def of_rows(start: int, count: int, rows: int) -> Tensor:
+            """Those of `count` bands of rows of the output, each a group of its own, added up."""
+            window = (rows - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1
+            met = x[:, :, start * stride[0] :].unfold(2, window, rows * stride[0])[:, :, :count]
+            own = g[:, :, start : start + count * rows].unflatten(2, (count, rows)).movedim(2, 1)
+            apart = [v.reshape(1, -1, *v.shape[3:]) for v in (met.movedim(2, 1).movedim(-1, 3), own)]
+            shape = b * count * p, *weight_shape[1:]
+            found: Tensor = by_weight(apart[0], shape, apart[1], stride, 0, dilation, b * count * groups)
+            return found.view(b, count, *weight_shape).sum(1)
+
+        bands, rest = divmod(g.shape[2], rows)
+        parts = [of_rows(0, bands, rows)] if bands else []
+        parts += [of_rows(bands * rows, 1, rest)] if rest else []
+        return total(parts)
 
     def values(saved: Sequence[Tensor]) -> Tensor:
         patches = F.pad(saved[0], flat) if any(flat) else saved[0]

@@ -1,0 +1,80 @@
+"""Why scores may not add up: what the graph of the losses, and its backward, say about it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcghost.dtypes import wide
+from funcghost.laws.draws import TOLERANCE, sample_weights
+from funcghost.problem import Problem, backward
+from funcghost.side_effects import untouched
+
+ANY = (
+    "They are used where neither a torch function mode nor the graph of autograd shows how (inside a custom autograd "
+    "Function whose backward detaches what it returns or is not linear in the incoming gradient, or under "
+    "torch.func.vmap; a torch.func transform of their own), their gradient is changed by a hook that is not linear, "
+    "or an op's rule is wrong. Call ordinary torch ops on these parameters, out of place, with derivatives written "
+    "out by hand; take the hook off; correct the rule given to fg.register_rule; or leave them out of params."
+)
+
+
+def causes(problem: Problem, precision: torch.dtype) -> str:
+    """What is likely to be the cause, and what to do: by the kinds of nodes in the graph of the losses.
+
+    A node that may be the cause need not be it: it is where to look first.
+    """
+    with untouched(problem.devices()):
+        leaves = problem.leaves()
+        losses, _ = problem.evaluate(leaves)
+        nodes = list(_nodes(losses))
+        once = backward(losses, leaves, sample_weights(losses), keep_graph=True)
+        thrice = backward(losses, leaves, 3 * sample_weights(losses))
+    if not all(_is_multiple(a, b, TOLERANCE[precision]) for a, b in zip(once, thrice, strict=True)):
+        return (
+            "The backward of the losses is not linear: three times the cotangent does not give three times the "
+            "gradient. A hook changes gradients by their values (`register_hook` with a clamp), or a Function does. "
+            "Leave it out of the losses, and do to the gradients of the step what it does."
+        )
+    said = []
+    if any("DifferentiableGraph" in node.name() for node in nodes):
+        said.append(
+            "There is a function of TorchScript, whose ops nothing sees: call the function that was scripted, or run "
+            "with PYTORCH_JIT=0 in the environment."
+        )
+    own = sorted({type(node).__name__.removesuffix("Backward") for node in nodes if _is_own(node)})
+    if own:
+        said.append(
+            f"There are Functions of Python, {own[:5]}, whose ops nothing sees: call "
+            f"`torch.overrides.wrap_torch_function(lambda *args: args)({own[0]}.apply)` in place of `{own[0]}.apply`, "
+            "which makes it an op (its backward must be differentiable), or write it with ordinary torch ops."
+        )
+    if any("Sparse" in node.name() or "sparse" in node.name() for node in nodes):
+        said.append(
+            "There are sparse tensors, of which torch does not show all ops: gather and add rows, "
+            "`out.index_add(0, row, value[:, None] * x[column])`, instead of a product with a sparse matrix."
+        )
+    return " ".join([*said, ANY if not said else "Or leave these parameters out of params."])
+
+
+def _nodes(losses: Tensor) -> Iterator[Any]:
+    todo, seen = [losses.grad_fn], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(child for child, _ in node.next_functions)
+
+
+def _is_own(node: Any) -> bool:
+    """Whether a node is that of a Function in Python that is not ours."""
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and not function.__module__.startswith(("funcghost.", "torch."))
+
+
+def _is_multiple(once: Tensor, thrice: Tensor, tolerance: float) -> bool:
+    off, size = (wide(thrice) / 3 - wide(once)).abs(), wide(once).abs()
+    return not off.numel() or not bool(off.max() > 16 * tolerance * size.max())
