@@ -236,9 +236,10 @@ def exact_values(
 
     def added(name: str, grad: Tensor) -> Tensor:
         slots = state.slots.inner[name]
-        first = beta1 * slots["exp_avg"].double() + (1 - beta1) * grad
-        second = beta2 * slots["exp_avg_sq"].double() + (1 - beta2) * grad.square()
-        return -lr * first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + 1e-8)
+        first: Tensor = beta1 * slots["exp_avg"].double() + (1 - beta1) * grad
+        second: Tensor = beta2 * slots["exp_avg_sq"].double() + (1 - beta2) * grad.square()
+        found: Tensor = -lr * first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + 1e-8)
+        return found
 
     mean = {name: grad.mean(0) for name, grad in grads.items()}
     there = {name: w * (1 - lr * optimizer.weight_decay) + added(name, mean[name]) for name, w in here.items()}

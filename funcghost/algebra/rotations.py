@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import total
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, matrix_form, samples
+from funcghost.algebra.sums import total
 from funcghost.dtypes import wide
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import in_dtype, total
+from funcghost.algebra.contractions import in_dtype
 from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, samples
+from funcghost.algebra.sums import total
 from funcghost.attribution.batches import check_batches, joined, stacked
 from funcghost.dtypes import wide
 from funcghost.engine.plans import Plan

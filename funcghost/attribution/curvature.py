@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import total
 from funcghost.algebra.factors import Factor, Lookup, dense
 from funcghost.algebra.rotations import form_of
+from funcghost.algebra.sums import total
 from funcghost.attribution.batches import check_batches
 from funcghost.attribution.inverses import Curvature, blank
 from funcghost.attribution.moments import Plan, RotatedSquares, Side, Sides

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import squared_norms, total
+from funcghost.algebra.contractions import squared_norms
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, samples
 from funcghost.algebra.rotations import in_form, rotated, sizes, squares
+from funcghost.algebra.sums import total
 from funcghost.dtypes import wide
 from funcghost.reducers.quadratic import Quadratic
 

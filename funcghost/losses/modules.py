@@ -46,7 +46,7 @@ def module_losses(
             args = ()
         if inputs is None:
             _check_call(model, args, named)
-        return criterion(functional_call(model, params, args, named), batch)
+        return criterion(functional_call(model, dict(params), args, named), batch)
 
     return losses
 

@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from funcghost.algebra.contractions import inner_products, squared_norms, total
+from funcghost.algebra.contractions import inner_products, squared_norms
 from funcghost.algebra.cost import Means
 from funcghost.algebra.factors import Dense, Factor, Form, Outer, dense, samples
 from funcghost.algebra.pairs import Pairs
 from funcghost.algebra.rotations import form_of, in_form, rotated, squares, weighted_norms, weighted_products
+from funcghost.algebra.sums import total
 from funcghost.testing.strategies import pairs as drawn_pairs
 
 BUDGETS = st.sampled_from([1, 100, 1 << 20])

@@ -12,6 +12,7 @@ from funcghost.algebra.cost import Means, routes, sketch
 from funcghost.algebra.directions import LowRank
 from funcghost.algebra.factors import Dense, Factor, Lookup, Outer, blocks, matrix_form, samples
 from funcghost.algebra.sums import product, squares, total
+from funcghost.reducers.projections import Kind
 
 ALLOWED = 1e-6
 """Relative to the size of the terms, which are all positive here, so that rounding has nothing to cancel with."""
@@ -82,12 +83,12 @@ def test_every_product_holds_to_float64(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "kronecker"])
 @pytest.mark.parametrize("name", ["positions, few rows", "rows that are looked up", "a table", "entries"])
-def test_projections_hold_to_float64(name: str, kind: fg.reducers.projections.Kind) -> None:
+def test_projections_hold_to_float64(name: str, kind: Kind) -> None:
     use, reducer = MANY[name], fg.project(4, kind=kind)
-    wanted = reducer.of_parameter("w", [in_double(use)], Means())
+    wanted = reducer.of_parameter("w", [in_double(use)])
     # Numbers of size 1, and of size 5 at most.
     size = (1 if kind != "gaussian" else 5) * blocks(in_double(use), matrix_form(use.shape)).flatten(1).sum(1) / 2
-    assert float(((reducer.of_parameter("w", [use], Means()).double() - wanted) / size[:, None]).abs().max()) < ALLOWED
+    assert float(((reducer.of_parameter("w", [use]).double() - wanted) / size[:, None]).abs().max()) < ALLOWED
 
 
 SKINNY = [(1, 1), (1, 64), (2, 2), (12, 12), (64, 1), (15, 17), (64, 64)]

@@ -51,7 +51,7 @@ def test_a_step_in_autocast_contracts_as_outside(route: Any) -> None:
 
     def within(p: Tree, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return losses(p, x)  # type: ignore[no-any-return]
+            return losses(p, x)
 
     wanted = fg.grad_and_reduce(within, options=options)(params, x, reducers)
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +85,7 @@ def test_losses_that_leave_the_callers_autocast_are_in_float32_all_along() -> No
 
     def plain(p: Tree, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return losses(p, x)  # type: ignore[no-any-return]
+            return losses(p, x)
 
     wanted = fg.grad_and_reduce(losses)(params, x, reducers)
     with torch.autocast("cpu", torch.bfloat16):
