@@ -286,8 +286,11 @@ def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
     return Pushforward(needed, evaluate)
 
 
-def has_gradient(call: Call, saved: Sequence[Tensor]) -> bool:
-    """Whether the backward of a call gives anything, with its tensors `saved`."""
+def backward_sees(call: Call, saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> bool:
+    """Whether `<J^T u, V>` is not zero, by the backward of a call with its tensors `saved`, for these tangents V.
+
+    For some u, and beyond what rounding makes of a zero.
+    """
     slots = [slot for slot, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
     given = {slot: value.detach() for slot, value in zip(slots, saved, strict=True)}
     with torch.enable_grad():
@@ -297,8 +300,12 @@ def has_gradient(call: Call, saved: Sequence[Tensor]) -> bool:
         ]
     if not values:
         return False
-    found = torch.autograd.grad(values, leaves, list(map(torch.ones_like, values)), allow_unused=True)
-    return any(gradient is not None and bool(gradient.any()) for gradient in found)
+    drawn = [torch.linspace(0.5, 1.5, v.numel(), dtype=v.dtype, device=v.device).view(v.shape) for v in values]
+    found = torch.autograd.grad(values, leaves, drawn, allow_unused=True)
+    terms = [(g * v).double() for g, v in zip(found, tangents, strict=True) if g is not None]
+    rounding = 256 * max(torch.finfo(value.dtype).eps for value in drawn)
+    size = sum(float(v.double().square().sum()) for v in (*drawn, *tangents))
+    return abs(sum(float(term.sum()) for term in terms)) > rounding * size
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:

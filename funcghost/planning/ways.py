@@ -17,7 +17,7 @@ from funcghost.errors import MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.causes import causes
 from funcghost.laws.conservation import Witness, check_conservation, together, witness
 from funcghost.laws.draws import near, rounding, sample_weights, shaken
-from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, covered_by_rule, has_gradient, physical, pushforward
+from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, backward_sees, covered_by_rule, physical, pushforward
 from funcghost.problem import Problem, backward
 from funcghost.side_effects import untouched
 
@@ -149,7 +149,9 @@ class Rehearsal:
                     return noted(way, out, count.total)
                 zero.append((way, out, count.total))
             plain = not any(physical(value) is not value for value in (*saved, *tangents))
-            silent = zero and plain and any(bool(value.any()) for value in tangents) and has_gradient(call, saved)
+            silent = (
+                zero and plain and any(bool(value.any()) for value in tangents) and backward_sees(call, saved, tangents)
+            )
             if site.action == "tap" and (silent or (not zero and plain)):
                 raise NoSlopeError(index)
             errors += [f"{way}: zero, which its backward is not" for way, _, _ in zero if silent]
