@@ -66,7 +66,8 @@ def along(use: Factor, direction: Leaf) -> Tensor:
     if isinstance(direction, LowRank):
         return _along_low_rank(use, direction)
     if isinstance(use, Dense):
-        return product(wide(use.value).reshape(samples(use), direction.numel()), wide(direction).view(-1, 1)).squeeze(1)
+        gradients = wide(use.value).reshape(samples(use), direction.numel())
+        return product(gradients, wide(direction).reshape(-1, 1)).squeeze(1)
     if isinstance(use, Lookup):
         looked = wide(direction).reshape(use.form.blocks[1:])[use.index]
         return (looked * wide(use.cols)).flatten(1).sum(1)

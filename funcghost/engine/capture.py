@@ -242,9 +242,9 @@ class Capture(Walker[Carried]):
         shadows: Sequence[Shadow | None] = [None] * len(site.layouts)
         if sources:
             # A checkpointed region has a graph that runs it again, and counts what is kept: ours is beside it.
-            found = () if torch._C._autograd._top_saved_tensors_default_hooks(True) else found
-            with replaying(drawn), saved_tensors_hooks(_as_it_is, _as_it_is):
-                shadows = followed(call, found, sources, site.way)
+            again = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            with replaying(drawn), saved_tensors_hooks(_as_it_is, _as_it_is) if again else nullcontext():
+                shadows = followed(call, () if again else found, sources, site.way)
         return [
             None
             if layout == "constant"

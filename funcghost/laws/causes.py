@@ -38,24 +38,19 @@ def causes(problem: Problem, precision: torch.dtype) -> str:
             "Leave it out of the losses, and do to the gradients of the step what it does."
         )
     said = []
-    if any("DifferentiableGraph" in node.name() for node in nodes):
-        said.append(
-            "There is a function of TorchScript, whose ops nothing sees: call the function that was scripted, or run "
-            "with PYTORCH_JIT=0 in the environment."
-        )
     own = sorted({type(node).__name__.removesuffix("Backward") for node in nodes if _is_own(node)})
     if own:
         said.append(
-            f"There are Functions of Python, {own[:5]}, whose ops nothing sees: call "
-            f"`torch.overrides.wrap_torch_function(lambda *args: args)({own[0]}.apply)` in place of `{own[0]}.apply`, "
-            "which makes it an op (its backward must be differentiable), or write it with ordinary torch ops."
+            f"There are custom autograd Functions, {own[:5]}, of which the backward alone is seen: it must not hide "
+            "how it depends on the incoming gradient (by detach or NumPy). Write it with torch ops that autograd can "
+            "follow, or call ordinary torch ops in place of the Function."
         )
     if any("Sparse" in node.name() or "sparse" in node.name() for node in nodes):
         said.append(
             "There are sparse tensors, of which torch does not show all ops: gather and add rows, "
             "`out.index_add(0, row, value[:, None] * x[column])`, instead of a product with a sparse matrix."
         )
-    return " ".join([*said, ANY if not said else "Or leave these parameters out of params."])
+    return " ".join([*said, ANY if not said else "Or leave them out of params."])
 
 
 def _nodes(losses: Tensor) -> Iterator[Any]:

@@ -47,7 +47,7 @@ def hidden():
             return x * w
         @staticmethod
         def backward(ctx, g):
-            return None, (g * ctx.saved_tensors[0]).sum(0)
+            return None, (g * ctx.saved_tensors[0]).sum(0).detach() + 0 * g.sum()  # hides that it depends on g
     return lambda p, x: Hidden.apply(x, p["w"]).square().sum(1), {"w": torch.ones(3)}, torch.randn(4, 3)
 
 def a_mean():

@@ -66,7 +66,7 @@ def gradient_penalty_by_hand(p: Params, x: Tensor) -> Tensor:
     return h @ p["v"] + (slope.norm(dim=1) - 1).square()
 
 
-@row(w=(6, 3), v=(3,), outcome=fg.ConservationError, says="by hand", remedy="laplacian_by_hand", batch=rows)
+@row(w=(6, 3), v=(3,), batch=rows)
 def laplacian(p: Params, x: Tensor) -> Tensor:
     hessians = torch.func.vmap(torch.func.hessian(lambda x: small_net(p, x)))(x)
     return (hessians.diagonal(0, 1, 2).sum(1) - 1).square()
@@ -155,12 +155,7 @@ def fixed_point_with_a_last_step(p: Params, x: Tensor) -> Tensor:
     return squares(torch.tanh(h @ w + x + p["b"]))
 
 
-@row(
-    members=(3, 6, 2),
-    outcome=fg.ConservationError,
-    says="a torch.func transform of their own",
-    remedy="ensemble_by_einsum",
-)
+@row(members=(3, 6, 2))
 def ensemble_by_vmap(p: Params, x: Tensor) -> Tensor:
     return squares(torch.func.vmap(lambda w: torch.tanh(x @ w), out_dims=1)(p["members"]))
 
@@ -187,13 +182,7 @@ def hardest(distance: Tensor) -> Tensor:
     return torch.relu((distance * same).amax(1) - distance.masked_fill(same, torch.inf).amin(1) + 1)
 
 
-@row(
-    w=(6, 3),
-    batch=rows,
-    outcome=fg.UnsupportedOpError,
-    says="write the op with others that torch can differentiate twice",
-    remedy="hardest_triplets_by_norms",
-)
+@row(w=(6, 3), batch=rows)
 def hardest_triplets_by_cdist(p: Params, x: Tensor) -> Tensor:
     h = x @ p["w"]
     return hardest(torch.cdist(h, h))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-import funcghost as fg
 from tests.models.awkward_cases import Case, Params, case, graph, inputs, normal, row, rows, segments, squares, tokens
 
 # -- other layouts ------------------------------------------------------------------------------------
@@ -64,9 +63,6 @@ def one_sample_after_the_other(p: Params, parts: list[Tensor]) -> Tensor:
     w=(6, 3),
     v=(3, 3),
     batch=segments,
-    outcome=fg.UnsupportedOpError,
-    says="write the op with others that torch can differentiate twice",
-    remedy="segments_added",
 )
 def segments_reduced(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
     h = torch.tanh(batch[0] @ p["w"])

@@ -18,7 +18,7 @@ def test_state_sees_every_change(world: World) -> None:
     assert differences(before, world.state()) == ["grad", "buffers", "torch", "numpy", "python"]
     with torch.no_grad():
         world.params["0.weight"].add_(1)
-    world.params["0.bias"].requires_grad_()
+    world.params["0.bias"].requires_grad_(False)
     world.model.eval()
     world.model[0].register_forward_hook(lambda *_: None)
     assert set(differences(before, world.state())) >= {"params", "requires_grad", "training", "hooks"}
@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, tuple[Callable[[World], Any], str]] = {
         lambda w: score(w, params=changed(w.params, W, 3.0)),
         "params['0.weight'] must be a tensor, found float. Leave it out",
     ),
-    "a module for params": (lambda w: score(w, params=w.model), "params['<root>'] must be a tensor, found Sequential"),
+    "a module for params": (lambda w: score(w, params=w.model), "params: must be a tree of tensors, found Sequential"),
     "an integer param": (
         lambda w: score(w, params=changed(w.params, LAST, torch.ones(2, dtype=torch.int64))),
         "params['5.bias'] must have a real floating-point dtype, found torch.int64.*close over",

@@ -19,14 +19,15 @@ def test_every_error_class_is_reached_and_is_a_ghost_error() -> None:
     assert issubclass(fg.InputError, ValueError)
     for kind in (
         *(fg.UnsupportedOpError, fg.ConservationError, fg.PlanError, fg.CheckError),
-        *(fg.MemoryBudgetError, fg.SampleAxisError),  # in test_contract and test_positions
+        *(fg.MemoryBudgetError, fg.SampleAxisError),  # in tests of contractions and positions
+        *(fg.StoreError, fg.ReplayError),  # in tests of stores and of unrolled trainings
     ):
         assert issubclass(kind, RuntimeError)
         assert issubclass(kind, fg.GhostError)
         assert not issubclass(kind, fg.InputError)
     named = {name for name in fg.__all__ if name.endswith("Error")}
     kinds = {"UnsupportedOpError", "ConservationError", "PlanError", "CheckError"}
-    kinds |= {"MemoryBudgetError", "SampleAxisError"}
+    kinds |= {"MemoryBudgetError", "SampleAxisError", "StoreError", "ReplayError"}
     assert named == {"GhostError", "InputError"} | kinds
 
 
@@ -93,7 +94,7 @@ def test_one_bad_sample_spoils_its_own_score_alone(case: str, bad: float, caplog
     assert not bool(out.reduced[2].isfinite())
     assert_scores(out.reduced[healthy], (wanted[0][healthy], wanted[1][healthy]))
     assert not bool(out.losses[2].isfinite())
-    assert "conservation law will be checked with a batch whose are" in caplog.text
+    assert "nothing can be checked on this batch. The plan will be checked on the next one" in caplog.text
     # The training gradient is what autograd says, NaN and all.
     grads, _ = gradient(losses, params, sick)
     assert all(torch.equal(out.grads[k].isnan(), grads[k].isnan()) for k in grads)

@@ -53,19 +53,15 @@ def behind_a_copy(params: Params, x: Tensor) -> Tensor:
     return (x @ w).sin().sum(1)
 
 
-@pytest.mark.parametrize(
-    ("losses", "names"), [(through_a_view, ["b"]), (behind_a_copy, ["b", "w"])], ids=["view", "copy"]
-)
-def test_change_in_place_through_a_view_is_named(losses: Losses, names: list[str]) -> None:
+@pytest.mark.parametrize("losses", [through_a_view, behind_a_copy])
+def test_changes_in_place_through_a_view_are_seen_in_the_graph(losses: Losses) -> None:
     params, x = {"w": normal(3, 2), "b": normal(1, seed=1)[0]}, normal(4, 3)
     before = {name: value.clone() for name, value in params.items()}
-    message = says(f"for parameters {names}: .*changed in place through a view.*out of place")
-    with pytest.raises(fg.ConservationError, match=message):
-        fg.reduce(losses)(params, x, fg.dot(params))
+    exact(losses, params, x)
     assert_trees_close(params, before, 0.0)
 
 
-def test_remedies_for_views_are_exact() -> None:
+def test_changes_beside_views_are_exact() -> None:
     params, x = {"w": normal(3, 2), "b": normal(1, seed=1)[0]}, normal(4, 3)
 
     def out_of_place(params: Params, x: Tensor) -> Tensor:
@@ -95,16 +91,14 @@ def test_max_norm_is_refused_and_renormalising_before_the_step_works() -> None:
 
 
 @pytest.mark.parametrize("options", [{"mode": "max"}, {"mode": "sum", "scale_grad_by_freq": True}])
-def test_op_without_any_derivative_is_named_and_a_rule_or_other_ops_help(options: dict[str, Any]) -> None:
+def test_an_op_without_any_derivative_is_differentiated_for_each_sample(options: dict[str, Any]) -> None:
     params, index = {"other": normal(2), "rows": normal(5, 2)}, torch.tensor([[0, 1], [3, 2]])
 
     def losses(params: Params, index: Tensor, bag: Any = None) -> Tensor:
         h = F.embedding_bag(index, params["rows"], **options) if bag is None else bag(params["rows"])
         return (h * params["other"]).sin().sum(1)
 
-    message = "parameters ['rows'] are used by torch.nn.functional.embedding_bag, whose derivative cannot be had"
-    with pytest.raises(fg.UnsupportedOpError, match=says(message + ".*fg.register_rule, or write the op with others")):
-        fg.reduce(losses)(params, index, fg.dot(params))
+    exact(losses, params, index)
 
     def bag(rows: Tensor) -> Tensor:
         found = F.embedding(index, rows)
