@@ -148,7 +148,11 @@ class Stretch:
     def is_differentiable(self) -> bool:
         """Whether there is `J V`."""
         try:
-            self.push([None if u is None else torch.ones_like(u) for u in self.pull(torch.ones_like(self.value))])
+            blank = self.pull(torch.ones_like(self.value))
+        except RuntimeError:  # a reentrant checkpoint, which planning refuses
+            return False
+        try:
+            self.push([None if u is None else torch.ones_like(u) for u in blank])
         except UnsupportedOpError:
             return False
         return True

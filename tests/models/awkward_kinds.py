@@ -63,6 +63,7 @@ def one_sample_after_the_other(p: Params, parts: list[Tensor]) -> Tensor:
     w=(6, 3),
     v=(3, 3),
     batch=segments,
+    forward_route=False,
 )
 def segments_reduced(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
     h = torch.tanh(batch[0] @ p["w"])

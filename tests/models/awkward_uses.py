@@ -216,7 +216,7 @@ def hidden_in_a_custom_function() -> Case:
         {"hidden": normal(6, 3), "seen": normal(6, 3)},
         inputs(),
         fg.ConservationError,
-        says="Call ordinary torch ops on these",
+        says="call ordinary torch ops in place of the Function",
         remedy="by_ordinary_ops",
     )
 
