@@ -17,7 +17,7 @@ from torch import Tensor
 from funcghost.algebra.cost import ANY, Means, bytes_of_entry, choose, common_form, sketch
 from funcghost.algebra.directions import Leaf, LowRank
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks, dense, samples
-from funcghost.algebra.sums import added_rows, product, squares, total
+from funcghost.algebra.sums import added_rows, applied, product, squares, total
 from funcghost.dtypes import wide
 
 
@@ -67,7 +67,7 @@ def along(use: Factor, direction: Leaf) -> Tensor:
         return _along_low_rank(use, direction)
     if isinstance(use, Dense):
         gradients = wide(use.value).reshape(samples(use), direction.numel())
-        return product(gradients, wide(direction).reshape(-1, 1)).squeeze(1)
+        return applied(gradients, wide(direction).flatten())
     if isinstance(use, Lookup):
         looked = wide(direction).reshape(use.form.blocks[1:])[use.index]
         return (looked * wide(use.cols)).flatten(1).sum(1)

@@ -43,6 +43,13 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     return found
 
 
+def applied(matrix: Tensor, vector: Tensor) -> Tensor:
+    """`matrix @ vector`, [m], which holds to as many digits as `product`."""
+    if matrix.dtype is not torch.float32 or len(vector) <= SHORT:
+        return torch.mv(matrix, vector)
+    return product(matrix, vector.unsqueeze(1)).squeeze(1)
+
+
 def _of_pieces(one: Tensor, other: Tensor, step: int) -> Tensor:
     """The product from pieces of equal lengths, about as long as a step, and of what they leave over."""
     k = one.shape[-1]
