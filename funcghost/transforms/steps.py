@@ -31,9 +31,6 @@ from funcghost.trees import Tree, in_short, split_params
 
 log = logging.getLogger("funcghost")
 
-TRUSTED_SIZES = 3
-"""After so many sizes that were right, further ones are verified where their number has doubled."""
-
 MOST_PLANS = 16
 """How many plans a transform keeps; each is a short list of names and numbers."""
 
@@ -206,10 +203,7 @@ class Transform:
                 known = plan if plan.written is not None else replace(plan, written=changes.written)
                 checked = self._verified(problem, known, outcome)
             if request.factored and len(outcome.losses) and self._due(outcome.sizes not in checked.factored):
-                if self._trusted(checked, checked.factored):
-                    checked = replace(checked, factored=checked.factored | {outcome.sizes})
-                else:
-                    checked = verify_factors(problem, checked, self.options)
+                checked = verify_factors(problem, checked, self.options)
             self._remember(checked, instead_of=plan)
         return outcome
 
@@ -218,8 +212,6 @@ class Transform:
         new = outcome.sizes not in plan.sizes
         if not outcome.losses.shape[0] or not self._due(new or not plan.verified):
             return plan
-        if new and self._trusted(plan, plan.sizes):
-            return replace(plan, sizes=plan.sizes | {outcome.sizes})
         try:
             checked = verify_plan(problem, plan)
         except ConservationError as error:
@@ -231,12 +223,6 @@ class Transform:
     def _due(self, new: bool) -> bool:
         """Whether something is to be verified that is new, or is not."""
         return self.options.verify == "always" or (new and self.options.verify == "first")
-
-    def _trusted(self, plan: Plan, sizes: frozenset[int]) -> bool:
-        """Whether so many sizes were right that new ones are taken to be: three, and then all but one in a doubling."""
-        times, rest = divmod(len(sizes), TRUSTED_SIZES)
-        checked = times == 0 or (rest == 0 and times > 1 and times & (times - 1) == 0)
-        return self.options.verify != "always" and plan.verified and not checked
 
     def _remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
         self.plans = [plan, *(known for known in self.plans if known is not instead_of)][:MOST_PLANS]

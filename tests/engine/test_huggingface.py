@@ -192,14 +192,14 @@ def test_forward_route(name: str) -> None:
     find_truth(losses, params, batch).check(found, direction, case.tolerance)
 
 
-def test_forward_route_through_a_custom_autograd_function_is_caught() -> None:
-    """BLOOM's activation is one: it loses a tangent that is carried through, while the backward passes it by."""
-    case = Case(ARCHITECTURES["bloom"])
+def test_forward_route_through_a_custom_autograd_function() -> None:
+    """BLOOM's activation is one: no mode sees it, and tangents are carried through by its backward."""
+    case = Case(replace(ARCHITECTURES["bloom"], rounding=4 * SINGLE))
     model, batch = case.model(), case.batch()
-    params = parameters(model)
-    score = fg.reduce(case.losses(model), options=fg.Options(route="forward"))
-    with pytest.raises(fg.ConservationError, match=r"dense_h_to_4h"):
-        score(params, batch, fg.dot(draw_direction(params)))
+    params, losses = parameters(model), case.losses(model)
+    direction = draw_direction(params)
+    found = fg.reduce(losses, options=fg.Options(route="forward"))(params, batch, fg.dot(direction))
+    find_truth(losses, params, batch).check(found, direction, case.tolerance)
 
 
 def test_xlnet_with_rows_as_long_as_the_batch() -> None:

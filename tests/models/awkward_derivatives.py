@@ -66,7 +66,7 @@ def gradient_penalty_by_hand(p: Params, x: Tensor) -> Tensor:
     return h @ p["v"] + (slope.norm(dim=1) - 1).square()
 
 
-@row(w=(6, 3), v=(3,), batch=rows)
+@row(w=(6, 3), v=(3,), batch=rows, forward_route=False)
 def laplacian(p: Params, x: Tensor) -> Tensor:
     hessians = torch.func.vmap(torch.func.hessian(lambda x: small_net(p, x)))(x)
     return (hessians.diagonal(0, 1, 2).sum(1) - 1).square()

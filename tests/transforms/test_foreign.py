@@ -4,7 +4,6 @@ Each is exact, or an error whose remedy is followed here.
 """
 
 import functools
-import logging
 from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -306,24 +305,3 @@ def test_a_mask_of_samples_is_a_weight() -> None:
     kept = fg.pairs(lambda p, x: (x @ p["w"]).sum(1))({"w": drawn(6, 3)}, drawn(4, 6))
     mask = torch.tensor([True, False, True, False])
     assert torch.equal(fg.combine(kept, mask)["w"], fg.combine(kept, mask.double())["w"])
-
-
-def test_new_sizes_are_trusted_after_some_were_right(caplog: pytest.LogCaptureFixture) -> None:
-    calls = [0]
-
-    def losses(p: Tree, x: Tensor) -> Tensor:
-        calls[0] += 1
-        return (x @ p["w"]).tanh().sum((1, 2))
-
-    def runs(verify: Any) -> list[int]:
-        step, found = fg.reduce(losses, options=fg.Options(verify=verify)), []
-        for length in range(2, 14):
-            before = calls[0]
-            step({"w": drawn(6, 3)}, drawn(3, length, 6), fg.squared_norm())
-            found.append(calls[0] - before)
-        return found
-
-    with caplog.at_level(logging.INFO, "funcghost"):
-        first, always = runs("first"), runs("always")
-    assert [count == 1 for count in first] == [False] * 3 + [True] * 3 + [False] + [True] * 5
-    assert all(count > 1 for count in always)
