@@ -309,7 +309,7 @@ def test_randomness(kind: str, shared: bool) -> None:
     same = fg.per_example(loss, randomness="same")(params, batch)
     assert torch.allclose(same, same[:1], rtol=1e-12)
     assert not torch.allclose(same, fg.per_example(loss, randomness="same")(params, batch))
-    with pytest.raises(RuntimeError, match="randomness"):
+    with pytest.raises(fg.InputError, match="randomness='different'"):
         fg.per_example(loss)(params, batch)
     for randomness in () if shared else ("different", "same"):
         losses, direction = fg.per_example(loss, randomness=randomness), like(params)
