@@ -72,7 +72,7 @@ def grad_and_reduce(
     local = functions.grad_and_reduce(losses, reduction=reduction, has_aux=has_aux, options=options, plan=plan)
     agreed: set[tuple[tuple[str, ...], tuple[torch.Size, ...]]] = set()
 
-    def step(params: Tree, batch: Tree, reducers: Tree) -> Step:
+    def step(params: Tree, batch: Tree, reducers: Tree = None) -> Step:
         split = split_params(params)
         check_whole(split)
         known = split.names, tuple(leaf.shape for leaf in split.leaves)
