@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -195,7 +196,10 @@ class Trainer:
         # Not the first step: where a gradient is rounding alone, AdamW's first step is its sign, in any precision.
         if state.step // self.check_every % ORACLE_EVERY_CHECKS == 1:
             exact = exact_values(self.losses, self.optimizer, state, batch, self.validation)
-            log.oracle.append(OracleStep(documents, out.values, exact))
+            # AdamW divides by roots of second moments, which blow rounding up: both sides are taken in float64.
+            params, slots = optree.tree_map(in_float64, (state.params, state.slots))
+            ours = self.account(params, batch, state=slots, validation=self.validation)
+            log.oracle.append(OracleStep(documents, ours.values, exact))
 
     def _call(self, calls: dict[str, Callable[[], Any]], step: int, log: Log) -> in_run.Account:
         """The account; at every probe a plain step too, in turning order, each with its time taken."""
@@ -212,6 +216,11 @@ class Trainer:
             log.seconds.append(seconds)
         account: in_run.Account = results["account"]
         return account
+
+
+def in_float64(value: Tensor) -> Tensor:
+    """The value as it is, but floating-point numbers in float64."""
+    return value.double() if value.is_floating_point() else value
 
 
 def plain_gradient(losses: WindowLosses, params: Tree, batch: Batch) -> Tree:

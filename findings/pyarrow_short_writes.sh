@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # pyarrow 26.0.1: a Parquet file written to an unbuffered Python file may be cut short without an error.
 #
+# Versions: pyarrow 26.0.1; CPU, Python 3.11.
 # Guess: `pq.write_table(table, file)` writes all bytes to any writable binary file, or raises.
 # Seen: `write` of a raw file (`open(..., buffering=0)`) may take fewer bytes than it is given and says how many, as
 #   Python's io module documents; pyarrow does not look at the number. Where a limit on file sizes (or a disk that is
@@ -9,10 +10,10 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check pyarrow==26.0.1
 cd "$folder"
-"$folder/venv/bin/python" - <<'PYTHON'
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install --quiet --disable-pip-version-check pyarrow==26.0.1
+cat > shown.py <<'PYTHON'
 import os
 import resource
 
@@ -40,3 +41,4 @@ except pa.ArrowException as error:
 print(f"raw file: {read}")
 assert raw == "no error" and read.startswith("unreadable"), "this has changed"
 PYTHON
+venv/bin/python shown.py
