@@ -197,7 +197,8 @@ class Trainer:
         if state.step // self.check_every % ORACLE_EVERY_CHECKS == 1:
             exact = exact_values(self.losses, self.optimizer, state, batch, self.validation)
             # AdamW divides by roots of second moments, which blow rounding up: both sides are taken in float64.
-            params, slots = optree.tree_map(in_float64, (state.params, state.slots))
+            given: Any = state.params, state.slots
+            params, slots = optree.tree_map(in_float64, given)
             ours = self.account(params, batch, state=slots, validation=self.validation)
             log.oracle.append(OracleStep(documents, ours.values, exact))
 
