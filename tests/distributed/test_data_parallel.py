@@ -28,7 +28,8 @@ def torchrun(**environment: str) -> subprocess.CompletedProcess[str]:
 def test_two_ranks_are_one_process() -> None:
     found = torchrun()
     assert found.returncode == 0, found.stderr[-3000:]
-    assert all(found.stdout.count(f"rank {rank} agrees") == 1 for rank in range(2)), found.stdout  # lines may interleave
+    # Lines of two processes may interleave.
+    assert all(found.stdout.count(f"rank {rank} agrees") == 1 for rank in range(2)), found.stdout
 
 
 @pytest.mark.slow

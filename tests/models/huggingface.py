@@ -81,7 +81,7 @@ def covering(architectures: dict[str, Architecture]) -> dict[str, Case]:
 
 
 def parameters(model: nn.Module) -> Params:
-    return dict(model.named_parameters())
+    return fg.trainable(model)
 
 
 def draw_direction(params: Params) -> Params:
