@@ -81,7 +81,7 @@ def covering(architectures: dict[str, Architecture]) -> dict[str, Case]:
 
 
 def parameters(model: nn.Module) -> Params:
-    return fg.trainable(model)
+    return dict(model.requires_grad_().named_parameters())  # fixed tables of positions, too
 
 
 def draw_direction(params: Params) -> Params:
