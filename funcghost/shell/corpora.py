@@ -4,7 +4,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,8 @@ def score(chosen: argparse.Namespace) -> int:
     """Scores the data of a factory into a store."""
     given = load(chosen.target, SCORED, MAY_BE_SCORED)
     given.pop("texts", None)
-    if not sys.stderr.isatty():
-        _say_progress()
-    done = corpus.score(**given, out=chosen.out)
+    with nullcontext() if sys.stderr.isatty() else _said():
+        done = corpus.score(**given, out=chosen.out)
     size = len(done.corpus)
     found = {
         "samples": size,
@@ -48,15 +48,22 @@ def score(chosen: argparse.Namespace) -> int:
     return OK
 
 
-def _say_progress() -> None:
-    """Lines of the library's log on stderr, which is no terminal."""
+@contextmanager
+def _said() -> Iterator[None]:
+    """Lines of the library's log on stderr, which is no terminal, as long as the body runs."""
     log = logging.getLogger("funcghost")
     if log.handlers:
+        yield
         return
-    log.setLevel(logging.INFO)
-    handler = logging.StreamHandler()
+    level, handler = log.level, logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.setLevel(logging.INFO)
     log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def top(chosen: argparse.Namespace) -> int:
