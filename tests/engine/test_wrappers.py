@@ -81,7 +81,7 @@ def test_lora_by_peft(name: str, dora: bool) -> None:
     )
     model = get_peft_model(base, config).double().train()
     losses = fg.module_losses(model, lambda out, batch: next_token(out.logits, (batch["input_ids"],)))
-    adapters: Params = fg.trainable(model)
+    adapters: Params = dict(fg.trainable(model))
     params: Params = {k: p if p.requires_grad else p.detach() for k, p in model.named_parameters()}
     assert adapters
     assert all("lora" in k for k in adapters)
