@@ -1,76 +1,16 @@
-"""Inner products of per-sample gradients with many directions at once, kept as one tensor for each parameter."""
+"""Scores along many directions at once, kept as one tensor for each parameter."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import ClassVar
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import in_dtype
-from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, samples
-from funcghost.algebra.sums import total
 from funcghost.attribution.batches import check_batches, joined, stacked
-from funcghost.dtypes import wide
 from funcghost.engine.plans import Plan
 from funcghost.options import Options
 from funcghost.problem import Losses
-from funcghost.reducers.quadratic import Quadratic
+from funcghost.reducers.many import ManyDots
 from funcghost.transforms.functions import reduce
 from funcghost.trees import Tree, split_params
-
-
-@dataclass(frozen=True, eq=False)
-class Against(Quadratic):
-    """`out[i, k] = <grad losses[i], directions[k]>`, [b, k], for directions [k, *shape] by name.
-
-    The gradients of a sample are formed once, slice by slice, where it has several positions: `2 b t m n` and
-    `2 b k m n`, where k directions one by one cost `2 k b t m n`.
-    """
-
-    directions: Mapping[str, Tensor]
-    degree: ClassVar[int] = 1
-
-    def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
-        """[b, k]."""
-        along = self.directions[name]
-        rounded = in_dtype(self.means.dtype)
-        return total([_products(use.map(rounded), along, self.means.budget) for use in uses])
-
-    def zero(self, batch: int, like: Tensor) -> Tensor:
-        """[b, k]."""
-        return like.new_zeros((batch, len(next(iter(self.directions.values())))))
-
-
-def _products(use: Factor, directions: Tensor, budget: int) -> Tensor:
-    """`<grad_i, V_k>`, [b, k]."""
-    b, k = samples(use), len(directions)
-    values = wide(directions)
-    if isinstance(use, Dense):
-        gradients = wide(use.value).reshape(b, prod(use.shape))
-        return gradients @ values.reshape(k, prod(use.shape)).to(gradients.dtype).T
-    form, cols = use.form, wide(use.cols)
-    matrices = form.fold(values).to(cols.dtype)  # [k, q, m, n]
-    if isinstance(use, Lookup):
-        size = max(1, budget // max(1, cols.numel() * cols.element_size()))
-        parts = [torch.einsum("btn,kbtn->bk", cols, part[:, 0][:, use.index]) for part in matrices.split(size)]
-        return torch.cat(parts, 1)
-    if use.positions == 1:
-        # One product of the wider side with all directions, and one with the other.
-        rows, cols = wide(use.rows).squeeze(1), cols.squeeze(1)
-        if rows.shape[-1] < cols.shape[-1]:
-            rows, cols, matrices = cols, rows, matrices.mT
-        size = max(1, budget // max(1, cols.numel() * cols.element_size()))
-        parts = [torch.einsum("bqm,kqmn,bqn->bk", rows, part, cols) for part in matrices.split(size)]
-        return torch.cat(parts, 1)
-    q, m, n = form.blocks
-    width = max(1, budget // max(1, q * n * (b + k) * cols.element_size()))
-    parts = [
-        blocks(use, form, at, min(at + width, m)).flatten(1) @ matrices[:, :, at : at + width].flatten(1).T
-        for at in range(0, m, width)
-    ]
-    return total(parts)
 
 
 def against(
@@ -107,7 +47,7 @@ def against(
     def score(params: Tree, batches: Iterable[Tree], directions: Tree) -> Tensor:
         split = split_params(params)
         leaves, many = stacked(directions, split)
-        wanted = Against(dict(zip(split.names, leaves, strict=True)))
+        wanted = ManyDots(dict(zip(split.names, leaves, strict=True)))
         found = joined(
             "against: batches", [scoring(params, batch, wanted) for batch in check_batches("batches", batches)]
         )

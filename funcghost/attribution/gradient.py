@@ -20,12 +20,12 @@ from torch import Tensor
 
 from funcghost.algebra.pair_algebra import materialize
 from funcghost.algebra.pairs import Pairs
-from funcghost.attribution.against import Against
 from funcghost.attribution.batches import check_batches, joined
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
+from funcghost.reducers.many import ManyDots
 from funcghost.reducers.quadratic import squared_norm
 from funcghost.transforms.functions import apply, pairs, reduce
 from funcghost.trees import Tree, match_direction, split_params
@@ -108,7 +108,7 @@ def tracin(
             columns = []
             for query in queries:
                 kept = asking(params, query)
-                wanted: dict[str, Any] = {"products": Against(_by_name(kept, names))}
+                wanted: dict[str, Any] = {"products": ManyDots(_by_name(kept, names))}
                 if cosines:
                     wanted["norms"] = squared_norm()
                 found = [scoring(params, batch, wanted) for batch in batches]

@@ -1,78 +1,76 @@
-"""Inner products with many directions, by the gradients themselves."""
+"""Inner products with many directions at once, by the gradients themselves."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import ClassVar, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from funcghost.algebra.contractions import in_dtype
-from funcghost.algebra.cost import ANY, Means
-from funcghost.algebra.directions import LowRank, Stack
-from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, dense, matrix_form, samples
+from funcghost.algebra.directions import Stack
+from funcghost.algebra.factors import Dense, Factor, Lookup, blocks, samples
+from funcghost.algebra.sums import product, total
 from funcghost.dtypes import wide
-from funcghost.reducers.bases import Additive, Reducer
+from funcghost.reducers.bases import Reducer
 from funcghost.reducers.dots import Dot
-from funcghost.trees import Params, named_leaves
+from funcghost.reducers.quadratic import Quadratic
+from funcghost.trees import Params
 
 FEW = 2
 """Directions for which a product each is no dearer than the gradients."""
 
 
 @dataclass(frozen=True, eq=False)
-class ManyDots(Additive):
-    """As `fg.dot(fg.stack(directions))`, for more directions than one can take a product each for.
+class ManyDots(Quadratic):
+    """`out[i, k] = <grad losses[i], directions[k]>`, [b, k], for directions [k, *shape] by name.
 
-    Law: the result is that of `fg.dot`, to rounding.
+    Law: the result is that of `fg.dot(fg.stack(...))` along the same directions, to rounding.
 
-    Shapes: [b, k]. Cost: per use of `m x n` with t positions `2 b t m n` for the gradients, slice by slice, as much as
-    those of a plain step, and `2 b m n k`; `fg.dot` takes `2 b t m n k`.
+    Cost: per use of `m x n` with t positions `2 b t m n` for the gradients, slice by slice, as much as those of a plain
+    step, and `2 b k m n`; `fg.dot` takes `2 b t m n k`.
     """
 
-    direction: Stack
-    means: Means = field(default=ANY, repr=False)
+    directions: Mapping[str, Tensor]
     degree: ClassVar[int] = 1
-
-    def within(self, means: Means) -> Self:
-        """The same, in slices that fit the budget."""
-        return replace(self, means=means)
-
-    @cached_property
-    def leaves(self) -> dict[str, tuple[Tensor, ...]]:
-        """For every parameter its part of each direction."""
-        trees = [dict(zip(*named_leaves(tree)[:2], strict=True)) for tree in self.direction.directions]
-        return {name: tuple(tree[name] for tree in trees) for name in trees[0]}
 
     def of_parameter(self, name: str, uses: Sequence[Factor]) -> Tensor:
         """[b, k]."""
-        first, *others = (self._of_use(self.leaves[name], use) for use in uses)
-        for other in others:
-            first = first + other
-        return first
+        rounded = in_dtype(self.means.dtype)
+        return total([_products(use.map(rounded), self.directions[name], self.means.budget) for use in uses])
 
     def zero(self, batch: int, like: Tensor) -> Tensor:
         """[b, k]."""
-        return like.new_zeros((batch, len(self.direction.directions)))
+        return like.new_zeros((batch, len(next(iter(self.directions.values())))))
 
-    def _of_use(self, directions: Sequence[Tensor], use: Factor) -> Tensor:
-        use = use.map(in_dtype(self.means.dtype))
-        b = samples(use)
-        if isinstance(use, Lookup):
-            cols = wide(use.cols)
-            rows = (wide(v).reshape(v.shape[0], -1)[use.index] for v in directions)
-            return torch.stack([(row * cols).sum((1, 2)) for row in rows], 1)
-        form = matrix_form(use.shape) if use.shape else use.form
-        own = use if use.form == form else Dense(dense(use))
-        _, m, n = form.blocks
-        together = torch.stack([wide(form.fold(v)) for v in directions])  # [k, 1, m, n]
-        width = max(1, self.means.budget // max(1, 8 * n * b))
-        total = wide(use.tensors[-1]).new_zeros((b, len(directions)))
-        for at in range(0, m, width):
-            part = blocks(own, form, at, min(at + width, m)).reshape(b, -1)
-            total = total + part @ together[:, :, at : at + width].reshape(len(directions), -1).T.to(part.dtype)
-        return total
+
+def _products(use: Factor, directions: Tensor, budget: int) -> Tensor:
+    """`<grad_i, V_k>`, [b, k]."""
+    b, k = samples(use), len(directions)
+    values = wide(directions)
+    if isinstance(use, Dense):
+        gradients = wide(use.value).reshape(b, values[0].numel())
+        return product(gradients, values.reshape(k, -1).to(gradients.dtype).T)
+    form, cols = use.form, wide(use.cols)
+    matrices = form.fold(values).to(cols.dtype)  # [k, q, m, n]
+    if isinstance(use, Lookup):
+        size = max(1, budget // max(1, cols.numel() * cols.element_size()))
+        parts = [(cols * part[:, 0][:, use.index]).flatten(2).sum(2).T for part in matrices.split(size)]
+        return torch.cat(parts, 1)
+    if use.positions == 1:
+        # One product of the wider side with all directions, and one with the other.
+        rows, cols = wide(use.rows).squeeze(1), cols.squeeze(1)
+        if rows.shape[-1] < cols.shape[-1]:
+            rows, cols, matrices = cols, rows, matrices.mT
+        size = max(1, budget // max(1, cols.numel() * cols.element_size()))
+        met = (product(rows.transpose(0, 1), part).transpose(1, 2) for part in matrices.split(size))  # [k, b, q, n]
+        return torch.cat([(part * cols).flatten(2).sum(2).T for part in met], 1)
+    q, m, n = form.blocks
+    width = max(1, budget // max(1, q * n * (b + k) * cols.element_size()))
+    return total(
+        product(blocks(use, form, at, min(at + width, m)).flatten(1), matrices[:, :, at : at + width].flatten(1).T)
+        for at in range(0, m, width)
+    )
 
 
 def by_gradients(reducer: Reducer, params: Params) -> Reducer:
@@ -84,6 +82,7 @@ def by_gradients(reducer: Reducer, params: Params) -> Reducer:
     if not isinstance(reducer, Dot) or not isinstance(reducer.direction, Stack):
         return reducer
     found = reducer.directions(params)
-    if len(found) <= FEW or any(isinstance(leaf, LowRank) for leaves in found for leaf in leaves):
+    leaves = [[leaf for leaf in column if isinstance(leaf, Tensor)] for column in zip(*found, strict=True)]
+    if len(found) <= FEW or any(len(column) < len(found) for column in leaves):
         return reducer
-    return ManyDots(reducer.direction)
+    return ManyDots({name: torch.stack(column) for name, column in zip(params.names, leaves, strict=True)})

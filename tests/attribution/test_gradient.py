@@ -13,8 +13,9 @@ import funcghost as fg
 from funcghost.algebra.cost import Means
 from funcghost.algebra.pairs import Pairs
 from funcghost.attribution import gradient
-from funcghost.attribution.against import Against, against
+from funcghost.attribution.against import against
 from funcghost.laws.oracle import per_sample_gradients
+from funcghost.reducers.many import ManyDots
 from funcghost.testing import assert_reducer_laws
 from funcghost.testing.strategies import Model, models
 from funcghost.testing.strategies import pairs as drawn_pairs
@@ -34,14 +35,14 @@ def drawn(shapes: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 def test_many_directions_are_each_of_them_at_any_budget(kept: Pairs, budget: int) -> None:
     """On whole numbers every route is exact."""
     directions = {n: torch.randint(-3, 4, (3, *shape)).double() for n, shape, _ in kept.parameters}
-    reducer = Against(directions, means=Means(budget=budget))
+    reducer = ManyDots(directions, means=Means(budget=budget))
     parts = {n: reducer.of_parameter(n, uses) for n, uses in kept.uses.items()}
     one_by_one = fg.stack([{n: v[k] for n, v in directions.items()} for k in range(3)])
     assert torch.equal(reducer.result(parts), fg.apply(fg.dot(one_by_one), kept))
 
 
 def test_laws() -> None:
-    assert_reducer_laws(lambda params, samples: Against(drawn(params, 2)), examples=5)
+    assert_reducer_laws(lambda params, samples: ManyDots(drawn(params, 2)), examples=5)
 
 
 @given(models(), st.integers(2, 3))

@@ -22,7 +22,7 @@ def test_equals_the_products_with_the_gradients(kept: fg.Pairs, k: int, budget: 
         {name: torch.randint(-3, 4, uses[0].shape).to(torch.float64) for name, uses in kept.uses.items()}
         for _ in range(k)
     ]
-    reducer = ManyDots(fg.stack(trees))
+    reducer = ManyDots({name: torch.stack([tree[name] for tree in trees]) for name in trees[0]})
     for name, uses in kept.uses.items():
         gradient = torch.stack([dense(use) for use in uses]).sum(0).reshape(3, -1).double()
         wanted = gradient @ torch.stack([tree[name].flatten() for tree in trees], 1)
@@ -31,7 +31,6 @@ def test_equals_the_products_with_the_gradients(kept: fg.Pairs, k: int, budget: 
 
 
 def _means(budget: int) -> Any:
-
     return means_of(fg.Options(memory_budget=budget), torch.device("cpu"))
 
 
