@@ -53,12 +53,19 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -
         tensor([0.5000, 0.5000])
     """
     split = split_params(params)
-    total, count = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves], 0
-    for batch in check_batches(batches):
-        outcome = run_plain(Problem(losses, split, batch), "sum")
+    total, found = summed_gradient(losses, split, check_batches(batches))
+    return split.rebuild([leaf / some(len(found)) for leaf in total])
+
+
+def summed_gradient(losses: Losses, params: Params, batches: Batches) -> tuple[list[Tensor], Tensor]:
+    """The gradient of the sum of the losses of all batches, and these losses [n], of which there may be none."""
+    total = [torch.zeros_like(leaf, requires_grad=False) for leaf in params.leaves]
+    found = []
+    for batch in batches:
+        outcome = run_plain(Problem(losses, params, batch), "sum")
         total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
-        count += outcome.losses.shape[0]
-    return split.rebuild([leaf / some(count) for leaf in total])
+        found.append(outcome.losses)
+    return total, torch.cat(found) if found else params.leaves[0].new_zeros(0)
 
 
 def validation_at(losses: Losses, params: Tree, validation: Sets) -> Validation:
@@ -100,11 +107,9 @@ def check_sets(validation: Sets) -> list[Batches]:
     return [check_batches(batches, f"validation[{name!r}]") for name, batches in validation.items()]
 
 
-def accurate_mean(losses: Sequence[Tensor]) -> Tensor:
+def accurate_mean(losses: Tensor) -> Tensor:
     """The mean in float64 where the device has it: differences of it are to have digits."""
-    device = losses[0].device
-    values = torch.cat([part.to(torch.float32 if device.type == "mps" else torch.float64) for part in losses])
-    return values.mean()
+    return losses.to(torch.float32 if losses.device.type == "mps" else torch.float64).mean()
 
 
 class Lookout:
@@ -125,21 +130,15 @@ class Lookout:
         return Validation(loss, tuple(gradient for _, gradient in found), previous.along if previous else None)
 
     def _whole(self, params: Params, batches: Batches) -> tuple[Tensor, Tree]:
-        total: list[Tensor] = []
-        losses = []
-        for batch in batches:
-            outcome = run_plain(Problem(self.losses, params, batch), "sum")
-            losses.append(outcome.losses)
-            total = [a + b for a, b in zip(total, outcome.gradients, strict=True)] if total else outcome.gradients
-        count = some(sum(map(len, losses)))
-        return accurate_mean(losses), params.rebuild([leaf / count for leaf in total])
+        total, losses = summed_gradient(self.losses, params, batches)
+        return accurate_mean(losses), params.rebuild([leaf / some(len(losses)) for leaf in total])
 
     def _low(self, params: Params, batches: Batches, previous: Tree | None) -> tuple[Tensor, Tree]:
         tree = params.rebuild(params.leaves)
         found = [self._pairs(tree, batch) for batch in batches]
         pairs = found[0][0] if len(found) == 1 else Pairs.cat([own for own, _ in found])
-        losses = [values for _, values in found]
-        mean = pairs.weighted(torch.full_like(torch.cat(losses), 1 / some(len(pairs))))
+        losses = torch.cat([values for _, values in found])
+        mean = pairs.weighted(torch.full_like(losses, 1 / some(len(pairs))))
         if previous is not None:
             return accurate_mean(losses), track(mean, previous)
-        return accurate_mean(losses), compress(combine(mean, torch.ones_like(torch.cat(losses))), rank=self.rank)
+        return accurate_mean(losses), compress(combine(mean, torch.ones_like(losses)), rank=self.rank)

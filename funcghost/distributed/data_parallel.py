@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from funcghost.attribution.validation import summed_gradient
 from funcghost.distributed.collectives import Group, check_replicated, check_whole, several, summed_over_ranks
 from funcghost.engine.plans import Plan
-from funcghost.engine.run import run_plain
 from funcghost.errors import InputError
 from funcghost.options import Options
-from funcghost.problem import Losses, Problem, Reduction
+from funcghost.problem import Losses, Reduction
 from funcghost.transforms import functions
 from funcghost.transforms.steps import Step
 from funcghost.trees import Params, Tree, named_leaves, split_params
@@ -109,14 +109,10 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree], g
         >>> data_parallel.validation_gradient(lambda p, x: x @ p["w"], {"w": torch.zeros(2)}, [torch.eye(2)])["w"]
         tensor([0.5000, 0.5000])
     """
-    split, count = split_params(params), 0
+    split = split_params(params)
     check_whole(split)
-    total = [torch.zeros_like(leaf, requires_grad=False) for leaf in split.leaves]
-    for batch in batches:
-        outcome = run_plain(Problem(losses, split, batch), "sum")
-        total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
-        count += len(outcome.losses)
-    everyone = _total(count, total[0].device, group)
+    total, found = summed_gradient(losses, split, batches)
+    everyone = _total(len(found), total[0].device, group)
     if not int(everyone):
         raise InputError("validation_gradient: no rank has a validation sample. Pass batches to at least one.")
     return split.rebuild([leaf / everyone.to(leaf.dtype) for leaf in summed_over_ranks(total, group)])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcghost.training.update_rules import Moved, Slots, counted, decayed, mean_square, root
+from funcghost.training.update_rules import Moved, Slots, apart, counted, decayed, mean_square, root
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ class Adam:
     def moved(self, param: Tensor, grad: Tensor, slots: Slots, *, rounded: bool = True) -> Moved:
         """The step."""
         after, denominator = self._moments(param, grad, slots)
-        kept = param
-        if self.decoupled and self.weight_decay:
-            kept = param * (1 - slots["lr"] * self.weight_decay)
+        kept = apart(param, slots, self.weight_decay) if self.decoupled else param
         return Moved(kept, -self._rate(after) * (after["exp_avg"] / denominator), after)
 
     def remembered(self, param: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, float | Tensor]:
@@ -141,9 +139,7 @@ class NAdam:
     def moved(self, param: Tensor, grad: Tensor, slots: Slots, *, rounded: bool = True) -> Moved:
         """The step."""
         after, grad, denominator, (own, ahead) = self._moments(param, grad, slots)
-        kept = param
-        if self.decoupled and self.weight_decay:
-            kept = param * (1 - slots["lr"] * self.weight_decay)
+        kept = apart(param, slots, self.weight_decay) if self.decoupled else param
         return Moved(kept, -slots["lr"] * ((own * grad + ahead * after["exp_avg"]) / denominator), after)
 
     def remembered(self, param: Tensor, grad: Tensor, slots: Slots) -> tuple[Tensor, float | Tensor]:

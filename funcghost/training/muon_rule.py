@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcghost.training.update_rules import Moved, Slots
+from funcghost.training.update_rules import Moved, Slots, apart
 
 
 def orthogonalized(
@@ -80,7 +80,7 @@ class Muon:
     def moved(self, param: Tensor, grad: Tensor, slots: Slots, *, rounded: bool = True) -> Moved:
         """The step."""
         buffer, along = self._along(grad, slots)
-        kept = param * (1 - slots["lr"] * self.weight_decay)
+        kept = apart(param, slots, self.weight_decay)
         return Moved(kept, self._step(slots, along, rounded), slots | {"momentum_buffer": buffer})
 
     def _step(self, slots: Slots, along: Tensor, rounded: bool) -> Tensor:

@@ -118,7 +118,8 @@ def adaptive_average(
         change = [y - x for x, y in zip(at_a, at_b, strict=True)]
         errors = [(inner(part, grads) - inner(v, change)).abs() for part, v in zip(parts, cotangents, strict=True)]
         seen += 1
-        if all(bool(error <= most) for error, most in zip(errors, allowed, strict=True)):
+        # What is not finite as a whole is so in every part, and reaches the user.
+        if all(bool((error <= most) | ~most.isfinite()) for error, most in zip(errors, allowed, strict=True)):
             for total, part in zip(totals, parts, strict=True):
                 for value, more in zip(total, part, strict=True):
                     value.add_(more)

@@ -78,6 +78,11 @@ def decayed(grad: Tensor, param: Tensor, decay: float) -> Tensor:
     return torch.add(grad, param, alpha=decay) if decay else grad
 
 
+def apart(param: Tensor, slots: Slots, decay: float) -> Tensor:
+    """The parameter after weight decay that is no part of the gradient."""
+    return param * (1 - slots["lr"] * decay) if decay else param
+
+
 def mean_square(slots: Slots, name: str, grad: Tensor, beta: float) -> Tensor:
     """The running mean of squares after the step."""
     return torch.addcmul(beta * slots[name], grad, grad, value=1 - beta)

@@ -398,3 +398,18 @@ def test_arguments() -> None:
         twin = {"w": params["w"].detach().clone()}
         with pytest.raises(fg.InputError, match=match):
             in_run.along_path(losses, function)(twin, x, state={}, validation=[x])
+
+
+def test_numbers_that_are_none_reach_the_user() -> None:
+    x, params = torch.eye(2, dtype=torch.float64), {"w": torch.ones(2, dtype=torch.float64)}
+    step = in_run.along_path(
+        lambda p, batch: (batch @ p["w"]).square(), lambda p, g, s: ({"w": p["w"] - g["w"] * torch.inf + g["w"]}, s)
+    )
+    first = step(params, x, state={}, validation=[x])
+    assert bool(first.params["w"].isinf().all())
+    update, state = updates.of(torch.optim.SGD([leaf := torch.full((2,), torch.nan)], lr=0.1), {"w": leaf})
+    known = in_run.along_path(lambda p, batch: (batch @ p["w"]).square(), update)
+    for _ in range(2):  # the second is not compared with another call
+        out = known({"w": leaf}, x.float(), state=state, validation=[x.float()])
+        assert bool(out.values.isnan().all())
+        assert bool(out.params["w"].isnan().all())
