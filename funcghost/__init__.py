@@ -10,7 +10,7 @@ from funcghost.algebra.pairs import Pairs
 from funcghost.algebra.tracking import track
 from funcghost.checking.checker import check
 from funcghost.checking.report import Report
-from funcghost.engine.capture import checkpoint_context
+from funcghost.engine.checkpoints import checkpoint_context
 from funcghost.engine.plans import Plan
 from funcghost.errors import (
     CheckError,

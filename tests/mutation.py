@@ -32,6 +32,7 @@ CONTRACT, REDUCERS, PAIRS = (
 LOWRANK, PROJECTIONS, POSITIONS = (
     f"tests/{name}.py" for name in ("algebra/test_compression", "reducers/test_projections", "reducers/test_positions")
 )
+UNSEEN = "tests/engine/test_unseen.py"
 HEAD, TRACKING = "tests/losses/test_functional.py", "tests/algebra/test_tracking.py"
 
 
@@ -135,8 +136,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "the first sample for all": Mutation(
         "ops/known.py",
-        "leaf.narrow(axes[slot], sample, 1)",
-        "leaf.narrow(axes[slot], 0, 1)",
+        "value.narrow(axis, sample * length, length)",
+        "value.narrow(axis, 0, length)",
         ("tests/ops/test_slices.py",),
     ),
     "masks for all": Mutation(
@@ -155,7 +156,7 @@ MUTATIONS: dict[str, Mutation] = {
         "ops/uses.py", "self.at_once and where == IN_FRONT", "self.at_once", (REDUCERS,)
     ),
     "a tap that is a view": Mutation(
-        "ops/tangent.py",
+        "ops/call.py",
         "torch.ops.aten._unsafe_view(value, value.shape)",
         "value.view_as(value)",
         (EXAMPLE,),
@@ -252,8 +253,21 @@ MUTATIONS: dict[str, Mutation] = {
         "(samples == samples).all()",
         (MOVES, AWKWARD, "-k", "packed or added or anew"),
     ),
-    "what a custom function hides": Mutation(
-        "planning/sites.py", "if note.unseen and note.by_data", "if False", (AWKWARD, "-k", "after_a_custom")
+    # what no mode sees
+    "leaves of our own": Mutation("problem.py", "leaf if is_own(leaf) else", "leaf if False else", (UNSEEN,)),
+    "gradients past an end": Mutation(
+        "engine/unseen.py", "if torch._C._current_graph_task_id() == outer:", "if True:", (UNSEEN,)
+    ),
+    "hooks without a say": Mutation("engine/capture.py", "if is_hooked(param):", "if False:", (UNSEEN, "-k", "hook")),
+    "a silent zero": Mutation(
+        "planning/ways.py", "silent = bool(zero) and plain and", "silent = False and plain and", (UNSEEN,)
+    ),
+    # long sums
+    "products in one go": Mutation(
+        "algebra/sums.py",
+        "return LONG if m >= FEW and n >= FEW else SHORT",
+        "return 2**62",
+        ("tests/algebra/test_sums.py",),
     ),
     "views are tapped": Mutation(
         "planning/sites.py",
@@ -275,7 +289,7 @@ MUTATIONS: dict[str, Mutation] = {
         "ops/tangent.py", "if rule.factor else None", "if False else None", (LAYERS, "-k", "Embedding")
     ),
     "in place on what is kept": Mutation(
-        "ops/tangent.py",
+        "ops/call.py",
         "copied[slot] = copied[slot].clone()",
         "copied[slot] = copied[slot]",
         (AWKWARD, "-k", "written or added"),
@@ -636,7 +650,7 @@ MUTATIONS: dict[str, Mutation] = {
         (REDUCERS, "-k", "convolution"),
     ),
     "one form for all shapes": Mutation(
-        "ops/tangent.py",
+        "ops/call.py",
         "known += (leaf.shape, leaf.dtype, leaf.layout)",
         "known += (leaf.dtype, leaf.layout)",
         (REDUCERS, "-k", "test_op or convolution"),

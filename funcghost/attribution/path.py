@@ -26,8 +26,9 @@ from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses, Reduction
+from funcghost.training.by_rules import ByRules
 from funcghost.training.path_average import inner
-from funcghost.training.update_kinds import ByRules, Clipped, Credit, Function, Plain, Scheduled
+from funcghost.training.update_kinds import Clipped, Credit, Function, Plain, Scheduled
 from funcghost.training.updates import plain
 from funcghost.trees import Params, Tree, match_direction, split_params, tensors
 

@@ -1,8 +1,7 @@
 """The mode that is active while planned losses run: it knows parameters by identity, taps, and carries tangents."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,30 +9,21 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcghost.algebra.directions import Direction, as_dense
+from funcghost.engine.checkpoints import active
 from funcghost.engine.contributions import Tangents, filled
+from funcghost.engine.hooks import before_hooks, hooked, is_hooked
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan, Site
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow, followed, of_parameters
 from funcghost.engine.tap import Planned, Taps, placed
-from funcghost.engine.unseen import (
-    Edge,
-    before_hooks,
-    edge_of,
-    hooked,
-    is_hooked,
-    kept,
-    now,
-    replayed,
-    stretch_of,
-    tap_stretch,
-    walk,
-)
+from funcghost.engine.unseen import edge_of, kept, now, replayed, stretch_of, tap_stretch, walk
 from funcghost.engine.walker import Visit, Walker, noted_slots
 from funcghost.errors import MismatchError, PlanError
+from funcghost.ops.call import Call, Outputs, outputs, physical, swap
 from funcghost.ops.digest import op_name
 from funcghost.ops.moves import Maps, Move
-from funcghost.ops.tangent import Call, Outputs, Pushforward, outputs, physical, pushforward, swap
+from funcghost.ops.tangent import Pushforward, pushforward
 from funcghost.ops.values import Value
 from funcghost.side_effects import RandomState, random_state, replaying
 from funcghost.trees import Params
@@ -51,9 +41,6 @@ class Choose(Protocol):
 
     def __call__(self, index: int, call: Call) -> Pushforward:
         """The pushforward to use for this site."""
-
-
-_active: ContextVar["Capture | None"] = ContextVar("funcghost_capture", default=None)
 
 
 class Capture(Walker[Carried]):
@@ -99,21 +86,20 @@ class Capture(Walker[Carried]):
         self.collecting = ledger is not None
         self.watching = any(site.unseen is not None for site in plan.sites)
         self.started = now() if self.watching else 0
-        self.nodes: dict[Edge, Carried] = {}
         self.stood_for: list[Tensor] = []
         if params:  # a part that is run again follows the user's own
             self._follow(params, of_parameters(params) if self.collecting else [None] * len(params))
 
     def __enter__(self) -> "Capture":
         """Starts to watch."""
-        self.token = _active.set(self)
+        self.token = active.set(self)
         super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         """Stops watching."""
         super().__exit__(*raised)
-        _active.reset(self.token)
+        active.reset(self.token)
 
     def visit(self, visit: Visit[Carried]) -> Any:
         """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
@@ -258,7 +244,7 @@ class Capture(Walker[Carried]):
         site = self.plan.sites[index] if index < len(self.plan.sites) else None
         if site is None or site.unseen != number:
             return
-        walked = walk(tensor, self._known, self.started)
+        walked = walk(tensor, self.known_at, self.started)
         self.position += 1
         stretch, known = stretch_of(tensor, walked), [end.known for end in walked.ends.values()]
         if site.action == "tap":
@@ -275,10 +261,6 @@ class Capture(Walker[Carried]):
             slopes.append(stretch.push([t if t is None else as_dense(t) for t in along]) if some else None)
         sources = [carried.shadow for carried in known if carried.shadow is not None]
         self._attach((tensor,), [Carried(tuple(slopes), replayed(stretch, sources) if sources else None)])
-
-    def _known(self, edge: Edge) -> Carried | None:
-        leaf = getattr(edge[0], "variable", None)
-        return self.nodes.get(edge) if leaf is None else self.values.noted(leaf)
 
     def _follow_move(self, visit: Visit[Carried]) -> None:
         """Notes where an op moves the samples, if the plan says that it does so by data."""
@@ -320,21 +302,3 @@ class Capture(Walker[Carried]):
 
 def _as_it_is(value: Tensor) -> Tensor:
     return value
-
-
-def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The `context_fn` that lets `torch.utils.checkpoint` recompute under funcghost.
-
-    Example:
-        >>> import torch, funcghost as fg
-        >>> from torch.utils.checkpoint import checkpoint
-        >>> layer, x = torch.nn.Linear(3, 3), torch.ones(2, 3)
-        >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=fg.checkpoint_context)
-
-    Checkpointing recomputes a region in the backward, outside of the losses. There a module has its own parameters
-    again, not those handed to `functional_call`; so this works when the `params` of the step are the module's own
-    tensors, and raises `UnsupportedOpError` otherwise. Outside of funcghost it does nothing.
-    """
-    capture = _active.get()
-    again = nullcontext() if capture is None else capture.resumed()
-    return nullcontext(), again

@@ -24,9 +24,10 @@ from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError
 from funcghost.ops.apart import Level, Use, Where
+from funcghost.ops.call import Call, Outputs, remembered
 from funcghost.ops.layout import Layout, Placed
 from funcghost.ops.products import Description
-from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, pushforward, remembered
+from funcghost.ops.tangent import Pushforward, Way, pushforward
 from funcghost.ops.uses import find_uses
 
 Tangents = tuple[Leaf | None, ...]

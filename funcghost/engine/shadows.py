@@ -15,7 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from funcghost.algebra.factors import Dense, Factor, Form, Outer, dense
 from funcghost.errors import UnsupportedOpError
-from funcghost.ops.tangent import Call, Outputs, Way, physical
+from funcghost.ops.call import Call, Outputs, physical
+from funcghost.ops.tangent import Way
 
 Pulled = list[tuple[int, Factor]]
 """Factors of the gradients of parameters, each with the number of its parameter."""

@@ -20,10 +20,11 @@ from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.ops.apart import Level, Where
+from funcghost.ops.call import Call, Outputs, alias
 from funcghost.ops.known import description
 from funcghost.ops.layout import Layout, Placed, Rows
 from funcghost.ops.moves import Maps
-from funcghost.ops.tangent import Call, Outputs, Pushforward, alias
+from funcghost.ops.tangent import Pushforward
 from funcghost.side_effects import RandomState, replaying
 
 

@@ -20,7 +20,7 @@ from funcghost.engine.shadows import Computed, Constant, Shadow
 from funcghost.engine.tap import Taps, behind
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.apart import Level, Use, Where, of_sample
-from funcghost.ops.tangent import alias
+from funcghost.ops.call import alias
 
 Known = TypeVar("Known")
 Edge = tuple[Any, int]
@@ -284,35 +284,3 @@ def kept(shadow: Shadow) -> Shadow:
         return shadow
     with torch.enable_grad():
         return replace(shadow, value=alias(shadow.value))
-
-
-def is_hooked(leaf: Tensor) -> bool:
-    """Whether the user has a say in the gradient of a leaf, by `register_hook`."""
-    return leaf.is_leaf and bool(leaf._backward_hooks)
-
-
-def hooked(shadow: Shadow) -> Shadow:
-    """The shadow of a leaf whose hooks have a say in its gradient."""
-    with torch.enable_grad():
-        alias = shadow.value.view_as(shadow.value)
-    return Computed(shadow.value, shadow.leaves, get_gradient_edge(alias))
-
-
-def before_hooks(leaf: Tensor, name: str, tangent: Tensor) -> Tensor:
-    """The tangent `H^T V` of a leaf whose hooks make `H g` of its gradient: `<H g, V>` is `<g, H^T V>`.
-
-    Raises:
-        UnsupportedOpError: a hook is no function of the gradient that autograd can differentiate.
-    """
-    with torch.enable_grad():
-        alias, dual = leaf.view_as(leaf), torch.zeros_like(leaf, requires_grad=True)
-        try:
-            (pulled,) = torch.autograd.grad(alias, leaf, dual.clone(), create_graph=True)
-            (slope,) = torch.autograd.grad(pulled, dual, tangent)
-        except RuntimeError as error:
-            raise UnsupportedOpError(
-                f"parameter {name!r} has a hook (register_hook) that autograd cannot differentiate "
-                f"({str(error).splitlines()[0]}). Write it with torch ops that are linear in the gradient, such as a "
-                "product with a mask, or take it off for the step."
-            ) from error
-    return slope

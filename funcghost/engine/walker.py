@@ -1,5 +1,6 @@
 """The walk along the ops of the losses, which a measuring and a planned run must make call by call alike."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -8,10 +9,11 @@ import optree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcghost.engine.unseen import Edge
+from funcghost.ops.call import flatten_call, physical
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest
 from funcghost.ops.moves import MOVES
-from funcghost.ops.tangent import flatten_call, physical
 from funcghost.ops.values import Note, Value, Values
 
 
@@ -31,7 +33,7 @@ class Visit(Generic[Note]):
     move: int | None
 
 
-class Walker(TorchFunctionMode, Generic[Note]):
+class Walker(TorchFunctionMode, ABC, Generic[Note]):
     """A mode that opens composites, flattens calls, numbers moves and values, and keeps the checksums of what ran.
 
     Subclasses say in `visit` what is done at a call, which they `run`. Where they are `watching`, they `meet` each
@@ -46,6 +48,7 @@ class Walker(TorchFunctionMode, Generic[Note]):
         self.standins = dict(standins or {})
         self.moving = self.met = 0
         self.watching = False
+        self.nodes: dict[Edge, Note] = {}
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Visits the call, or the parts of a composite."""
@@ -80,13 +83,18 @@ class Walker(TorchFunctionMode, Generic[Note]):
             self._look([losses])
         return self.standins.get(id(losses), losses)
 
+    def known_at(self, edge: Edge) -> Note | None:
+        """What is noted of the tensor at an edge of the graph: of a leaf, or as the subclass keeps it in `nodes`."""
+        leaf = getattr(edge[0], "variable", None)
+        return self.nodes.get(edge) if leaf is None else self.values.noted(leaf)
+
+    @abstractmethod
     def meet(self, tensor: Tensor, value: Value[Note], number: int) -> None:
         """Is shown a tensor whose history is not known, the `number`th of these, before it goes into an op."""
-        raise NotImplementedError
 
+    @abstractmethod
     def visit(self, visit: Visit[Note]) -> Any:
         """Runs the call, and gives the losses what they are to get."""
-        raise NotImplementedError
 
     def run(self, visit: Visit[Note]) -> Any:
         """What the op returns for its arguments."""

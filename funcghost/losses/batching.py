@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from funcghost.errors import InputError
+from funcghost.ops.call import physical
 from funcghost.ops.digest import op_name
-from funcghost.ops.tangent import physical
 
 READS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item)
 

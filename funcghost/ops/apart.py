@@ -13,9 +13,9 @@ from torch import Tensor
 
 from funcghost.algebra.factors import Dense, Factor
 from funcghost.dtypes import as_written
+from funcghost.ops.call import Call, Outputs, is_operand
 from funcghost.ops.known import Slices, of_one, slices_of
 from funcghost.ops.layout import Layout, Placed
-from funcghost.ops.tangent import Call, Outputs, is_operand
 
 Where = Layout | Placed | Literal["unused"]
 

@@ -11,9 +11,9 @@ import optree
 import torch
 from torch import Tensor
 
+from funcghost.ops.call import Call, physical
 from funcghost.ops.products import Describe, Description, bound
 from funcghost.ops.rules import Arguments, Op, register_rule
-from funcghost.ops.tangent import Call, physical
 
 
 class Slices(NamedTuple):

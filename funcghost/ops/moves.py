@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import MismatchError
+from funcghost.ops.call import is_float
 from funcghost.ops.families.sums import BY_SHAPE
 from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Layout, Rows, candidates, spread
 from funcghost.ops.rules import Op
-from funcghost.ops.tangent import is_float
 
 _T: Any = torch.Tensor
 

@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.ops.tangent import Call, is_float
+from funcghost.ops.call import Call, is_float
 
 Letter = int | str
 Letters = tuple[Letter | None, ...]

@@ -16,9 +16,9 @@ from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer
 from funcghost.algebra.sums import LONG
 from funcghost.dtypes import as_written, wide, wide_dtype
 from funcghost.ops.apart import Levels, Use, Where, by_autograd, lifted
+from funcghost.ops.call import Call, physical
 from funcghost.ops.layout import Layout
 from funcghost.ops.products import Description, Letter, Letters, Product, Table, describe, itself
-from funcghost.ops.tangent import Call, physical
 
 IN_FRONT = Layout(0)
 

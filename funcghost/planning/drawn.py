@@ -18,11 +18,12 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcghost.laws.draws import PERIOD
+from funcghost.ops.call import Call, Outputs, is_float, is_operand, physical
 from funcghost.ops.families.products import FACTORS
 from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.layout import Clock
 from funcghost.ops.moves import MOVES
-from funcghost.ops.tangent import Call, Outputs, is_float, is_linear, is_multilinear, is_operand, physical
+from funcghost.ops.tangent import is_linear, is_multilinear
 
 FEW = 1024
 """Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcghost.ops.tangent import alias
+from funcghost.ops.call import alias
 
 
 class Observe(torch.autograd.Function):

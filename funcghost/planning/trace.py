@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import _disable_current_modes
 
-from funcghost.engine.unseen import Edge, edge_of, now, stretch_of, walk
+from funcghost.engine.unseen import edge_of, now, stretch_of, walk
 from funcghost.engine.walker import Visit, Walker
 from funcghost.errors import UnsupportedOpError
+from funcghost.ops.call import Call, is_float, outputs, physical, swap
 from funcghost.ops.digest import op_name
 from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Clock, Meter
 from funcghost.ops.moves import Move
-from funcghost.ops.tangent import Call, is_float, outputs, physical, swap
 from funcghost.ops.values import Value
 from funcghost.planning.drawn import Generic
 from funcghost.planning.observe import Observe
@@ -93,7 +93,6 @@ class Trace(Walker[Downstream]):
             self.values.note(param, Downstream(number, True))
         self.count = len(params)
         self.watching, self.started = True, now()
-        self.nodes: dict[Edge, Downstream] = {}
         self.names = {param.data_ptr(): name for param, name in zip(params, names, strict=True) if param.numel()}
         self.given = {id(t) for t in (*params, *tensors(problem.batch))}
         self.dtypes = {param.dtype for param in params}
@@ -194,7 +193,7 @@ class Trace(Walker[Downstream]):
 
     def meet(self, tensor: Tensor, value: Value[Downstream], number: int) -> None:
         """Records the stretch of graph between known tensors and one that no op was seen to give."""
-        walked = walk(tensor, self._known, self.started)
+        walked = walk(tensor, self.known_at, self.started)
         self._refuse_aliases(walked.leaves)
         ends = walked.ends.values()
         if any(end.old for end in ends):
@@ -222,10 +221,6 @@ class Trace(Walker[Downstream]):
         carried = stretch_of(tensor, walked).is_differentiable()
         self.records.append(Record(name, inputs, (output,), (), False, carried, False, None, number))
         self.count += 1
-
-    def _known(self, edge: Edge) -> Downstream | None:
-        leaf = getattr(edge[0], "variable", None)
-        return self.nodes.get(edge) if leaf is None else self.values.noted(leaf)
 
     def _refuse_aliases(self, leaves: Sequence[Tensor]) -> None:
         """A tensor of the model's own that requires gradients, where the parameter was handed in as another one."""

@@ -17,7 +17,8 @@ from funcghost.errors import MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.causes import causes
 from funcghost.laws.conservation import Witness, check_conservation, together, witness
 from funcghost.laws.draws import near, rounding, sample_weights, shaken
-from funcghost.ops.tangent import Call, Outputs, Pushforward, Way, backward_sees, covered_by_rule, physical, pushforward
+from funcghost.ops.call import Call, Outputs, physical
+from funcghost.ops.tangent import Pushforward, Way, backward_sees, covered_by_rule, pushforward
 from funcghost.problem import Problem, backward
 from funcghost.side_effects import untouched
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import InputError
+from funcghost.ops.call import Call, Outputs, flatten_call, is_float
 from funcghost.ops.rules import Op, Rule, find_rule
-from funcghost.ops.tangent import Call, Outputs, covered_by_rule, flatten_call, is_float, pushforward
+from funcghost.ops.tangent import covered_by_rule, pushforward
 
 SEEDS = range(4)
 ROUNDING = 256

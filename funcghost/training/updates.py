@@ -21,9 +21,9 @@ from torch import Tensor
 
 from funcghost.errors import InputError
 from funcghost.training.adam_rules import Adam, NAdam
+from funcghost.training.by_rules import ByRules
 from funcghost.training.muon_rule import Muon
 from funcghost.training.update_kinds import (
-    ByRules,
     Clipped,
     Function,
     Plain,

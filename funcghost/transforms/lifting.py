@@ -20,7 +20,8 @@ from funcghost.algebra.directions import Direction, LowRank, as_dense
 from funcghost.dtypes import as_written
 from funcghost.engine.run import Outcome
 from funcghost.errors import InputError
-from funcghost.ops.tangent import differentiable_kernels, physical
+from funcghost.ops.call import physical
+from funcghost.ops.tangent import differentiable_kernels
 from funcghost.problem import Losses, Problem, backward
 from funcghost.side_effects import RandomState, random_state, replaying, untouched
 from funcghost.trees import Tree, tensors

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.ops import rules
+from funcghost.ops.call import Call, Outputs, flatten_call, is_float, outputs
 from funcghost.ops.rules import Rule, registered
-from funcghost.ops.tangent import Call, Outputs, Way, flatten_call, is_float, outputs
+from funcghost.ops.tangent import Way
 
 T: Any = torch.Tensor
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
+from funcghost.ops.call import flatten_call
 from funcghost.ops.layout import Layout, Rows
 from funcghost.ops.moves import MOVES, Move, resolve
-from funcghost.ops.tangent import flatten_call
 from tests.naive import assert_scores, expected
 
 Params = dict[str, Tensor]

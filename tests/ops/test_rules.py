@@ -10,9 +10,10 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.losses.examples import gathered
+from funcghost.ops.call import Outputs
 from funcghost.ops.digest import op_name
 from funcghost.ops.rules import registered
-from funcghost.ops.tangent import Outputs, Way, covered_by_rule, pushforward
+from funcghost.ops.tangent import Way, covered_by_rule, pushforward
 from tests.models.op_calls import F32A, F32B, GROUPS, Params, Sample, T, assert_broken_rule_is_caught, ints, seen_op
 from tests.naive import assert_scores, expected
 

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcghost as fg
+from funcghost.ops.call import Call, flatten_call
 from funcghost.ops.known import _KNOWN, slices_of
-from funcghost.ops.tangent import Call, flatten_call
 from funcghost.testing import assert_matches_naive
 from tests.naive import assert_close
 

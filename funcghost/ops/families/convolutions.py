@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from funcghost.algebra.sums import SHORT, total
+from funcghost.ops.call import Call
 from funcghost.ops.known import in_front, know
 from funcghost.ops.products import Arguments, Letters, Product
-from funcghost.ops.tangent import Call
 
 
 def _convolution(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Product | None:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcghost.ops.call import Call
 from funcghost.ops.known import in_front, know
 from funcghost.ops.products import Arguments, Describe, Product
-from funcghost.ops.tangent import Call, covered_by_rule, pushforward
+from funcghost.ops.tangent import covered_by_rule, pushforward
 
 
 def _norm(channel: bool) -> Describe:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcghost.ops.call import Call
 from funcghost.ops.known import in_front, know
 from funcghost.ops.products import (
     Arguments,
@@ -17,7 +18,6 @@ from funcghost.ops.products import (
     sizes_of,
     spread,
 )
-from funcghost.ops.tangent import Call
 
 T: Any = torch.Tensor
 COMPOSITES = frozenset([F.multi_head_attention_forward])

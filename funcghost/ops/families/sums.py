@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcghost.ops.call import Call
 from funcghost.ops.known import know, named
 from funcghost.ops.products import Arguments, Describe, Product, from_right, sizes_of, spread
-from funcghost.ops.tangent import Call
 
 T: Any = torch.Tensor
 

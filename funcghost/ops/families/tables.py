@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcghost.ops.call import Call
 from funcghost.ops.known import know, named
 from funcghost.ops.products import Arguments, Describe, Table
 from funcghost.ops.rules import Op, find_rule
-from funcghost.ops.tangent import Call, covered_by_rule
+from funcghost.ops.tangent import covered_by_rule
 
 T: Any = torch.Tensor
 

@@ -1,0 +1,34 @@
+"""Regions that `torch.utils.checkpoint` runs again in the backward, outside of the losses."""
+
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+
+class Resumable(Protocol):
+    """A mode that can be active again where a part of what it saw is run again."""
+
+    def resumed(self) -> AbstractContextManager[Any]:
+        """The mode as it is now, for a part that is run again."""
+
+
+active: ContextVar[Resumable | None] = ContextVar("funcghost_capture", default=None)
+"""The mode of the run that is going on."""
+
+
+def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The `context_fn` that lets `torch.utils.checkpoint` recompute under funcghost.
+
+    Example:
+        >>> import torch, funcghost as fg
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer, x = torch.nn.Linear(3, 3), torch.ones(2, 3)
+        >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=fg.checkpoint_context)
+
+    Checkpointing recomputes a region in the backward, outside of the losses. There a module has its own parameters
+    again, not those handed to `functional_call`; so this works when the `params` of the step are the module's own
+    tensors, and raises `UnsupportedOpError` otherwise. Outside of funcghost it does nothing.
+    """
+    mode = active.get()
+    again = nullcontext() if mode is None else mode.resumed()
+    return nullcontext(), again
