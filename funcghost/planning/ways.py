@@ -150,9 +150,7 @@ class Rehearsal:
                     return noted(way, out, count.total)
                 zero.append((way, out, count.total))
             plain = not any(physical(value) is not value for value in (*saved, *tangents))
-            silent = (
-                zero and plain and any(bool(value.any()) for value in tangents) and backward_sees(call, saved, tangents)
-            )
+            silent = bool(zero) and plain and backward_sees(call, saved, tangents)
             if site.action == "tap" and (silent or (not zero and plain)):
                 raise NoSlopeError(index)
             errors += [f"{way}: zero, which its backward is not" for way, _, _ in zero if silent]
