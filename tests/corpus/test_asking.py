@@ -156,8 +156,9 @@ def test_merged_stores_are_the_whole(tmp_path: Path) -> None:
     paths = [first.corpus.store.folder, second.corpus.store.folder]
     found = corpus.merge(tmp_path / "merged", paths)
     assert found.ids().tolist() == whole.ids().tolist()
-    np.testing.assert_allclose(found.column("norm"), whole.column("norm"), rtol=1e-4)
-    np.testing.assert_allclose(found.vector(15), whole.vector(15), rtol=1e-3, atol=1e-4)
+    # The batches of the halves are others: float32 rounds otherwise in them.
+    np.testing.assert_allclose(found.column("norm"), whole.column("norm"), rtol=1e-5)
+    np.testing.assert_allclose(found.vector(15), whole.vector(15), rtol=0, atol=1e-5 * abs(whole.vector(15)).max())
     assert corpus.merge(tmp_path / "merged", paths).table().equals(found.table())  # nothing is left to do
     with pytest.raises(fg.InputError, match="ids are there twice"):
         corpus.merge(tmp_path / "again", [paths[0], paths[0]])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lm_report import write_report
 from lm_scores import auroc, record_scores, tally
 from lm_training import UNFINISHED, Log, State, load_checkpoint, save_checkpoint
 from tests.models.lm_tiny import BATCH, STEPS, TINY, run, scores
+from tests.models.pages import Page
 
 ROOT = Path(__file__).parents[2]
 EPS = float(np.finfo(np.float32).eps)
@@ -98,36 +98,9 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     assert capsys.readouterr().err == "step 1000 of 1000: loss 2\n"
 
 
-class Report(HTMLParser):
-    """Collects a page's images, list items and texts, and sees that every element is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.passages: list[str] = []
-        self.seen: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
-        self.sources += [value or "" for name, value in attrs if name == "src"]
-        if tag == "pre":
-            self.passages.append("")
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "pre" in self.open:
-            self.passages[-1] += data
-
-
 def test_report_is_one_file_with_plots_and_documents(finished: example.Summary) -> None:
     text = (finished.out / example.REPORT).read_text(encoding="utf-8")
-    page = Report(text)
+    page = Page(text)
     assert page.open == []
     assert len(page.sources) == 6
     assert all(source.startswith("data:image/png;base64,iVBORw0KGgo") for source in page.sources)
@@ -153,7 +126,7 @@ def test_report_escapes_documents(finished: example.Summary, tmp_path: Path) -> 
     facts = {"<b>": "<i>"}
     where = tmp_path / "report.html"
     write_report(where, replace(corpus, training=hostile), sums, log, finished.findings, finished.claims, "<u>", facts)
-    page = Report(where.read_text(encoding="utf-8"))
+    page = Page(where.read_text(encoding="utf-8"))
     assert not page.seen & {"script", "i", "u"}
     assert set(page.passages) == {"<script>a && b</script>\n&lt;\\x00\\xff"}
 
