@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from funcghost.dtypes import as_written
 from funcghost.engine.shadows import Computed, Shadow
 from funcghost.errors import UnsupportedOpError
 
@@ -26,7 +27,7 @@ def before_hooks(leaf: Tensor, name: str, tangent: Tensor) -> Tensor:
     Raises:
         UnsupportedOpError: a hook is no function of the gradient that autograd can differentiate.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), as_written(leaf.device):
         alias, dual = leaf.view_as(leaf), torch.zeros_like(leaf, requires_grad=True)
         try:
             (pulled,) = torch.autograd.grad(alias, leaf, dual.clone(), create_graph=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from funcghost.algebra.factors import Dense, Factor
+from funcghost.dtypes import as_written
 from funcghost.engine.contributions import ByFactors, Tangents, Tapped
 from funcghost.engine.shadows import Computed, Constant, Shadow
 from funcghost.engine.tap import Taps, behind
@@ -102,7 +103,7 @@ class Stretch:
         inputs = [
             node.variable if hasattr(node, "variable") else GradientEdge(node, nr, None) for node, nr in self.ends
         ]
-        with self._cut(), torch.set_grad_enabled(differentiable):
+        with self._cut(), as_written(self.value.device), torch.set_grad_enabled(differentiable):
             return list(
                 torch.autograd.grad(
                     self.value, inputs, cotangent, retain_graph=True, create_graph=differentiable, allow_unused=True
@@ -116,7 +117,7 @@ class Stretch:
             UnsupportedOpError: the backward cannot be differentiated.
         """
         slope, drawn = torch.zeros_like(self.value, requires_grad=False), list[Tensor | None]()
-        with torch.enable_grad():
+        with torch.enable_grad(), as_written(self.value.device):
             dual = torch.zeros_like(self.value, requires_grad=True)
             try:
                 pulled = self.pull(dual, differentiable=True)

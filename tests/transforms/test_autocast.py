@@ -91,3 +91,53 @@ def test_losses_that_leave_the_callers_autocast_are_in_float32_all_along() -> No
     with torch.autocast("cpu", torch.bfloat16):
         found = fg.grad_and_reduce(plain)(params, x, reducers)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+class Product(torch.autograd.Function):
+    """A product that no mode sees, in forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        gradient = gradient.to(w.dtype)
+        return gradient @ w.T, x.flatten(0, -2).T @ gradient.flatten(0, -2)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_backward_of_what_is_not_seen_is_taken_outside(carried: bool) -> None:
+    """As autograd takes it: what the op itself does in the forward is the user's."""
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(8, 6, generator=generator), "v": torch.randn(6, 5, generator=generator)}
+    x = torch.randn(5, 4, 8, generator=generator)
+
+    def losses(p: Tree, x: Tensor) -> Tensor:
+        h: Any = Product.apply(x, p["w"].sin() if carried else p["w"])
+        mean = h.mean(0, keepdim=True) if carried else 0.0  # samples mix: the tangent is carried
+        with torch.autocast("cpu", enabled=False):
+            return ((h - mean).float() @ p["v"]).square().sum((1, 2))
+
+    def within(p: Tree, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses(p, x)
+
+    direction = {k: torch.ones_like(v) for k, v in params.items()}
+    for reducer in (fg.dot(direction), fg.squared_norm()):
+        wanted = fg.reduce(within)(params, x, reducer)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = fg.reduce(losses)(params, x, reducer)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    own = {k: v.clone().requires_grad_() for k, v in params.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        values = losses(own, x)
+    truth = []
+    for value in values.unbind():
+        grads = torch.autograd.grad(value, list(own.values()), retain_graph=True)
+        truth.append(sum(float(g.double().sum()) for g in grads))
+    found = fg.reduce(within)(params, x, fg.dot(direction)).double()
+    off = (found - torch.tensor(truth, dtype=torch.float64)).abs().max()
+    assert float(off) < torch.finfo(torch.bfloat16).eps * max(map(abs, truth))  # h and `J V` are in bfloat16
