@@ -29,8 +29,9 @@ def causes(problem: Problem, precision: torch.dtype) -> str:
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
         nodes = list(_nodes(losses))
-        once = backward(losses, leaves, sample_weights(losses), keep_graph=True)
-        thrice = backward(losses, leaves, 3 * sample_weights(losses))
+        weights = sample_weights(losses)
+        once = [gradient.to_dense() for gradient in backward(losses, leaves, weights, keep_graph=True)]
+        thrice = [gradient.to_dense() for gradient in backward(losses, leaves, 3 * weights)]
     if not all(_is_multiple(a, b, TOLERANCE[precision]) for a, b in zip(once, thrice, strict=True)):
         return (
             "The backward of the losses is not linear: three times the cotangent does not give three times the "
