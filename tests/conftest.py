@@ -12,7 +12,7 @@ from funcghost.ops import rules
 
 # `dev` and `ci` draw the same examples in every run, and so pass in every run or in none; `deep` draws anew.
 settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 

@@ -66,17 +66,13 @@ def full_product(architectures: dict[str, Architecture]) -> dict[str, Case]:
 
 
 def covering(architectures: dict[str, Architecture]) -> dict[str, Case]:
-    """Every architecture with each of its attention implementations, once with full rows and once with padded ones.
-
-    Which implementation has which changes from one architecture to the next, as does where rows are padded.
-    """
+    """Every architecture once: which implementation of attention it has, and where rows are padded, change by turns."""
     cases = {}
     for number, (name, architecture) in enumerate(architectures.items()):
-        attentions, (full, *paddings) = architecture.attentions, architecture.paddings
-        chosen = [full, paddings[number // 2 % len(paddings)]] if paddings else [full] * len(attentions)
-        for turn, padding in enumerate(chosen):
-            attention = attentions[(number + turn) % len(attentions)]
-            cases[f"{name}-{attention}-{padding}"] = Case(architecture, attention, padding)
+        attention = architecture.attentions[number % len(architecture.attentions)]
+        full, *paddings = architecture.paddings
+        padding = paddings[number // 2 % len(paddings)] if paddings and number % 4 else full
+        cases[f"{name}-{attention}-{padding}"] = Case(architecture, attention, padding)
     return cases
 
 
