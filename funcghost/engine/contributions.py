@@ -152,16 +152,22 @@ class ByTangents:
             slopes = _below(slopes, level)
         found = Scores()
         for k, slope in zip(self.columns, slopes(*kept), strict=True):
-            ours, apart = alone(slope, kept), k in self.wanted.apart
-            parts = [
-                inner(value, g, layout, probe, ours, by_position=apart)
-                for value, g, layout in zip(slope, gradients, tapped.layouts, strict=True)
+            known = [
+                (output, value, g, layout)
+                for output, (value, g, layout) in enumerate(zip(slope, gradients, tapped.layouts, strict=True))
                 if g is not None and not isinstance(layout, str)
             ]
+            if k in self.wanted.apart and tapped.positions is not None:
+                products = {
+                    output: layout.by_sample(terms_of(value, g), len(probe))
+                    for output, value, g, layout in known
+                    if isinstance(layout, Layout)
+                }
+                found[k] = tapped.positions.add(k, tapped.site[0], products, probe.dtype)
+                continue
+            ours = alone(slope, kept)
+            parts = [inner(value, g, layout, probe, ours) for _, value, g, layout in known]
             found[k] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-            if apart and tapped.positions is not None:
-                tapped.positions.add(k, found[k])
-                found[k] = found[k].sum(1)
         return found
 
     def _slopes(self, tapped: Tapped, tensors: Sequence[Tensor]) -> list[Outputs]:
@@ -302,21 +308,20 @@ def inner(
     layout: Layout | Placed,
     probe: Tensor,
     ours: bool = False,
-    by_position: bool = False,
 ) -> Tensor:
     """The inner product per sample [b] of two tensors of one layout, accumulated in the dtype of the probe.
 
-    If the memory of the slope is `ours`, the product is written there. With `by_position`, [b, t].
+    If the memory of the slope is `ours`, the product is written there.
     """
-    wide = wide_dtype(slope.dtype)
-    if ours and not by_position and slope.dtype == gradient.dtype == wide and slope.shape == gradient.shape:
+    if ours and slope.dtype == gradient.dtype == wide_dtype(slope.dtype) and slope.shape == gradient.shape:
         return layout.sum(slope.mul_(gradient), probe)
-    product = slope.to(wide) * gradient.conj()
-    product = product.real if product.is_complex() else product
-    if by_position:
-        assert isinstance(layout, Layout)
-        return layout.by_sample(product, len(probe)).unsqueeze(-1).flatten(2).sum(2, dtype=probe.dtype)
-    return layout.sum(product, probe)
+    return layout.sum(terms_of(slope, gradient), probe)
+
+
+def terms_of(slope: Tensor, gradient: Tensor) -> Tensor:
+    """The terms of their inner product, entry by entry."""
+    product = slope.to(wide_dtype(slope.dtype)) * gradient.conj()
+    return product.real if product.is_complex() else product
 
 
 def alone(slopes: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

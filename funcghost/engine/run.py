@@ -75,6 +75,8 @@ def run(
         )
     losses = capture.end(losses)
     capture.finish()
+    if positions is not None:
+        positions.settle()
     carried = capture.carried_to(losses)
     tail = carried and carried.shadow
     if ledger is not None and tail is not None:

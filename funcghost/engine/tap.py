@@ -82,8 +82,9 @@ class Taps:
                     "its scores are those of a backward for each sample, which does not tell positions apart. Add a "
                     "rule with fg.register_rule, or leave per_token out."
                 )
-            for value, layout in zip(values, layouts, strict=True):
-                self.positions.check(f"site {number} ({site.op})", layout, batched_shape(value), batch)
+            for output, (value, layout) in enumerate(zip(values, layouts, strict=True)):
+                where, shape = f"site {number} ({site.op})", batched_shape(value)
+                self.positions.see((number, output), where, call.op, layout, shape, batch)
         wanted = Wanted(
             chosen=site.smooth,
             layouts=tuple([layout if isinstance(layout, Layout) else None for layout in layouts]),

@@ -36,13 +36,16 @@ def per_token(reducer: Dot) -> PerToken:
     counted for position t. That is what the parameters' uses *at* position t contribute to the gradient of `losses[i]`,
     not the gradient of the loss at t: a loss sends gradients to all positions that it attends to.
 
-    Shapes: [b, t], [b, t, k] for a stack. Positions are the first axis after the samples of what comes out of a use.
+    Shapes: [b, t], [b, t, k] for a stack. Positions are the first axis after the samples of what comes out of a use,
+    or after the channels of a convolution or a norm of channels. Where that has another length than in most uses,
+    they are the axis that has their length t, if it is the only one (`w @ x` of x [b, c, t]).
 
     Units and cost: those of `dot`.
 
     Raises:
         InputError: the reducer is not `fg.dot(...)`.
-        SampleAxisError: (when used) the uses of the parameters differ in the number of positions, or have none.
+        SampleAxisError: (when used) the uses of the parameters differ in the number of positions, or have none, or it
+            cannot be told which axis has them.
 
     Example:
         >>> import funcghost as fg, torch

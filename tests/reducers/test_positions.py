@@ -14,12 +14,10 @@ from torch.func import functional_call
 import funcghost as fg
 from funcghost.laws.oracle import per_sample_gradients
 from funcghost.testing import Model, models
-from funcghost.testing.strategies import LAYERS
 from tests.models.small import like
 from tests.naive import assert_close, assert_scores, dots, expected
 
 Params = dict[str, Tensor]
-POSITIONS_FIRST = tuple(name for name in LAYERS if name not in ("convolution", "channels"))
 
 
 # What is called with wrong arguments on purpose.
@@ -32,7 +30,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-@given(models(POSITIONS_FIRST), st.integers(2, 4), st.data())
+@given(models(), st.integers(2, 4), st.data())
 def test_sums_over_positions_and_segments_are_the_score(model: Model, b: int, drawn: st.DataObject) -> None:
     batch, direction = model.batch(b), like(model.params)
     numbers = st.lists(st.integers(-1, 2), min_size=b * model.length, max_size=b * model.length)
@@ -63,6 +61,45 @@ def by_token(p: Params, x: Tensor) -> Tensor:
 
 
 PARAMS: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (4,)}
+
+
+def unfolded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution of x [b, t, c] as a product at each position: [b, t, d]."""
+    around = F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1)  # [b, t, c, 3]
+    return F.linear(around.flatten(2), weight.flatten(1), bias)
+
+
+CHANNELS_FIRST: dict[str, Callable[[Params, Tensor], Tensor]] = {
+    "convolution": lambda p, x: F.conv1d(x.mT, p["w"], p["b"], padding=1).mT,
+    "product": lambda p, x: (p["w"].flatten(1) @ F.pad(x.mT, (1, 1)).unfold(2, 3, 1).mT.flatten(1, 2)).mT + p["b"],
+}
+
+
+@pytest.mark.parametrize(("name", "width", "length"), [("convolution", 4, 7), ("convolution", 5, 5), ("product", 4, 7)])
+def test_channels_may_come_before_positions(name: str, width: int, length: int) -> None:
+    params = {"w": normal(width, 3, 3), "b": normal(width), "g": normal(width), "v": normal(3, width)}
+    x, dot = normal(4, length, 3), fg.dot(like(params))
+
+    def losses(layer: Callable[[Params, Tensor], Tensor]) -> Any:
+        def mixing(p: Params, x: Tensor) -> Tensor:
+            h = F.group_norm(layer(p, x).mT, 1, p["g"], None).mT
+            return F.linear(torch.tanh(h), p["v"]).cumsum(1).square().sum((1, 2))
+
+        return mixing
+
+    found = fg.reduce(losses(CHANNELS_FIRST[name]))(params, x, fg.per_token(dot))
+    wanted = fg.reduce(losses(lambda p, x: unfolded(x, p["w"], p["b"])))(params, x, fg.per_token(dot))
+    assert_close(found, wanted, 1e-10)
+
+
+def test_uses_that_mix_positions_are_refused() -> None:
+    params, x = {"w": normal(5, 3), "v": normal(7, 5)}, normal(4, 7, 3)
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return (torch.tanh(x @ p["w"].mT).mT @ p["v"]).sin().sum((1, 2))  # [b, 7, 5], then [b, 5, 5]
+
+    with pytest.raises(fg.SampleAxisError, match="Leave the parameters that are used there out of params"):
+        fg.reduce(losses)(params, x, fg.per_token(fg.dot(like(params))))
 
 
 @pytest.mark.parametrize("sequence_first", [False, True])
@@ -233,7 +270,7 @@ def test_what_is_carried_to_a_position_belongs_to_it_and_what_is_not_is_refused(
     def decayed(p: Params, x: Tensor) -> Tensor:
         return torch.tanh(x @ p["w"]).sum((1, 2)) + p["w"].square().sum()
 
-    with pytest.raises(fg.SampleAxisError, match="other sites have 5 positions"):
+    with pytest.raises(fg.SampleAxisError, match=r"gives \[4\].* out of params"):
         fg.reduce(decayed)(params, x, fg.per_token(dot))
 
 
