@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from funcghost.algebra.pair_algebra import combine
+from funcghost.checking.checker import lowest_precision
+from funcghost.checking.mixing import evaluated, mixing
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
-from funcghost.problem import Losses
+from funcghost.problem import Losses, Problem
 from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.quadratic import squared_norm
-from funcghost.transforms.functions import apply, pairs_and_losses
+from funcghost.side_effects import undone_on_failure
+from funcghost.transforms.functions import apply
+from funcghost.transforms.steps import Transform, uncompiled
 from funcghost.trees import Tree, split_params
 
 Groups = Callable[[str], str]
@@ -51,7 +55,12 @@ def by_parameter(name: str) -> str:
 
 
 def clipped_gradient(
-    losses: Losses, *, groups: Groups = together, options: Options | None = None, plan: Plan | None = None
+    losses: Losses,
+    *,
+    groups: Groups = together,
+    allow_mixing: bool = False,
+    options: Options | None = None,
+    plan: Plan | None = None,
 ) -> Callable[[Tree, Tree, float | Mapping[str, float]], Clipped]:
     """The sum over samples of clipped gradients: `sum_i min(1, max_norm / |grad_i|) grad_i`, per group of parameters.
 
@@ -61,26 +70,28 @@ def clipped_gradient(
     Law: what is added up has norm at most `max_norm` for each sample and group; a gradient below it is left as it is,
     a zero one is zero. Norms are of all uses of a parameter together (tied, reused), over all parameters of the group.
 
-    Shapes: `grads` is a tree like params; `norms[group]`, `weights[group]` and `losses` are [b]. Of these, only the sum
-    of clipped gradients can be made private by noise.
+    Shapes: `grads` is a tree like params, dense also where autograd's gradient is sparse; `norms[group]`,
+    `weights[group]` and `losses` are [b]. Of these, only the sum of clipped gradients can be made private by noise.
 
     Units: a *sum*, of the gradients of the losses as they were returned: add those of micro-batches, add noise once,
     divide by the expected size of a batch. `max_norm` is in units of the losses per unit of the parameters.
 
     Cost: a forward and a backward without weight gradients, `fg.squared_norm`, and one product per use of a weight; no
-    second backward. Memory for the inputs and output gradients of all uses.
+    second backward. Memory for the inputs and output gradients of all uses. Once for each program that the losses run:
+    up to `2 log2(b)` forwards, to see whether they mix samples.
 
     Losses that mix samples (batch norm in training mode) are clipped by what each loss depends on, but one sample then
-    enters the losses of others: the sum is not private. `fg.check` says whether they do.
+    enters the losses of others: the sum is not private. Where this is seen it is an error, unless `allow_mixing`.
 
     Args:
         losses: as in `fg.grad_and_reduce`.
         groups: the group of each parameter, by its name: `together`, `by_layer`, `by_parameter`, or a function.
+        allow_mixing: clip the gradients of losses that mix samples, too. They are not looked at for that.
         options: as in `fg.grad_and_reduce`.
         plan: as in `fg.grad_and_reduce`.
 
     Raises:
-        InputError: (when used) `max_norm` is not a number above zero, or one for each group.
+        InputError: (when used) `max_norm` is not a number above zero, or one for each group; the losses mix samples.
         UnsupportedOpError: (when used) gradients in factored form are not to be had.
         MemoryBudgetError: (when used) as in `fg.squared_norm`.
 
@@ -97,12 +108,18 @@ def clipped_gradient(
     backward; McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models" (arXiv
     1710.06963), for per-layer clipping.
     """
-    kept = pairs_and_losses(losses, options=options, plan=plan)
+    transform, apart = Transform(losses, None, False, options, plan), set[int]()
 
     def step(params: Tree, batch: Tree, max_norm: float | Mapping[str, float]) -> Clipped:
         group_of = {name: groups(name) for name in split_params(params).names}
         limits = _limits(max_norm, list(dict.fromkeys(group_of.values())))
-        found, values = kept(params, batch)
+        problem = Problem(losses, split_params(params), batch)
+        with undone_on_failure(problem.devices(), () if apart or allow_mixing else None):
+            found, values = transform.pairs(params, batch)
+            used = transform.plans[0]
+            if not allow_mixing and used.digest not in apart:
+                _refuse_mixing(problem, used)
+                apart.add(used.digest)
         squares: dict[str, Tensor] = apply(per_param(squared_norm()), found, options=options)
         norms, weights = dict[str, Tensor](), dict[str, Tensor]()
         for group, limit in limits.items():
@@ -112,6 +129,22 @@ def clipped_gradient(
         return Clipped(grads, norms, weights, values)
 
     return step
+
+
+def _refuse_mixing(problem: Problem, plan: Plan) -> None:
+    """Raises an error if it can be seen that the losses mix samples."""
+    if problem.is_meta():
+        return
+    with uncompiled():
+        first = evaluated(problem)
+        _, eps = lowest_precision(plan, first.values.dtype, problem.devices())
+        mixes, why = mixing(problem, first, eps)
+    if mixes == "yes":
+        raise InputError(
+            f"clipped_gradient: the losses mix samples ({why}). One sample enters the losses of others, so the sum is "
+            "not private. Take what mixes them out of the losses (group norm in place of batch norm, or "
+            "model.eval()), or pass allow_mixing=True if no privacy is meant."
+        )
 
 
 def _limits(max_norm: float | Mapping[str, float], groups: list[str]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Weighted and clipped gradients against naive per-sample gradients, on random programs."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -65,7 +66,8 @@ def test_clipped_gradients_are_the_sum_of_clipped_gradients(
     if not several:
         limits = dict.fromkeys(limits, next(iter(limits.values())))
     given_limits: Any = limits if several else next(iter(limits.values()))
-    out = clipping.clipped_gradient(program.losses, groups=groups)(program.params, batch, given_limits)
+    step = clipping.clipped_gradient(program.losses, groups=groups, allow_mixing=True)
+    out = step(program.params, batch, given_limits)
     assert out.norms.keys() == out.weights.keys() == members.keys()
     weights = {group: (limits[group] / n).clamp(max=1) for group, n in own.items()}
     size = max([float(n.max()) for n in own.values() if len(n)], default=0.0)
@@ -91,6 +93,32 @@ def test_clipping_to_the_last_digit_with_tied_weights() -> None:
     scale = (limit / own).clamp(max=1)
     for name, wanted in weighted(truth, dict.fromkeys(params, scale)).items():
         assert_close(out.grads[name], wanted, 1e-11)
+
+
+def test_losses_that_mix_samples_are_clipped_only_if_that_is_meant() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
+    params, batch = dict(model.named_parameters()), torch.randn(6, 3, dtype=torch.float64)
+
+    def losses(p: Any, x: Any) -> Any:
+        return torch.func.functional_call(model, p, (x,)).square().sum(1)
+
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    state = torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(fg.InputError, match=r"not private.*model\.eval\(\).*allow_mixing=True"):
+            clipping.clipped_gradient(losses)(params, batch, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    step = clipping.clipped_gradient(losses)
+    for training in (False, True, False, True):
+        model.train(training)
+        with pytest.raises(fg.InputError, match="not private") if training else nullcontext():
+            step(params, batch, 1.0)
+    found = clipping.clipped_gradient(losses, allow_mixing=True)(params, batch, 0.1)
+    truth = per_sample_gradients(losses, params, batch)
+    own = norms(truth, params)
+    for name, wanted in weighted(truth, dict.fromkeys(params, (0.1 / own).clamp(max=1))).items():
+        assert_close(found.grads[name], wanted, 1e-10)
 
 
 def test_micro_batches_add_up() -> None:
