@@ -8,7 +8,7 @@ import torch
 
 from funcghost.algebra.directions import as_dense
 from funcghost.checking.compare import Column, Factored, Named, Truth, by_autograd, by_funcghost, direction, factored
-from funcghost.checking.judge import NOT_COMPARED, NOT_FINITE, Judge, blank_rows
+from funcghost.checking.judge import NOT_COMPARED, NOT_FINITE, OUT_OF_RANGE, Judge, blank_rows
 from funcghost.checking.mixing import evaluated, mixing, repeats
 from funcghost.checking.report import Report, Row
 from funcghost.engine.plans import Plan
@@ -247,7 +247,8 @@ def _complaints(rows: list[Row], same_losses: bool) -> list[str]:
     """What to do about the rows that are not ok."""
     off = [row for row in rows if not row["ok"] and row["note"] not in (NOT_FINITE, NOT_COMPARED)]
     wrong = [row["name"] for row in off if "dots" in row["note"] or "grads" in row["note"]]
-    factors = [row["name"] for row in off if row["name"] not in wrong]
+    beyond = [row["name"] for row in off if row["note"] == OUT_OF_RANGE]
+    factors = [row["name"] for row in off if row["name"] not in wrong + beyond]
     unknown = [row["name"] for row in rows if NOT_FINITE in row["note"] and row["kind"] == "parameter"]
     said = []
     if wrong:
@@ -262,6 +263,12 @@ def _complaints(rows: list[Row], same_losses: bool) -> list[str]:
             "of several uses of a parameter cancel, Options(inner_products='materialise') or float64 keeps more "
             "digits; otherwise leave these parameters out of params for reducers such as fg.squared_norm, and please "
             "report this with your model."
+        )
+    if beyond:
+        said.append(
+            f"Scores are right, but squares of gradients are out of the range of their dtype for {_listed(beyond)}: "
+            "they overflow or vanish, with autograd too. Multiply the losses by a constant, so that gradients are near "
+            "1 (scores grow with it, squared norms and Gram matrices with its square), or use float64."
         )
     if unknown:
         said.append(f"Gradients are not finite for {_listed(unknown)}. Check with a batch whose are.")

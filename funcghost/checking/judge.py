@@ -10,19 +10,21 @@ from torch import Tensor
 from funcghost.checking.compare import Named, Numbers, Truth, by_autograd, doubles, largest_entry
 from funcghost.checking.mixing import distances
 from funcghost.checking.report import Row
+from funcghost.dtypes import score_dtype
 from funcghost.engine.plans import Plan
 from funcghost.laws.draws import shaken
 from funcghost.problem import Problem
 
 NOT_FINITE = "gradient is not finite"
 NOT_COMPARED = "not compared"
+OUT_OF_RANGE = "norms out of range"
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
     """Errors of a column of numbers and what they are relative to; `spread` is what rounding does to the numbers.
 
-    What is not `known` is taken for right.
+    What is not `known` is taken for right. `held`: which numbers their dtype has the range for.
     """
 
     off: Tensor
@@ -30,12 +32,21 @@ class Measured:
     known: Tensor
     spread: Tensor | float
     tolerance: float
+    held: Tensor | bool = True
 
     @property
     def agrees(self) -> bool:
         """Whether every error is as small as it should be, or as rounding is."""
-        small = self.off <= self.tolerance * self.scale
-        return bool((small | (self.off <= self.spread) | ~self.known).all())
+        return not bool(self._wrong().any())
+
+    @property
+    def out_of_range(self) -> bool:
+        """Whether what does not agree are numbers alone that their dtype has no range for."""
+        wrong = self._wrong()
+        return bool(wrong.any()) and not bool((wrong & self.held).any())
+
+    def _wrong(self) -> Tensor:
+        return ~((self.off <= self.tolerance * self.scale) | (self.off <= self.spread) | ~self.known)
 
     @property
     def ratio(self) -> float | None:
@@ -72,7 +83,9 @@ class Judge:
             for name, column in columns.items():
                 if name in row:
                     row[name] = column.ratio
-            notes = [name for name, column in columns.items() if not column.agrees]
+            notes = [
+                OUT_OF_RANGE if column.out_of_range else name for name, column in columns.items() if not column.agrees
+            ]
             if not all(bool(columns[name].known.all()) for name in ("dots", "grads") if name in columns):
                 notes.append(NOT_FINITE)
             row["ok"] = not notes
@@ -106,18 +119,18 @@ class Judge:
         if found.factored is None:
             return rows
         ours, theirs, tolerance = found.factored, truth.factored, self.tolerance
+        kind = torch.finfo(score_dtype(self.problem.params))
         for k, row in enumerate(rows[: count + 1]):
             scale, others = sizes[:, k] + sizes[:, k].max() + floor, [other.factored.norms[:, k] for other in near]
-            row["norms"] = _measured(ours.norms[:, k], theirs.norms[:, k], scale, others, tolerance)
+            row["norms"] = _measured(ours.norms[:, k], theirs.norms[:, k], scale, others, tolerance, kind)
             others = [other.factored.along[:, k] for other in near]
             row["factors"] = _measured(ours.along[:, k], theirs.along[:, k], scales[:, k], others, tolerance)
         for k, row in enumerate(rows[count + 1 + rest :]):
             wanted = theirs.reduced[k]
             terms = torch.maximum(wanted.abs(), truth.task_sizes[k].abs()).nan_to_num(0, 0, 0)
             scale = terms + (terms.max() if len(terms) else 0)
-            row["norms"] = _measured(
-                ours.reduced[k], wanted, scale, [other.factored.reduced[k] for other in near], tolerance
-            )
+            others = [other.factored.reduced[k] for other in near]
+            row["norms"] = _measured(ours.reduced[k], wanted, scale, others, tolerance, kind)
         return rows
 
     def _score_scales(self, truth: Truth) -> Tensor:
@@ -140,9 +153,18 @@ class Judge:
             )
 
 
-def _measured(found: Tensor, wanted: Tensor, scale: Tensor, near: Sequence[Tensor], tolerance: float) -> Measured:
+def _measured(
+    found: Tensor,
+    wanted: Tensor,
+    scale: Tensor,
+    near: Sequence[Tensor],
+    tolerance: float,
+    kind: torch.finfo | None = None,
+) -> Measured:
+    """Of `kind` are numbers that are squares of what autograd gives: its range may be too narrow for them."""
     spread = 16 * torch.stack([(other - wanted).abs() for other in near]).amax(0) if near else 0.0
-    return Measured((found - wanted).abs(), scale, wanted.isfinite(), spread, tolerance)
+    held = kind is None or (wanted.abs() <= kind.max) & (found.abs().maximum(wanted.abs()) >= kind.tiny / kind.eps)
+    return Measured((found - wanted).abs(), scale, wanted.isfinite(), spread, tolerance, held)
 
 
 def nearby(leaves: Sequence[Tensor], eps: float, seed: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import funcghost as fg
 from funcghost.algebra import contractions as contract
 from funcghost.checking.checker import lowest_precision
+from funcghost.checking.judge import _measured
 from funcghost.ops.known import _KNOWN
 from funcghost.ops.products import Product
 from funcghost.options import Options
@@ -270,3 +271,31 @@ def test_directions_of_low_rank_are_checked_with_the_norms_of_their_bounds() -> 
     found = [(row["name"], row["dots"] is None) for row in report.rows if row["kind"] == "reducer"]
     names = [("reducer 0", False), ("reducer 1", False), ("reducer 0, norms", True), ("reducer 1, norms", True)]
     assert found == names
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_squares_out_of_range_are_said_to_be(factor: float) -> None:
+    params, x = {"w": torch.randn(3, 4), "b": torch.randn(4)}, torch.randn(5, 3)
+
+    def losses(p: Any, x: Any) -> Any:
+        return factor * torch.tanh(x @ p["w"] + p["b"]).square().sum(1)
+
+    report = fg.check(losses, params, x)
+    assert not report.ok
+    assert {row["note"] for row in report.rows} == {"norms out of range"}
+    [said] = report.failures
+    assert "Multiply the losses by a constant" in said
+    assert "report" not in said
+    fg.check(lambda p, x: losses(p, x) / factor, params, x).raise_if_failed()
+    fg.check(losses, {name: value.double() for name, value in params.items()}, x.double()).raise_if_failed()
+
+
+def test_a_norm_where_autograd_has_none_is_plainly_wrong() -> None:
+    def judged(found: float, wanted: float) -> bool:
+        ours, theirs, scale = (torch.tensor([value], dtype=torch.float64) for value in (found, wanted, 0.0))
+        return _measured(ours, theirs, scale, [], 1e-5, torch.finfo(torch.float32)).out_of_range
+
+    assert judged(float("inf"), 1e60)
+    assert judged(0.0, 1e-60)
+    assert not judged(1.0, 0.0)
+    assert not judged(float("inf"), 1e30)
