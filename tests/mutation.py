@@ -34,6 +34,7 @@ LOWRANK, PROJECTIONS, POSITIONS = (
 )
 UNSEEN = "tests/engine/test_unseen.py"
 HEAD, TRACKING = "tests/losses/test_functional.py", "tests/algebra/test_tracking.py"
+COMPILED = "tests/transforms/test_compiled.py"
 
 
 class Mutation(NamedTuple):
@@ -218,7 +219,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "other ops between sites": Mutation(
         "engine/capture.py",
-        "if self.digesting and self.digest.ops != self.plan.digest:",
+        "if self.digest.ops != self.plan.digest:",
         "if False:",
         (AWKWARD, "-k", "by_a_flag"),
     ),
@@ -426,6 +427,37 @@ MUTATIONS: dict[str, Mutation] = {
         "self._due(outcome.sizes not in checked.factored)",
         "self._due(not checked.factored)",
         (PAIRS, "-k", "verified_once"),
+    ),
+    # compiled steps
+    "what the losses read is not guarded": Mutation(
+        "transforms/reading.py",
+        'local["losses"].call_function(tx, [local["params"], local["batch"]], {})',
+        "pass",
+        (COMPILED, "-k", "vmapped_loss or mode_of"),
+    ),
+    "one graph for all steps": Mutation(
+        "transforms/compiling.py",
+        "return FunctionType(code,",
+        "return FunctionType(function.__code__,",
+        (COMPILED, "-k", "graphs_of_its_own"),
+    ),
+    "numbers of another call": Mutation(
+        "transforms/reading.py",
+        "not step.prepare(*whole)",
+        "False",
+        (COMPILED, "-k", "name_the_rows or one_size"),
+    ),
+    "a graph of any program": Mutation(
+        "engine/capture.py",
+        "if self.digest.ops != self.plan.digest:",
+        "if not self.traced and self.digest.ops != self.plan.digest:",
+        (COMPILED, "-k", "made_in_the_graph"),
+    ),
+    "samples that stay where they were": Mutation(
+        "planning/planner.py",
+        "if any_order and trace.result in followed.rows:",
+        "if False:",
+        (COMPILED, "-k", "any_order"),
     ),
     # inner products of factors
     "every row the same": Mutation(

@@ -21,6 +21,7 @@ from funcghost.engine.unseen import edge_of, kept, now, replayed, stretch_of, ta
 from funcghost.engine.walker import Visit, Walker, noted_slots
 from funcghost.errors import MismatchError, PlanError
 from funcghost.ops.call import Call, Outputs, outputs, physical, swap
+from funcghost.ops.composite import idle
 from funcghost.ops.digest import op_name
 from funcghost.ops.moves import Maps, Move
 from funcghost.ops.tangent import Pushforward, pushforward
@@ -74,8 +75,9 @@ class Capture(Walker[Carried]):
         positions: Positions | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(standins, digesting=standins is None)
+        super().__init__(standins)
         self.plan, self.probe, self.choose = plan, probe, choose
+        self.traced = standins is not None
         self.taps = Taps(probe, ledger, positions, dtype)
         self.params, self.given, self.directions = params, given, directions
         self.position = 0
@@ -106,12 +108,20 @@ class Capture(Walker[Carried]):
         op, leaves = visit.op, visit.leaves
         if self.moves and visit.move is not None:
             self._follow_move(visit)
+        if self.traced and (same := idle(op, visit.args, visit.kwargs)) is not None:
+            self.digest.add(op, leaves, visit.values, same)
+            return same
         tracked = noted_slots(visit.values)
         if not tracked or not torch.is_grad_enabled():
             return self.run(visit)
         index, site = self.position, self._peek(op, tracked)
         written = site.written if site else ()
         drawn = random_state([self.probe.device]) if site and site.random and site.action != "skip" else None
+        if drawn is not None and self.traced:
+            raise PlanError(
+                f"site {index}: {op_name(op)} draws random numbers, and its derivative needs the same again, which "
+                "a graph cannot draw twice. Hand them in with the batch, or leave the step uncompiled."
+            )
         before = leaves
         if written and site and site.action == "tap":
             before = [leaf.clone() if slot in written else leaf for slot, leaf in enumerate(leaves)]
@@ -153,11 +163,8 @@ class Capture(Walker[Carried]):
             raise MismatchError("samples were moved to other places than when the plan was made.")
 
     def finish(self) -> None:
-        """Checks that the losses came past every site of the plan, and ran the same ops between them.
-
-        A compiler may run other ops than eager mode where a model asks whether it is being compiled.
-        """
-        if self.digesting and self.digest.ops != self.plan.digest:
+        """Checks that the losses came past every site of the plan, and ran the same ops between them."""
+        if self.digest.ops != self.plan.digest:
             raise MismatchError("the losses ran other ops, or ops with other flags, than when the plan was made.")
         if self.position != len(self.plan.sites):
             raise MismatchError(f"the losses ended after {self.position} of {len(self.plan.sites)} sites of the plan.")
@@ -170,7 +177,7 @@ class Capture(Walker[Carried]):
         again = Capture(self.plan, (), (), self.probe, self.given, self.choose, self.standins)
         again.params, again.directions, again.ended = self.given.leaves, self.directions, True
         again.met, again.started, again.nodes = self.met, self.started, dict(self.nodes)
-        again.taps, again.collecting = self.taps, self.collecting
+        again.taps, again.collecting, again.traced = self.taps, self.collecting, self.traced
         again.position, again.moving, again.maps = self.position, self.moving, self.maps
         for known in self.values.known.values():
             if known.note is not None and (value := known.reference()) is not None:

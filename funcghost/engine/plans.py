@@ -137,8 +137,8 @@ class Plan:
         the sizes that the plan was verified for. As with any plan, a run that finds other ops than it says plans anew.
 
         A plan that was written by another version of funcghost or torch is read, but not trusted: it is verified once
-        in its first run. Tensors are not written: where the losses close over some, `torch.compile` needs a plan
-        that this process made; where they write to some (running statistics), the first run finds out to which.
+        in its first run. Tensors are not written: where the losses write to some (running statistics), the first run
+        finds out to which.
 
         Raises:
             PlanError: the text is not what `to_json` gives, was changed since, or has another format.

@@ -40,11 +40,11 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
     tensor that has got its history from something that the mode did not see.
     """
 
-    def __init__(self, standins: dict[int, Tensor] | None = None, digesting: bool = True) -> None:
+    def __init__(self, standins: dict[int, Tensor] | None = None) -> None:
         """Starts before the first op. `standins` take the place of other tensors, by id."""
         super().__init__()
         self.values: Values[Note] = Values()
-        self.digest, self.digesting = Digest(), digesting
+        self.digest = Digest()
         self.standins = dict(standins or {})
         self.moving = self.met = 0
         self.watching = False
@@ -99,8 +99,7 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
     def run(self, visit: Visit[Note]) -> Any:
         """What the op returns for its arguments."""
         returned = visit.op(*visit.args, **visit.kwargs)
-        if self.digesting:
-            self.digest.add(visit.op, visit.leaves, visit.values, returned)
+        self.digest.add(visit.op, visit.leaves, visit.values, returned)
         return returned
 
     def _look(self, leaves: Sequence[Any]) -> None:
@@ -117,8 +116,7 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
     def _give(self, returned: Any, watching: bool) -> None:
         """Numbers the tensors that an op gave, in the form in which the losses get them."""
         if isinstance(returned, Tensor):
-            if self.digesting:
-                self.digest.number(self.values.of(returned))
+            self.digest.number(self.values.of(returned))
             if watching and returned.requires_grad:
                 self.values.of(returned).version = returned._version
         elif isinstance(returned, tuple | list):

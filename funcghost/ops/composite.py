@@ -1,10 +1,14 @@
 """Ops that are programs of other ops: a mode is to see their parts, of which each has a form that is known."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcghost.control_flow import AS_PYTHON
@@ -33,3 +37,12 @@ def seen_by(mode: TorchFunctionMode) -> Iterator[None]:
         yield
     finally:
         TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+def idle(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """The input of a dropout that drops nothing, None of all else: it gives that itself, where a compiler copies it."""
+    if op is not F.dropout and op is not torch.dropout:
+        return None
+    given = dict(zip(("input", "p", "training" if op is F.dropout else "train"), args, strict=False)) | kwargs
+    drops = given.get("training", given.get("train", True)) is not False and given.get("p", 0.5) != 0
+    return None if drops else given["input"]

@@ -9,7 +9,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.overrides import resolve_name
 
 from funcghost.ops.values import Value
@@ -38,6 +38,7 @@ class Digest:
     """Two checksums of a run: of its ops, their flags and what goes into each, and of all sizes.
 
     Sizes may differ from the plan's. Numbers are flags in so far as they are zero: a term with weight zero is none.
+    While a compiler traces, sizes are symbols, which stand for those of the call that is traced.
     """
 
     def __init__(self) -> None:
@@ -59,16 +60,20 @@ class Digest:
                 flags.append(value.number or self.number(value))
             elif isinstance(leaf, bool):
                 flags.append(2 + leaf)
-            elif isinstance(leaf, int):
+            elif isinstance(leaf, int | SymInt):
                 sizes.append(leaf)
-            elif isinstance(leaf, float):
-                flags.append(leaf == 0)
+            elif isinstance(leaf, float | SymFloat):
+                flags.append(bool(leaf == 0))
             elif isinstance(leaf, str):
                 flags.append(_code(leaf))
             elif isinstance(leaf, slice):
-                sizes.extend(end for end in (leaf.start, leaf.stop, leaf.step) if type(end) is int)
+                sizes.extend(end for end in (leaf.start, leaf.stop, leaf.step) if isinstance(end, int | SymInt))
         # Hashes of tuples of numbers are the same in every process.
-        self.ops, self.sizes = hash(tuple(flags)), hash(tuple(sizes))
+        self.ops = hash(tuple(flags))
+        try:
+            self.sizes = hash(tuple(sizes))
+        except TypeError:  # symbols
+            self.sizes = hash(tuple(map(_of_this_call, sizes)))
 
     def number(self, value: Value[Any]) -> int:
         """Numbers a value, if it has no number yet: in the order in which they come."""
@@ -76,6 +81,13 @@ class Digest:
             self.count += 1
             value.number = self.count
         return value.number
+
+
+def _of_this_call(size: Any) -> Any:
+    """The numbers that symbols stand for in the call that is traced; None where that is not known yet."""
+    if isinstance(size, SymInt):
+        return size.node.hint if size.node.has_hint() else None
+    return tuple(map(_of_this_call, size)) if isinstance(size, tuple) else size
 
 
 def _holds_tensors(returned: Any) -> bool:

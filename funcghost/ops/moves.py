@@ -188,6 +188,12 @@ class Moved:
         return torch.stack(fine).all()
 
 
+def by_chance(moved: Moved) -> bool:
+    """Whether it may be these data alone that left the samples where a layout says they are."""
+    fixed = all(isinstance(where, Layout) for where in moved.inputs)
+    return fixed and any(isinstance(where, Layout) for where in moved.outputs)
+
+
 def number_rows(move: Move, inputs: Sequence[Where], maps: Maps, batch: int) -> list[Tensor]:
     """The sample numbers of what is in the slots of a call."""
     for where, slot in zip(inputs, move.slots, strict=True):
@@ -208,9 +214,20 @@ def along(numbers: Tensor, axis: int) -> Tensor:
 
 
 def resolve(
-    move: Move, call: int, name: str, inputs: Sequence[Where], used: Sequence[bool], maps: Maps, batch: int
+    move: Move,
+    call: int,
+    name: str,
+    inputs: Sequence[Where],
+    used: Sequence[bool],
+    maps: Maps,
+    batch: int,
+    *,
+    any_order: bool = False,
 ) -> Moved | None:
-    """Where the samples of a call's outputs are, given those of its inputs; None if this cannot be told."""
+    """Where the samples of a call's outputs are, given those of its inputs; None if this cannot be told.
+
+    In `any_order`: what has a layout may have it by chance, so that its rows are followed all the same.
+    """
     try:
         if not move.adds_entries():
             return None
@@ -221,7 +238,7 @@ def resolve(
         return None
     known: list[Where | Literal["unused"]] = []
     for number, (sources, wanted) in enumerate(zip(full, used, strict=True)):
-        where = _where(sources, call, number, batch) if wanted else None
+        where = _where(sources, call, number, batch, any_order) if wanted else None
         if wanted and where is None:
             return None
         known.append(where or "unused")
@@ -241,12 +258,12 @@ def resolve(
     return None
 
 
-def _where(sources: Sources, call: int, number: int, batch: int) -> Where | None:
+def _where(sources: Sources, call: int, number: int, batch: int, any_order: bool) -> Where | None:
     """The layout that the samples of an output have, or the axis in whose rows they are."""
     samples, some = sources.samples(), sources.number > 0
     if not bool(sources.pure()):
         return None
-    for layout in candidates(samples.shape, batch):
+    for layout in [] if any_order else candidates(samples.shape, batch):
         if bool(((samples == layout.numbers(samples.shape, batch, samples.device)) | ~some).all()):
             return layout
     for axis in range(samples.dim()):

@@ -28,8 +28,10 @@ from funcghost.side_effects import Changes
 log = logging.getLogger("funcghost")
 
 
-def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> Plan:
+def make_plan(problem: Problem, options: Options, *, exactly: bool = False, any_order: bool = False) -> Plan:
     """Plans the losses on this batch: `exactly` at the values that come, or at drawn ones if that can be done.
+
+    In `any_order`, the plan serves whatever order the data give to the rows that they move.
 
     Costs the FLOPs of about four training steps, and memory for the output gradients of every op at once. Random
     streams and tensors that the losses write to are put back.
@@ -49,28 +51,28 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False) -> P
             "plan: tensors on the meta device have no values to measure. Plan on a real device and pass the plan."
         )
     if exactly:
-        return _make_plan(problem, options, drawn=False)
+        return _make_plan(problem, options, drawn=False, any_order=any_order)
     try:
         with problem.at(without_zeros(problem.params.leaves)) as moved:
             try:
-                return _make_plan(moved, options, drawn=True)
+                return _make_plan(moved, options, drawn=True, any_order=any_order)
             except MismatchError as change:  # the losses have found that they must run otherwise
                 log.info("planning once more: %s", change)
-                return _make_plan(moved, options, drawn=True)
+                return _make_plan(moved, options, drawn=True, any_order=any_order)
     except (InputError, UnsupportedOpError):
         raise
     except (GhostError, RuntimeError, ValueError) as error:
         log.info("planning at the very values, since elsewhere: %s", error)
-        return _make_plan(problem, options, drawn=False)
+        return _make_plan(problem, options, drawn=False, any_order=any_order)
 
 
-def _make_plan(problem: Problem, options: Options, drawn: bool) -> Plan:
+def _make_plan(problem: Problem, options: Options, drawn: bool, any_order: bool) -> Plan:
     changes, carry_all = Changes(problem.devices()), options.route == "forward"
     try:
         trace, losses, gradients = _observe(problem, drawn, carry_all, changes)
     finally:
         changes.undo()
-    plan = _decide(problem, trace, losses, carry_all)
+    plan = _decide(problem, trace, losses, carry_all, any_order)
     plan = replace(plan, written=changes.written)
     if plan.batch:
         plan = rehearse(problem, plan, losses, gradients, options.verify != "never")
@@ -112,6 +114,8 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
         with trace:
             losses, _ = problem.evaluate(leaves)
         losses = trace.end(losses)
+        result = trace.values.noted(losses)
+        trace.result = None if result is None else result.number
         _refuse_reentrant_checkpoints(losses)
         if not losses.requires_grad:
             raise InputError(
@@ -136,11 +140,13 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
     return trace, losses.detach(), [gradient.to_dense() for gradient in gradients]
 
 
-def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool) -> Plan:
+def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool, any_order: bool) -> Plan:
     """The plan, without ways to `J V`, that follows from what was observed."""
     batch = len(losses)
     try:
-        followed = follow_moves(trace.records, trace.moves if batch > 1 else {}, batch)
+        followed = follow_moves(trace.records, trace.moves if batch > 1 else {}, batch, any_order=any_order)
+        if any_order and trace.result in followed.rows:
+            raise UnresolvedMoveError("what the losses are made of")
     except UnresolvedMoveError as op:
         log.info("%s moves samples by the values of data: tangents are carried to the losses.", op)
         followed, carry_all = Followed({}, ()), True

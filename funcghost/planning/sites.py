@@ -22,10 +22,13 @@ class Followed:
     moved: tuple[Moved, ...]
 
 
-def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int) -> Followed:
+def follow_moves(
+    records: Sequence[Record], noted: dict[int, Noted], batch: int, *, any_order: bool = False
+) -> Followed:
     """Follows the samples through ops that move them by data, in the order of the program.
 
-    Between such ops everything is as measured: what sample an entry belongs to depends on ops and shapes alone.
+    Between such ops everything is as measured: what sample an entry belongs to depends on ops and shapes alone. In
+    `any_order`, rows moved by data are not taken to stay in the order that these data give them.
 
     Raises:
         UnresolvedMoveError: for an op whose outputs cannot be followed.
@@ -51,7 +54,7 @@ def follow_moves(records: Sequence[Record], noted: dict[int, Noted], batch: int)
             places = {slot: place(value) for slot, value in record.inputs.items() if slot in note.move.slots}
             known = {slot: where for slot, where in places.items() if where is not None}
             if known and (ways or _moves_by_data(note, known, batch)):
-                moved.append(_resolved(record, note, known, maps, batch))
+                moved.append(_resolved(record, note, known, maps, batch, any_order and not ways))
                 for output, where in zip(record.outputs, moved[-1].outputs, strict=True):
                     if output.value is not None and isinstance(where, Rows):
                         rows[output.value] = where
@@ -69,12 +72,13 @@ def _moves_by_data(note: Noted, known: dict[int, Where], batch: int) -> bool:
     return note.by_data and note.move.of(slots).by_data(layouts, batch, note.by)
 
 
-def _resolved(record: Record, note: Noted, known: dict[int, Where], maps: Maps, batch: int) -> Moved:
+def _resolved(record: Record, note: Noted, known: dict[int, Where], maps: Maps, batch: int, any_order: bool) -> Moved:
     """Where the op's outputs are, held to what their gradients say."""
     assert record.move is not None
     move = note.move.of(tuple(slot for slot in note.move.slots if slot in known))
     used = [output.meter is not None and output.meter.base is not None for output in record.outputs]
-    found = resolve(move, record.move, record.op, [known[slot] for slot in move.slots], used, maps, batch)
+    places = [known[slot] for slot in move.slots]
+    found = resolve(move, record.move, record.op, places, used, maps, batch, any_order=any_order)
     if found is None or len(found.outputs) != len(record.outputs):
         raise UnresolvedMoveError(record.op)
     for output, place in zip(record.outputs, found.outputs, strict=True):

@@ -100,6 +100,7 @@ class Trace(Walker[Downstream]):
         self.roots: list[Any] = []
         self.moves: dict[int, Noted] = {}
         self.generic = Generic(clock) if drawn else None
+        self.result: int | None = None
 
     def visit(self, visit: Visit[Downstream]) -> Any:
         """Runs the op as it is and notes what went in and came out."""

@@ -76,8 +76,8 @@ def grad_and_reduce(
         options: see `Options`.
         plan: a plan from `fg.plan`; without one, the first call makes it (the FLOPs of three steps), and so
             does a later call that runs other ops. A call with sizes not seen before verifies it, until three sizes
-            were right, and then each time their number has doubled. Needed under
-            `torch.compile`, and on the meta device.
+            were right, and then each time their number has doubled. Needed on the meta device, and under
+            `torch.compile` where the batch is made inside what is compiled.
 
     Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
 
@@ -99,7 +99,8 @@ def grad_and_reduce(
     """
     if reduction not in ("mean", "sum"):
         raise InputError(f"grad_and_reduce: reduction must be 'mean' or 'sum', found {reduction!r}.")
-    return Transform(losses, reduction, has_aux, options, plan).step
+    transform = Transform(losses, reduction, has_aux, options, plan)
+    return transform.bound(Transform.step)
 
 
 def reduce(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[..., Tree]:
@@ -115,8 +116,8 @@ def reduce(losses: Losses, *, options: Options | None = None, plan: Plan | None 
         >>> score({"w": torch.zeros(2)}, torch.eye(2), fg.dot({"w": torch.tensor([3.0, 4.0])}))
         tensor([3., 4.])
     """
-    step = Transform(losses, None, False, options, plan).step
-    return lambda params, batch, reducers=None: step(params, batch, reducers).reduced
+    transform = Transform(losses, None, False, options, plan)
+    return transform.bound(Transform.score)
 
 
 def pairs(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[[Tree, Tree], Pairs]:

@@ -1,15 +1,16 @@
 """A loss with the plans made for it: a call runs along one that fits, and has one made where none does."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import optree
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_flatten
 
 from funcghost.algebra.cost import means_of
 from funcghost.algebra.pairs import Pairs
@@ -19,22 +20,25 @@ from funcghost.engine.positions import Positions
 from funcghost.engine.run import Outcome, run, run_plain
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
 from funcghost.laws.factored import verify_factors
+from funcghost.ops.moves import by_chance
 from funcghost.options import Options, check_options
 from funcghost.planning.planner import make_plan
 from funcghost.planning.ways import verify_plan
 from funcghost.problem import Losses, Problem, Reduction
 from funcghost.reducers.bases import split_reducers
 from funcghost.reducers.requests import Answer, Request, requested
-from funcghost.side_effects import undone_on_failure
+from funcghost.side_effects import undone_on_failure, untouched
+from funcghost.transforms.compiling import Given, Replacing, read_losses, with_code_of_its_own
 from funcghost.transforms.lifting import lifted
 from funcghost.trees import Tree, in_short, split_params
 
 log = logging.getLogger("funcghost")
 
+Standins = dict[int, Tensor]
+"""What takes the place of the tensors that the losses close over, by their id, while a compiler traces."""
+
 MOST_PLANS = 16
 """How many plans a transform keeps; each is a short list of names and numbers."""
-
-UNPLANNED = "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
 
 
 class Step(NamedTuple):
@@ -82,49 +86,81 @@ class Transform:
                 "Options.route='forward' has no backward to take a training gradient from; use it with fg.reduce."
             )
         self.plans = [] if plan is None else [plan]
-        self.captured = () if plan is None else plan.captured or ()
-        # The import of Dynamo takes as long as that of torch: only for what may be compiled.
-        self._traced = None if plan is None else torch._dynamo.nonstrict_trace(self._compiled)
+
+    def bound(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method as the function that a user gets: `torch.compile` keeps apart what it makes of each."""
+        bound: Callable[..., Any] = with_code_of_its_own(method).__get__(self)
+        return bound
 
     def step(self, params: Tree, batch: Tree, reducers: Tree = None) -> Step:
         """The function that `grad_and_reduce` returns."""
         if torch.compiler.is_compiling():
-            if self._traced is None:
-                raise PlanError(UNPLANNED)
-            grads, losses, reduced, aux = self._traced(params, batch, reducers, self.captured)
-            return Step(grads if self.reduction else None, losses, reduced, aux if self.has_aux else None)
+            return self._read(params, batch, reducers)
         with uncompiled():
-            return self._solve(params, batch, reducers, ())
+            return self._solve(params, batch, reducers, None)
 
-    def _compiled(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    def score(self, params: Tree, batch: Tree, reducers: Tree = None) -> Tree:
+        """The function that `reduce` returns."""
+        return self.step(params, batch, reducers).reduced
+
+    def _read(self, params: Tree, batch: Tree, reducers: Tree) -> Step:
+        """The step as Dynamo reads it."""
+        losses, given, captured, traced = self.losses, (), (), cast(Any, None)  # noqa: F841
+        leaves, spec = tree_flatten((params, batch, reducers))  # noqa: RUF059
+        torch._dynamo.comptime.comptime(read_losses)
+        grads, values, reduced, aux = traced(given, captured)
+        return Step(grads if self.reduction else None, values, reduced, aux if self.has_aux else None)
+
+    def prepare(self, params: Tree, batch: Tree, reducers: Tree) -> bool:
+        """Sees to it that the first of the plans is verified for these arguments, with nothing changed by that.
+
+        Says whether a graph may be for other sizes, too: if the plan was right for two.
+        """
+        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        request = requested(split_reducers(reducers)[0], problem.params)
+        if request.empty or problem.is_meta():
+            return True
+        with torch._guards.tracing(None), uncompiled(), untouched(problem.devices()):
+            self._planned(problem, request)
+            if any(map(by_chance, self.plans[0].moves)):
+                self._attempt(problem, request, make_plan(problem, self.options, any_order=True), new=True)
+        return self.options.verify == "never" or len(self.plans[0].sizes) > 1
+
+    def along_plan(self, given: Given, leaves: Sequence[Any], captured: Sequence[Tensor]) -> tuple[Any, ...]:
         """The step as a compiler traces it: what the losses close over comes in as arguments, tensors alone go out."""
+        standins = {id(own): value for own, value in zip(given.captured, captured, strict=True)}
         with torch.compiler.set_stance("force_eager"):
-            return tuple(() if value is None else value for value in self._solve(params, batch, reducers, captured))
+            params, batch, reducers = given.tree(leaves)
+            found = self._solve(params, batch, reducers, standins if torch.compiler.is_compiling() else None)
+            return tuple(() if value is None else value for value in found)
 
     def pairs(self, params: Tree, batch: Tree) -> tuple[Pairs, Tensor]:
         """The per-sample gradients in factored form, and the losses [b]."""
         problem = Problem(self.losses, split_params(params), batch, self.has_aux)
         with uncompiled():
-            outcome = self._outcome(problem, Request(keep=True), ())
+            outcome = self._outcome(problem, Request(keep=True), None)
         shapes = tuple(
             (name, tuple(leaf.shape), leaf.dtype)
             for name, leaf in zip(problem.params.names, problem.params.leaves, strict=True)
         )
         return Pairs(outcome.pairs, shapes, problem.params.spec), outcome.losses
 
-    def _solve(self, params: Tree, batch: Tree, reducers: Tree, captured: tuple[Tensor, ...]) -> Step:
+    def _solve(self, params: Tree, batch: Tree, reducers: Tree, standins: Standins | None) -> Step:
         problem = Problem(self.losses, split_params(params), batch, self.has_aux)
         wanted, spec = split_reducers(reducers)
         request = requested(wanted, problem.params)
-        outcome = self._outcome(problem, request, captured)
+        outcome = self._outcome(problem, request, standins)
         reduced = request.results(Answer(outcome.scores, outcome.parts, outcome.positions), problem.params)
         grads = problem.params.rebuild(outcome.gradients) if self.reduction else None
         return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
 
-    def _outcome(self, problem: Problem, request: Request, captured: tuple[Tensor, ...]) -> Outcome:
-        traced = captured or torch.compiler.is_compiling() or get_proxy_mode() is not None
+    def _outcome(self, problem: Problem, request: Request, standins: Standins | None) -> Outcome:
+        if request.empty and standins:
+            with Replacing(standins):
+                return run_plain(problem, self.reduction)
+        traced = standins is not None or torch.compiler.is_compiling() or get_proxy_mode() is not None
         if not request.empty and traced:
-            return self._along_the_plan(problem, request, captured)
+            return self._along_a_plan(problem, request, standins or {})
         if request.positions and torch._C._functorch.maybe_current_level() is not None:
             raise InputError("per_token and per_segment cannot be vmapped over directions: use fg.stack.")
         return lifted(
@@ -136,9 +172,7 @@ class Transform:
             linear=not (request.tasks or request.keep or request.positions),
         )
 
-    def _run(
-        self, problem: Problem, request: Request, plan: Plan, standins: dict[int, Tensor] | None = None
-    ) -> Outcome:
+    def _run(self, problem: Problem, request: Request, plan: Plan, standins: Standins | None = None) -> Outcome:
         ledger = None
         if request.tasks or request.keep:
             means = means_of(self.options, problem.params.leaves[0].device, plan.rates)
@@ -159,22 +193,29 @@ class Transform:
         kept = ledger.pairs(outcome.losses, problem.params.leaves) if request.keep else {}
         return replace(outcome, parts=ledger.results(outcome.losses, dtype), pairs=kept)
 
-    def _along_the_plan(self, problem: Problem, request: Request, captured: Sequence[Tensor]) -> Outcome:
-        """Runs along the plan that was passed, and only that, while a compiler traces."""
+    def _along_a_plan(self, problem: Problem, request: Request, standins: Standins) -> Outcome:
+        """Runs along a plan that was passed or prepared, and only that, while a compiler traces."""
         if torch._C._functorch.maybe_current_level() is not None:
             raise InputError("while a compiler traces, a step cannot run inside torch.func transforms: use fg.stack.")
         if not self.plans:
-            raise PlanError(UNPLANNED)
-        if torch.compiler.is_compiling() and self.plans[0].captured is None:
             raise PlanError(
-                "the plan was read from text, and the losses close over tensors, which a text does not hold and a "
-                "compiler needs: make plan = fg.plan(...) in this process, or hand those tensors in with the batch."
+                "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
             )
-        standins = {id(own): given for own, given in zip(self.captured, captured, strict=False)}
-        try:
-            return self._run(problem, request, self.plans[0], standins)
-        except MismatchError as error:
-            raise PlanError(f"the plan passed is not for these losses: {error} Make it with fg.plan(...).") from None
+        reasons = []
+        for plan in self.plans:
+            try:
+                outcome = self._run(problem, request, plan, standins)
+            except MismatchError as reason:
+                reasons.append(reason)
+                continue
+            new = outcome.sizes not in plan.sizes
+            if not len(outcome.losses) or not self._due(new or not plan.verified):
+                return outcome
+            reasons.append(MismatchError("it has not been verified for these sizes and numbers"))
+        raise PlanError(
+            f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...) for what is compiled, or "
+            "call the step once uncompiled with these arguments: it keeps what it planned and verified."
+        ) from None
 
     def _planned(self, problem: Problem, request: Request) -> Outcome:
         """Runs along the first plan that fits; plans anew where none does, and needs none where nothing is scored."""

@@ -31,30 +31,23 @@ def test_plan_of_another_model_is_replaced_in_eager_mode() -> None:
 
 
 @pytest.mark.parametrize("scoring_only", [False, True])
-def test_plan_of_another_model_under_compile(scoring_only: bool) -> None:
+@pytest.mark.parametrize("planned", [False, True])
+def test_compile_of_a_batch_that_is_made_in_the_graph(planned: bool, scoring_only: bool) -> None:
+    """Its values are not known while it is traced: so it takes a plan, and one for these very losses and sizes."""
+    torch._dynamo.reset()
     params, x = plan_params(), normal(4, 3)
     transform: Any = fg.reduce if scoring_only else fg.grad_and_reduce
-    step = torch.compile(transform(by_linear, plan=fg.plan(by_matmul, params, x)), fullgraph=True, backend="eager")
-    torch._dynamo.reset()
+    step = transform(by_linear, plan=fg.plan(by_matmul, params, x) if planned else None)
+    compiled = torch.compile(lambda x: step(params, 2 * x, fg.dot(params)), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception) as caught:  # noqa: PT011  (Dynamo wraps what is raised while it traces)
-        step(params, x, fg.dot(params))
+        compiled(x)
     own = [error for error in causes(caught.value) if isinstance(error, fg.GhostError)]
     assert isinstance(own[0], fg.PlanError)
-    assert re.search(says("found torch.nn.functional.linear.*the plan has torch.Tensor.T"), str(own[0]))
-    assert "fg.plan" in str(own[0])
-    torch._dynamo.reset()
-    remedied = torch.compile(transform(by_linear, plan=fg.plan(by_linear, params, x)), fullgraph=True, backend="eager")
-    out = remedied(params, x, fg.dot(params))
-    assert_scores(out if scoring_only else out.reduced, expected(by_linear, params, x, params))
-    torch._dynamo.reset()
-
-
-def test_compile_without_a_plan() -> None:
-    params, x = plan_params(), normal(4, 3)
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"PlanError.*plan = fg.plan\(...\), and pass plan=plan"):
-        torch.compile(fg.reduce(by_linear), fullgraph=True, backend="eager")(params, x, fg.dot(params))
-    torch._dynamo.reset()
+    says_why = "found torch.nn.functional.linear.*the plan has torch.Tensor.T" if planned else "plan = fg.plan(...)"
+    assert re.search(says(says_why), str(own[0]))
+    step(params, 2 * x, fg.dot(params))  # as the message says
+    out = compiled(x)
+    assert_scores(out if scoring_only else out.reduced, expected(by_linear, params, 2 * x, params))
 
 
 @pytest.mark.parametrize("planned", [False, True])
