@@ -34,7 +34,7 @@ LOWRANK, PROJECTIONS, POSITIONS = (
 )
 UNSEEN = "tests/engine/test_unseen.py"
 HEAD, TRACKING = "tests/losses/test_functional.py", "tests/algebra/test_tracking.py"
-COMPILED = "tests/transforms/test_compiled.py"
+COMPILED, WHOLE = "tests/transforms/test_compiled.py", "tests/transforms/test_whole.py"
 
 
 class Mutation(NamedTuple):
@@ -47,6 +47,22 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS: dict[str, Mutation] = {
+    # losses as one op
+    "a Function hides its second derivative": Mutation(
+        "transforms/whole.py", 'not any(hasattr(node, "_forward_cls") or', "not any(False and", (WHOLE,)
+    ),
+    "a backward that is not linear": Mutation(
+        "transforms/whole.py", "if due(sizes not in self.verified) and len(losses):", "if False:", (WHOLE,)
+    ),
+    "a zero times NaN": Mutation(
+        "transforms/whole.py", "if not all(bool(row.isfinite().all())", "if not all(True", (WHOLE,)
+    ),
+    "positions among the channels": Mutation(
+        "engine/positions.py", "2 if op in CHANNELS_FIRST else 1", "1", (POSITIONS,)
+    ),
+    "positions by the length of a few": Mutation(
+        "engine/positions.py", "return axes if 2 * others < len(axes) else None", "return axes", (POSITIONS,)
+    ),
     # layouts
     "folds swapped": Mutation("ops/layout.py", 'high = self.fold == "high"', 'high = self.fold != "high"', (LAYOUT,)),
     "one fold alone": Mutation("ops/layout.py", '= ("high", "low")', '= ("high", "high")', (LAYOUT,)),

@@ -50,6 +50,11 @@ class Ledger:
             if self.keep or self.others:
                 self.factors.setdefault(number, []).append(own)
 
+    def whole(self, number: int, gradients: Factor) -> None:
+        """The gradients of a parameter, of all its uses together."""
+        for tasks in (self.linear, self.others):
+            self._contribute(tasks, number, [gradients])
+
     def passed(self, shadows: Iterable[Shadow]) -> None:
         """A site has been passed, into which these values went."""
         for number in _numbers(shadows):

@@ -28,7 +28,7 @@ def causes(problem: Problem, precision: torch.dtype) -> str:
     with untouched(problem.devices()):
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
-        nodes = list(_nodes(losses))
+        nodes = list(graph_nodes(losses))
         weights = sample_weights(losses)
         once = [gradient.to_dense() for gradient in backward(losses, leaves, weights, keep_graph=True)]
         thrice = [gradient.to_dense() for gradient in backward(losses, leaves, 3 * weights)]
@@ -54,7 +54,8 @@ def causes(problem: Problem, precision: torch.dtype) -> str:
     return " ".join([*said, ANY if not said else "Or leave them out of params."])
 
 
-def _nodes(losses: Tensor) -> Iterator[Any]:
+def graph_nodes(losses: Tensor) -> Iterator[Any]:
+    """All nodes of the graph of autograd."""
     todo, seen = [losses.grad_fn], set[Any]()
     while todo:
         node = todo.pop()

@@ -75,8 +75,8 @@ def grad_and_reduce(
         has_aux: whether the losses return `(losses, aux)`.
         options: see `Options`.
         plan: a plan from `fg.plan`; without one, the first call makes it (the FLOPs of three steps), and so
-            does a later call that runs other ops. A call with sizes not seen before verifies it, until three sizes
-            were right, and then each time their number has doubled. Needed on the meta device, and under
+            does a later call that runs other ops. A call with sizes not seen before verifies it. Losses of very many
+            very small ops, such as a loop over positions, need none. Needed on the meta device, and under
             `torch.compile` where the batch is made inside what is compiled.
 
     Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.

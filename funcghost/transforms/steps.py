@@ -18,10 +18,10 @@ from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
 from funcghost.engine.positions import Positions
 from funcghost.engine.run import Outcome, run, run_plain
-from funcghost.errors import ConservationError, InputError, MismatchError, PlanError
+from funcghost.errors import ConservationError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.factored import verify_factors
 from funcghost.ops.moves import by_chance
-from funcghost.options import Options, check_options
+from funcghost.options import DEFAULT_BUDGET, Options, Rates, check_options
 from funcghost.planning.planner import make_plan
 from funcghost.planning.ways import verify_plan
 from funcghost.problem import Losses, Problem, Reduction
@@ -30,6 +30,7 @@ from funcghost.reducers.requests import Answer, Request, requested
 from funcghost.side_effects import undone_on_failure, untouched
 from funcghost.transforms.compiling import Given, Replacing, read_losses, with_code_of_its_own
 from funcghost.transforms.lifting import lifted
+from funcghost.transforms.whole import Whole
 from funcghost.trees import Tree, in_short, split_params
 
 log = logging.getLogger("funcghost")
@@ -86,6 +87,8 @@ class Transform:
                 "Options.route='forward' has no backward to take a training gradient from; use it with fg.reduce."
             )
         self.plans = [] if plan is None else [plan]
+        by_default = replace(self.options, verify="first", memory_budget=DEFAULT_BUDGET, rates=None) == Options()
+        self.whole = Whole() if plan is None and by_default else None
 
     def bound(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method as the function that a user gets: `torch.compile` keeps apart what it makes of each."""
@@ -164,7 +167,7 @@ class Transform:
         if request.positions and torch._C._functorch.maybe_current_level() is not None:
             raise InputError("per_token and per_segment cannot be vmapped over directions: use fg.stack.")
         return lifted(
-            lambda below, own: self._planned(
+            lambda below, own: self._solved(
                 below, request if own is request.directions else replace(request, directions=tuple(own))
             ),
             problem,
@@ -173,10 +176,7 @@ class Transform:
         )
 
     def _run(self, problem: Problem, request: Request, plan: Plan, standins: Standins | None = None) -> Outcome:
-        ledger = None
-        if request.tasks or request.keep:
-            means = means_of(self.options, problem.params.leaves[0].device, plan.rates)
-            ledger = Ledger(problem.params.names, [task.within(means) for task in request.tasks], keep=request.keep)
+        ledger = self._ledger(problem, request, plan.rates)
         outcome = run(
             problem,
             plan,
@@ -187,11 +187,19 @@ class Transform:
             positions=Positions(request.positions) if request.positions else None,
             dtype=self.options.compute_dtype,
         )
+        return self._with_results(outcome, ledger, problem)
+
+    def _ledger(self, problem: Problem, request: Request, rates: Rates | None) -> Ledger | None:
+        if not request.tasks and not request.keep:
+            return None
+        means = means_of(self.options, problem.params.leaves[0].device, rates)
+        return Ledger(problem.params.names, [task.within(means) for task in request.tasks], keep=request.keep)
+
+    def _with_results(self, outcome: Outcome, ledger: Ledger | None, problem: Problem) -> Outcome:
         if ledger is None:
             return outcome
-        dtype = outcome.scores.dtype
-        kept = ledger.pairs(outcome.losses, problem.params.leaves) if request.keep else {}
-        return replace(outcome, parts=ledger.results(outcome.losses, dtype), pairs=kept)
+        kept = ledger.pairs(outcome.losses, problem.params.leaves) if ledger.keep else {}
+        return replace(outcome, parts=ledger.results(outcome.losses, outcome.scores.dtype), pairs=kept)
 
     def _along_a_plan(self, problem: Problem, request: Request, standins: Standins) -> Outcome:
         """Runs along a plan that was passed or prepared, and only that, while a compiler traces."""
@@ -216,6 +224,24 @@ class Transform:
             f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...) for what is compiled, or "
             "call the step once uncompiled with these arguments: it keeps what it planned and verified."
         ) from None
+
+    def _solved(self, problem: Problem, request: Request) -> Outcome:
+        """As one op where the losses are many small ones, and no plan is needed; else along a plan."""
+        waits = request.tasks and problem.params.leaves[0].device.type != "cpu"
+        if self.whole is None or request.empty or request.keep or request.positions or waits:
+            return self._planned(problem, request)
+        ledger, budget = self._ledger(problem, request, None), self.options.memory_budget
+        try:
+            if not self.whole.pays(problem):
+                return self._planned(problem, request)
+            outcome = self.whole.run(problem, request.directions, self.reduction, ledger, budget, self._due)
+        except (UnsupportedOpError, ConservationError, MismatchError, RuntimeError) as error:
+            log.info("the losses are not taken as one op: %s", error)
+            outcome = self._planned(problem, request)
+            if not isinstance(error, MismatchError):
+                self.whole = None
+            return outcome
+        return self._with_results(outcome, ledger, problem)
 
     def _planned(self, problem: Problem, request: Request) -> Outcome:
         """Runs along the first plan that fits; plans anew where none does, and needs none where nothing is scored."""

@@ -1,0 +1,114 @@
+"""Losses that are many small ops, in plain steps: a loop over positions, and one over samples.
+
+Every round times each in turn, in CPU time of one thread; a new length is another one in every round.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import funcghost as fg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.common import positive, table, writable_file
+
+Params = dict[str, Tensor]
+AIMS = {"step": {"positions": 6.0, "samples": 4.0}, "new length": {"positions": 12.0, "samples": 12.0}}
+
+
+def over_positions(p: Params, x: Tensor) -> Tensor:
+    """A recurrent net, one position after the other."""
+    h = x.new_zeros(len(x), 16)
+    for t in range(x.shape[1]):
+        h = torch.tanh(x[:, t] @ p["w"] + h @ p["u"])
+    return h.square().sum(1)
+
+
+def over_samples(p: Params, xs: list[Tensor]) -> Tensor:
+    """Samples of their own lengths, one after the other."""
+    return torch.stack([torch.tanh(torch.tanh(x @ p["w"]).mean(0) @ p["u"]).square().sum() for x in xs])
+
+
+CASES: dict[str, tuple[Callable[[Params, Any], Tensor], Callable[[int], Any]]] = {
+    "positions": (over_positions, lambda k: torch.randn(8, 31 + k, 6)),
+    "samples": (over_samples, lambda k: [torch.randn(1 + (i + k) % 5, 6) for i in range(64 + k)]),
+}
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one case."""
+    losses, make = CASES[name]
+    params = {"w": torch.randn(6, 16) * 0.3, "u": torch.randn(16, 16) / 4}
+    batch, direction = make(0), {key: torch.randn_like(value) for key, value in params.items()}
+    step, norms = fg.grad_and_reduce(losses), fg.reduce(losses)
+
+    def differentiated() -> tuple[Tensor, list[Tensor]]:
+        leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
+        return losses(leaves, batch), list(leaves.values())
+
+    def plain() -> None:
+        values, leaves = differentiated()
+        torch.autograd.grad(values.mean(), leaves)
+
+    def naive() -> None:
+        values, leaves = differentiated()
+        for value in values:
+            torch.autograd.grad(value, leaves, retain_graph=True)
+
+    lengths = iter(range(1, rounds + 1))
+    routes: dict[str, Callable[[], Any]] = {
+        "plain": plain,
+        "step": lambda: step(params, batch, fg.dot(direction)),
+        "new length": lambda: step(params, make(next(lengths)), fg.dot(direction)),
+        "norms": lambda: norms(params, batch, fg.squared_norm()),
+        "a backward per sample": naive,
+    }
+    for what, route in routes.items():
+        if what != "new length":
+            route()
+    seconds: dict[str, list[float]] = {what: [] for what in routes}
+    for _ in range(rounds):
+        for what, route in routes.items():
+            start = time.process_time()
+            route()
+            seconds[what].append(time.process_time() - start)
+    return [
+        {
+            "case": name,
+            "what": what,
+            "ratio": median(own / base for own, base in zip(seconds[what], seconds["plain"], strict=True)),
+            "aim": AIMS.get(what, {}).get(name),
+        }
+        for what in routes
+        if what != "plain"
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measures, prints the table and gives what --out writes."""
+    parser = argparse.ArgumentParser(description="Times losses that are many small ops.")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--rounds", type=positive(int), help="default 41, with --quick 15")
+    parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; default 1")
+    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = [row for name in CASES for row in measure(name, args.rounds or (15 if args.quick else 41))]
+    cells = [(row["case"], row["what"], f"{row['ratio']:.2f}", str(row["aim"] or "")) for row in rows]
+    print(table([("a loop over", "", "x plain", "aim"), *cells]), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
