@@ -288,6 +288,37 @@ def test_a_second_pass_sees_what_the_first_saw() -> None:
     assert int(norms[0][2]) == 1
 
 
+@pytest.mark.parametrize("pairs_memory", [None, 1])
+def test_autocast_with_master_weights(pairs_memory: int | None) -> None:
+    _, losses, _ = small_gpt(layers=1)
+    params = {name: p.float().requires_grad_() for name, p in detached(gpt()[1]).items()}
+
+    def rounded(p: Params, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses(p, batch)
+
+    batch, validation, found = rows(5), rows(4), {}
+    for name, own in (("bfloat16", rounded), ("float32", losses)):
+        optimizer = torch.optim.SGD(params.values(), lr=0.05, momentum=0.9, weight_decay=0.1)
+        update, state = updates.of(optimizer, params)
+        step = in_run.along_path(own, update, rule="simpson", pairs_memory=pairs_memory)
+        found[name] = step(params, batch, state=state, validation=[validation])
+    out = found["bfloat16"]
+    assert {value.dtype for value in (*out.params.values(), *out.grads.values())} == {torch.float32}
+    assert_close(out.values, found["float32"].values, 0.03)
+    assert_close(total(out), found["float32"].change, 0.03)  # what the losses say is itself rounded
+    grads = torch.autograd.grad(rounded(params, batch).mean(), list(params.values()))
+    for gradient_of, wanted in zip(out.grads.values(), grads, strict=True):
+        assert_close(gradient_of, wanted, 0.02)
+    kept = [p.detach().clone().requires_grad_() for p in params.values()]
+    stepped = torch.optim.SGD(kept, lr=0.05, momentum=0.9, weight_decay=0.1)
+    for leaf, gradient_of in zip(kept, out.grads.values(), strict=True):
+        leaf.grad = gradient_of.clone()
+    stepped.step()
+    for leaf, moved in zip(kept, out.params.values(), strict=True):
+        torch.testing.assert_close(moved.detach(), leaf.detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_directions_of_low_rank_are_tracked() -> None:
     dense, params, state = accounts(rule="simpson")
     low, _, _ = accounts(rank=8, rule="simpson")
