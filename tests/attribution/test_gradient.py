@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -45,6 +45,7 @@ def test_laws() -> None:
     assert_reducer_laws(lambda params, samples: ManyDots(drawn(params, 2)), examples=5)
 
 
+@settings(max_examples=max(3, settings().max_examples // 3))
 @given(models(), st.integers(2, 3))
 def test_dot_on_drawn_models(model: Model, b: int) -> None:
     first, second, query = model.batch(b), model.batch(b), model.batch(2)

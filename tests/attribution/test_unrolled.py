@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 
 import funcghost as fg
@@ -127,6 +127,7 @@ def test_reductions_scalars_and_loops(reduction: Any, vectorised: bool) -> None:
     assert alone.initial["a"].shape == params["a"].shape
 
 
+@settings(max_examples=max(3, settings().max_examples // 3))
 @given(models())
 def test_drawn_models(model: Model) -> None:
     """Tied, reused, attended, convolved; with clipped gradients and a momentum."""
