@@ -15,8 +15,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from funcghost.control_flow import as_python
 from funcghost.dtypes import as_written
-from funcghost.errors import InputError, UnsupportedOpError
-from funcghost.trees import Params, Tree, tensors
+from funcghost.errors import InputError, MismatchError, UnsupportedOpError
+from funcghost.trees import Params, Tree, check_whole, tensors
 
 Losses = Callable[[Tree, Tree], Any]
 Reduction = Literal["mean", "sum"]
@@ -30,6 +30,36 @@ class Problem:
     params: Params
     batch: Tree
     has_aux: bool = False
+
+    def __post_init__(self) -> None:
+        """Every rank has all of what it differentiates."""
+        if not self.in_parts:
+            check_whole(self.params)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether ops are computed by several ranks together, on DTensors."""
+        return False
+
+    @property
+    def in_step(self) -> bool:
+        """Whether other ranks go through the same run, which therefore has to be gone through to its end."""
+        return False
+
+    def settle(self, unfit: MismatchError | None, sizes: int, count: int) -> None:
+        """Ends a forward of `count` samples, before its backward; `sizes` is the checksum of the sizes of its ops.
+
+        Raises:
+            MismatchError: the run does not fit the plan.
+        """
+        if unfit is not None:
+            raise unfit
+
+    def backward(
+        self, losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_graph: bool = False
+    ) -> list[Tensor]:
+        """The gradient of `<losses, cotangent>`, as `backward`."""
+        return backward(losses, wanted, cotangent, keep_graph)
 
     def devices(self) -> list[torch.device]:
         """The devices of the parameters and of the batch."""

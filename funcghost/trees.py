@@ -87,6 +87,35 @@ def split_params(tree: Tree) -> Params:
     return Params(names, tuple(leaves), spec)
 
 
+def is_distributed(leaf: Any) -> bool:
+    """Whether a tensor is a DTensor, which ranks have shares of; without the import of what can make one."""
+    return type(leaf) not in (Tensor, torch.nn.Parameter) and any(
+        kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed") for kind in type(leaf).__mro__
+    )
+
+
+def as_whole(value: Tensor) -> Tensor:
+    """All of a tensor, dense: of a DTensor what its ranks have together, which takes them a message."""
+    whole: Tensor = value.full_tensor() if is_distributed(value) else value.to_dense()  # type: ignore[attr-defined]
+    return whole
+
+
+def check_whole(params: Params) -> None:
+    """No parameter may lie on several ranks in parts.
+
+    Raises:
+        InputError: naming a parameter that does.
+    """
+    for name, leaf in zip(params.names, params.leaves, strict=True):
+        if is_distributed(leaf):
+            raise InputError(
+                f"params[{name!r}] is a DTensor, which lies on several ranks, and its gradient may be a part of a sum, "
+                "or the same on some of them. Of a model under fully_shard pass these very parameters to "
+                "funcghost.distributed.sharded, of one under parallelize_module, or of a function of your own, to "
+                "funcghost.distributed.tensor_parallel."
+            )
+
+
 def match_direction(direction: Tree, params: Params, what: str = "direction") -> list[Tensor]:
     """The leaves of a direction, checked against the parameters they belong to."""
     names, found_leaves, _ = named_leaves(direction)

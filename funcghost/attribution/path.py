@@ -11,7 +11,7 @@ weight decay did. Nothing is linear here but G in the samples; no second derivat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import optree
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from funcghost.algebra.compression import compress
 from funcghost.algebra.directions import as_dense, match_leaves, stack
 from funcghost.algebra.tracking import track
-from funcghost.attribution.passes import Passes
-from funcghost.attribution.validation import Lookout, Sets, Validation, check_sets
+from funcghost.attribution.passes import Passes, Taken
+from funcghost.attribution.validation import Batches, Lookout, Sets, Validation, check_sets
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
@@ -154,14 +154,14 @@ def along_path(
         if count is not None and (type(count) is not int or count < least):
             raise InputError(f"along_path: {name} must be a whole number of {least} or more, or None, found {count!r}.")
     known = isinstance(update, ByRules | Clipped | Scheduled | Plain)
-    settings = _Settings(rule, credit, tolerance, rank)
+    settings = Settings(rule, credit, tolerance, rank)
     lookout = Lookout(validation_losses or losses, rank, options)
     passes = Passes(losses, by or (lambda reducer: reducer), reduction, pairs_memory, options, plan)
-    return _Path(update if known else plain(update), settings, lookout, passes).step
+    return Path(update if known else plain(update), settings, lookout, passes).step
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """The arguments of `along_path`."""
 
     rule: Rule
@@ -170,10 +170,27 @@ class _Settings:
     rank: int | None
 
 
-class _Path:
+class Looks(Protocol):
+    """What takes losses and gradients of validation sets."""
+
+    def at(self, params: Params, sets: Sequence[Batches], previous: Validation | None) -> Validation:
+        """At these parameters; `previous` is from near them."""
+
+
+class Sees(Protocol):
+    """What sees a batch twice: for its gradient, and for the products of its samples once the step is known."""
+
+    def first(self, params: Params, batch: Tree) -> Taken:
+        """The training gradient, and what is left to be known of the batch."""
+
+    def second(self, params: Params, taken: Taken, along: Tree) -> Tree:
+        """The products of all samples with the direction, in units of the training gradient."""
+
+
+class Path:
     """The step of `along_path`; what it keeps between calls are plans, and that the update was seen to repeat."""
 
-    def __init__(self, update: Any, settings: _Settings, lookout: Lookout, passes: Passes) -> None:
+    def __init__(self, update: Any, settings: Settings, lookout: Looks, passes: Sees) -> None:
         self.update, self.settings, self.lookout, self.passes = update, settings, lookout, passes
         self.repeats = not isinstance(update, Plain)
 

@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 
 from funcghost.errors import InputError
 from funcghost.trees import Params
@@ -20,6 +20,15 @@ Group = distributed.ProcessGroup | None
 def several(group: Group) -> bool:
     """Whether there is anyone to talk to."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
+
+
+def told_by_all(own: Any, group: Group) -> list[Any]:
+    """What every rank says, by rank: a small value, for which host and device wait."""
+    if not several(group):
+        return [own]
+    told = [own] * distributed.get_world_size(group)
+    distributed.all_gather_object(told, own, group=group)
+    return told
 
 
 def summed_over_ranks(values: Sequence[Tensor], group: Group = None, bucket: int = BUCKET) -> list[Tensor]:
@@ -56,20 +65,6 @@ def _buckets(values: Sequence[Tensor], size: int) -> list[list[int]]:
         members.append(index)
         held[value.dtype] += value.nbytes
     return done + [members for members in filling.values() if members]
-
-
-def check_whole(params: Params) -> None:
-    """No parameter may lie on several ranks in parts.
-
-    Raises:
-        InputError: naming a parameter that is sharded.
-    """
-    for name, leaf in zip(params.names, params.leaves, strict=True):
-        if isinstance(leaf, DTensor):
-            raise InputError(
-                f"params[{name!r}] is a DTensor, which lies on several ranks. Data parallel steps take parameters that "
-                "every rank has as a whole: score before fully_shard or parallelize_module, or on leaf.full_tensor()."
-            )
 
 
 def check_replicated(params: Params, group: Group = None) -> None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from funcghost.attribution.validation import summed_gradient
-from funcghost.distributed.collectives import Group, check_replicated, check_whole, several, summed_over_ranks
+from funcghost.distributed.collectives import Group, check_replicated, several, summed_over_ranks
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses, Reduction
 from funcghost.transforms import functions
 from funcghost.transforms.steps import Step
-from funcghost.trees import Params, Tree, named_leaves, split_params
+from funcghost.trees import Params, Tree, check_whole, named_leaves, split_params
 
 
 def grad_and_reduce(

@@ -16,7 +16,7 @@ from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan, Site
 from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow, followed, of_parameters
-from funcghost.engine.tap import Planned, Taps, placed
+from funcghost.engine.tap import Planned, Taps, placed, there
 from funcghost.engine.unseen import edge_of, kept, now, replayed, stretch_of, tap_stretch, walk
 from funcghost.engine.walker import Visit, Walker, noted_slots
 from funcghost.errors import MismatchError, PlanError
@@ -58,6 +58,7 @@ class Capture(Walker[Carried]):
         ledger: what collects factors of per-sample gradients, if something is made of these.
         positions: what adds up scores by position, if any are wanted.
         dtype: what products are computed in for scores, if not in the dtype of their operands.
+        to_the_end: whether a run that does not fit the plan goes on all the same, since other ranks go with it.
     """
 
     sees_parts = True
@@ -74,14 +75,17 @@ class Capture(Walker[Carried]):
         ledger: Ledger | None = None,
         positions: Positions | None = None,
         dtype: torch.dtype | None = None,
+        to_the_end: bool = False,
     ) -> None:
         super().__init__(standins)
         self.plan, self.probe, self.choose = plan, probe, choose
         self.traced = standins is not None
-        self.taps = Taps(probe, ledger, positions, dtype)
+        self.taps = Taps(probe, ledger, positions, dtype, may_be_freed=to_the_end)
         self.params, self.given, self.directions = params, given, directions
         self.position = 0
         self.ended = False
+        self.to_the_end = to_the_end
+        self.unfit: MismatchError | None = None
         self.moves = {moved.call: moved for moved in plan.moves}
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
@@ -105,6 +109,17 @@ class Capture(Walker[Carried]):
 
     def visit(self, visit: Visit[Carried]) -> Any:
         """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
+        if self.unfit is not None:
+            return self.run(visit)
+        if not self.to_the_end:
+            return self._visit(visit)
+        try:
+            return self._visit(visit)
+        except MismatchError as error:
+            self.unfit = error
+            return self.run(visit)
+
+    def _visit(self, visit: Visit[Carried]) -> Any:
         op, leaves = visit.op, visit.leaves
         if self.moves and visit.move is not None:
             self._follow_move(visit)
@@ -162,8 +177,15 @@ class Capture(Walker[Carried]):
         elif not fine:
             raise MismatchError("samples were moved to other places than when the plan was made.")
 
-    def finish(self) -> None:
-        """Checks that the losses came past every site of the plan, and ran the same ops between them."""
+    def finish(self, losses: Tensor) -> Tensor:
+        """Checks that the losses came past every site of the plan, and ran the same ops between them; gives these."""
+        if self.unfit is not None:
+            raise self.unfit
+        if losses.shape[0] != len(self.probe):
+            raise MismatchError(
+                f"the losses are of {losses.shape[0]} samples where the plan expects {len(self.probe)} from the batch."
+            )
+        losses = self.end(losses)
         if self.digest.ops != self.plan.digest:
             raise MismatchError("the losses ran other ops, or ops with other flags, than when the plan was made.")
         if self.position != len(self.plan.sites):
@@ -171,6 +193,7 @@ class Capture(Walker[Carried]):
         self.ended = True
         self.nodes.clear()
         self.stood_for.clear()
+        return losses
 
     def resumed(self) -> "Capture":
         """The mode for running a part again from here, on the user's own parameters."""
@@ -235,8 +258,9 @@ class Capture(Walker[Carried]):
         shadows: Sequence[Shadow | None] = [None] * len(site.layouts)
         if sources:
             # A checkpointed region has a graph that runs it again, and counts what is kept: ours is beside it.
-            again = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-            with replaying(drawn), saved_tensors_hooks(_as_it_is, _as_it_is) if again else nullcontext():
+            # And what it keeps may be freed before it is asked for, where other ranks have a share of it.
+            again = self.to_the_end or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            with replaying(drawn), saved_tensors_hooks(_as_it_is, there) if again else nullcontext():
                 shadows = followed(call, () if again else found, sources, site.way)
         return [
             None
@@ -249,13 +273,19 @@ class Capture(Walker[Carried]):
         """Carries tangents along the stretch of graph between known tensors and one that no op was seen to give."""
         index = self.position
         site = self.plan.sites[index] if index < len(self.plan.sites) else None
-        if site is None or site.unseen != number:
+        if site is None or site.unseen != number or self.unfit is not None:
             return
         walked = walk(tensor, self.known_at, self.started)
         self.position += 1
         stretch, known = stretch_of(tensor, walked), [end.known for end in walked.ends.values()]
         if site.action == "tap":
-            where = placed(index, site, tensor, site.layouts[0], self.maps, len(self.probe))
+            try:
+                where = placed(index, site, tensor, site.layouts[0], self.maps, len(self.probe))
+            except MismatchError as error:
+                if not self.to_the_end:
+                    raise
+                self.unfit = error
+                return
             tangents, shadows = [carried.tangents for carried in known], [carried.shadow for carried in known]
             behind = tap_stretch(self.taps, (index, site.op), stretch, where, tangents, shadows, lambda: self.ended)
             own = self.values.of(behind)

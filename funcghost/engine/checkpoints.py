@@ -4,9 +4,14 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from torch import Tensor
+
 
 class Resumable(Protocol):
     """A mode that can be active again where a part of what it saw is run again."""
+
+    def renamed(self, old: Tensor, new: Tensor) -> None:
+        """Another tensor is the same value."""
 
     def resumed(self) -> AbstractContextManager[Any]:
         """The mode as it is now, for a part that is run again."""

@@ -29,6 +29,7 @@ from funcghost.ops.layout import Layout, Placed
 from funcghost.ops.products import Description
 from funcghost.ops.tangent import Pushforward, Way, pushforward
 from funcghost.ops.uses import find_uses
+from funcghost.trees import as_whole, is_distributed
 
 Tangents = tuple[Leaf | None, ...]
 """One tangent per direction, None for zero; that of a parameter may be low-rank."""
@@ -71,6 +72,7 @@ class Tapped:
     `tangents`: the directions that come in, by tracked slot.
     `targets`: the shadows of what is in each slot, if factors go to the ledger.
     `levels`: the vmapped axes of the tensors that are kept, the outermost first.
+    `may_be_freed`: whether these may be freed, and come back, before the backward.
     """
 
     site: tuple[int, str]
@@ -86,6 +88,7 @@ class Tapped:
     positions: Positions | None
     dtype: torch.dtype | None
     levels: tuple[Level, ...] = ()
+    may_be_freed: bool = False
 
     def contribution(self, kept: Sequence[Tensor], gradients: Sequence[Tensor | None], probe: Tensor) -> Tensor | None:
         """The scores [b, k] of all terms together; None for zero."""
@@ -221,6 +224,8 @@ class ByFactors:
 
 def _rounded(leaf: Leaf, dtype: torch.dtype | None) -> Leaf:
     to = in_dtype(dtype)
+    if not isinstance(leaf, LowRank) and is_distributed(leaf):
+        leaf = as_whole(leaf)
     return replace(leaf, rows=to(leaf.rows), cols=to(leaf.cols)) if isinstance(leaf, LowRank) else to(leaf)
 
 

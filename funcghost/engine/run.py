@@ -15,7 +15,7 @@ from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
 from funcghost.engine.positions import Positions
 from funcghost.errors import MismatchError
-from funcghost.problem import Problem, Reduction, backward, cotangents, detached
+from funcghost.problem import Problem, Reduction, cotangents, detached
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +65,21 @@ def run(
     if batch == 0:
         return _run_empty(problem, len(directions), reduction)
     leaves = problem.leaves()
-    probe = leaves[0].new_zeros((batch, len(directions)), dtype=score_dtype(problem.params)).requires_grad_()
-    capture = Capture(plan, leaves, directions, probe, problem.params, choose, standins, ledger, positions, dtype)
+    shape, dtype_of_scores = (batch, len(directions)), score_dtype(problem.params)
+    probe = torch.zeros(shape, dtype=dtype_of_scores, device=leaves[0].device, requires_grad=True)
+    capture = Capture(
+        plan, leaves, directions, probe, problem.params, choose, standins, ledger, positions, dtype, problem.in_step
+    )
     with capture:
         losses, aux = problem.evaluate(leaves)
-    if losses.shape[0] != batch:
-        raise MismatchError(
-            f"the losses are of {losses.shape[0]} samples where the plan expects {batch} from the batch."
-        )
-    losses = capture.end(losses)
-    capture.finish()
+    unfit: MismatchError | None = None
+    try:
+        losses = capture.finish(losses)
+        if problem.in_step:
+            capture.check_moves(at_once=True)
+    except MismatchError as error:
+        unfit = error
+    problem.settle(unfit, capture.digest.sizes, losses.shape[0])
     if positions is not None:
         positions.settle()
     carried = capture.carried_to(losses)
@@ -83,8 +88,8 @@ def run(
         ledger.expect([tail])
     wanted = [probe] if reduction is None else [probe, *leaves]
     cotangent = cotangents(losses, reduction or "sum")
-    scores, *gradients = backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
-    if not problem.is_meta():
+    scores, *gradients = problem.backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
+    if not problem.is_meta() and not problem.in_step:
         capture.check_moves(at_once=standins is None)
     if directions:
         scores = scores / cotangent.to(scores.dtype).unsqueeze(1)
@@ -99,17 +104,21 @@ def run(
     return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, by_position)
 
 
-def run_plain(problem: Problem, reduction: Reduction | None) -> Outcome:
-    """The losses, and with a `reduction` the training gradient: nothing is scored."""
+def run_plain(problem: Problem, reduction: Reduction | None, expected: int | None = None) -> Outcome:
+    """The losses, of as many samples as `expected`, and with a `reduction` the training gradient: nothing is scored."""
     leaves = problem.leaves()
     losses, aux = problem.evaluate(leaves)
-    gradients = [] if reduction is None else backward(losses, leaves, cotangents(losses, reduction))
+    unfit: MismatchError | None = None
+    if expected is not None and losses.shape[0] != expected:
+        unfit = MismatchError(f"the losses are of {losses.shape[0]} samples where the plan expects {expected}.")
+    problem.settle(unfit, 0, losses.shape[0])
+    gradients = list[Tensor]()
+    if reduction is not None or problem.in_step:
+        gradients = problem.backward(losses, leaves, cotangents(losses, reduction or "sum"))
     return Outcome(losses.new_zeros((losses.shape[0], 0)), gradients, losses.detach(), detached(aux))
 
 
 def _run_empty(problem: Problem, columns: int, reduction: Reduction | None) -> Outcome:
     """A batch without samples has no sites worth a look, and no scores."""
-    outcome = run_plain(problem, reduction)
-    if outcome.losses.shape[0]:
-        raise MismatchError(f"the losses are of {outcome.losses.shape[0]} samples where the plan expects none.")
+    outcome = run_plain(problem, reduction, expected=0)
     return replace(outcome, scores=outcome.losses.new_zeros((0, columns), dtype=score_dtype(problem.params)))

@@ -17,6 +17,7 @@ from funcghost.algebra.factors import Dense, Factor, Form, Outer, dense
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.call import Call, Outputs, physical
 from funcghost.ops.tangent import Way
+from funcghost.trees import as_whole
 
 Pulled = list[tuple[int, Factor]]
 """Factors of the gradients of parameters, each with the number of its parameter."""
@@ -71,7 +72,7 @@ class Computed:
         for cotangent in cotangents.unbind(0):
             found = torch.autograd.grad(self.edge, inputs, cotangent, retain_graph=True, allow_unused=True)
             for row, gradient, leaf in zip(rows, found, inputs, strict=True):
-                row.append(torch.zeros_like(leaf, requires_grad=False) if gradient is None else gradient.to_dense())
+                row.append(torch.zeros_like(leaf, requires_grad=False) if gradient is None else as_whole(gradient))
         return [(number, Dense(torch.stack(row))) for number, row in zip(self.leaves, rows, strict=True)]
 
 

@@ -20,12 +20,13 @@ from funcghost.engine.positions import Positions
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.ops.apart import Level, Where
-from funcghost.ops.call import Call, Outputs, alias
+from funcghost.ops.call import Call, Outputs, alias, physical
 from funcghost.ops.known import description
 from funcghost.ops.layout import Layout, Placed, Rows
 from funcghost.ops.moves import Maps
 from funcghost.ops.tangent import Pushforward
 from funcghost.side_effects import RandomState, replaying
+from funcghost.trees import as_whole, is_distributed
 
 
 class Planned(NamedTuple):
@@ -57,12 +58,14 @@ class Taps:
     `ledger`: what factors go to, if any are wanted.
     `positions`: what scores by position go to, if any are wanted.
     `dtype`: what products for scores are computed in, if not in the dtype of their operands.
+    `may_be_freed`: whether what is kept may be freed, and come back, before the backward.
     """
 
     probe: Tensor
     ledger: Ledger | None
     positions: Positions | None
     dtype: torch.dtype | None
+    may_be_freed: bool = False
 
     def put(
         self, planned: Planned, maps: Maps, push: Callable[[int, Call, Site], Pushforward], ready: Callable[[], bool]
@@ -117,6 +120,7 @@ class Taps:
             ledger=self.ledger,
             positions=self.positions,
             dtype=self.dtype,
+            may_be_freed=self.may_be_freed,
         )
         replaced = behind(self.probe, tapped, values, [tensor for own in kept for tensor in own])
         return {id(value): tapped_value for value, tapped_value in zip(values, replaced, strict=True)}
@@ -174,6 +178,13 @@ class EagerTap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """The score for the probe, and the gradients passed on."""
         probe, *saved = ctx.saved_tensors
+        if ctx.tapped.may_be_freed:
+            saved = [there(value) for value in saved]
+        # What ranks have together is computed with as a whole, on each of them: every sum is then that of one process.
+        if any(map(is_distributed, (*saved, *gradients))):
+            saved = [_whole(value) for value in saved]
+            given = [None if g is None else _whole(g) for g in gradients]
+            return (ctx.tapped.contribution(saved, given, probe), None, None, *gradients)
         return (ctx.tapped.contribution(saved, gradients, probe), None, None, *gradients)
 
     @staticmethod
@@ -190,6 +201,27 @@ def behind(probe: Tensor, tapped: Tapped, outputs: Sequence[Tensor], saved: Sequ
     else:
         found = Tap.apply(probe, tapped, len(outputs), *outputs, *saved)
     return found
+
+
+def _whole(value: Tensor) -> Tensor:
+    return as_whole(value) if is_distributed(value) else value
+
+
+def there(value: Tensor) -> Tensor:
+    """The tensor itself, whose memory has not been freed: to read it all the same would end the process.
+
+    Raises:
+        UnsupportedOpError: it has been, as `fully_shard` does with parameters.
+    """
+    local = value.to_local() if is_distributed(value) else value  # type: ignore[attr-defined]
+    if local.numel() and value.layout is torch.strided and not physical(local).untyped_storage().nbytes():
+        raise UnsupportedOpError(
+            f"a tensor {tuple(value.shape)} that per-sample gradients are computed from was freed before they were: "
+            "fully_shard keeps a parameter only while the layers of its group run, and here it is used, or what was "
+            "computed from it, across groups. Put the modules into one group, fully_shard([one, other]), or use fg.dot "
+            "alone; or score the model before fully_shard."
+        )
+    return value
 
 
 def placed(number: int, site: Site, value: Tensor, layout: OutputLayout, maps: Maps, batch: int) -> Where:

@@ -9,7 +9,7 @@ import optree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcghost.engine.unseen import Edge
+from funcghost.engine.unseen import Edge, edge_of
 from funcghost.ops.call import flatten_call, physical
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest
@@ -82,6 +82,13 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
         if self.watching:
             self._look([losses])
         return self.standins.get(id(losses), losses)
+
+    def renamed(self, old: Tensor, new: Tensor) -> None:
+        """Takes another tensor for one that went into no op: the same value, which something else has its eye on."""
+        self.values.rename(old, new)
+        own = self.values.noted(new)
+        if own is not None and self.watching and new.requires_grad:
+            self.nodes[edge_of(new)] = own
 
     def known_at(self, edge: Edge) -> Note | None:
         """What is noted of the tensor at an edge of the graph: of a leaf, or as the subclass keeps it in `nodes`."""

@@ -10,6 +10,7 @@ from funcghost.dtypes import wide
 from funcghost.laws.draws import TOLERANCE, sample_weights
 from funcghost.problem import Problem, backward
 from funcghost.side_effects import untouched
+from funcghost.trees import as_whole
 
 ANY = (
     "They are used where neither a torch function mode nor the graph of autograd shows how (inside a custom autograd "
@@ -30,8 +31,8 @@ def causes(problem: Problem, precision: torch.dtype) -> str:
         losses, _ = problem.evaluate(leaves)
         nodes = list(graph_nodes(losses))
         weights = sample_weights(losses)
-        once = [gradient.to_dense() for gradient in backward(losses, leaves, weights, keep_graph=True)]
-        thrice = [gradient.to_dense() for gradient in backward(losses, leaves, 3 * weights)]
+        once = [as_whole(gradient) for gradient in backward(losses, leaves, weights, keep_graph=True)]
+        thrice = [as_whole(gradient) for gradient in backward(losses, leaves, 3 * weights)]
     if not all(_is_multiple(a, b, TOLERANCE[precision]) for a, b in zip(once, thrice, strict=True)):
         return (
             "The backward of the losses is not linear: three times the cotangent does not give three times the "

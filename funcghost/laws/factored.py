@@ -25,6 +25,7 @@ from funcghost.problem import Problem, backward
 from funcghost.reducers.bases import Additive
 from funcghost.reducers.by_parameter import PerParamAdditive
 from funcghost.side_effects import untouched
+from funcghost.trees import as_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
         weights = sample_weights(losses)
-        gradients = [gradient.to_dense() for gradient in backward(losses, leaves, weights)]
+        gradients = [as_whole(gradient) for gradient in backward(losses, leaves, weights)]
     seen = witness(losses, weights, gradients, plan.precision)
     groups = together(plan, names)
     directions = [[v if i in group else None for i, v in enumerate(seen.direction)] for group in groups]

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from funcghost.errors import InputError
 from funcghost.problem import Losses
-from funcghost.trees import Tree
+from funcghost.trees import Tree, is_distributed
 
 
 def module_losses(
@@ -20,10 +20,12 @@ def module_losses(
     Calls `model(**batch)` for a mapping, `model(*batch)` for a tuple or list, otherwise `model(batch)`. With `inputs`,
     the model is called on `inputs(batch)` instead, in the same way: `inputs=lambda batch: batch[0]` for the pairs
     `(x, y)` of a loader, of which the criterion takes `batch[1]`. The criterion gives [b]. Parameters of the model that
-    are not in `params` stay as they are in the model, and so do its buffers and its training mode.
+    are not in `params` stay as they are in the model, and so do its buffers and its training mode. A model
+    whose parameters are DTensors is called as it is, on its own parameters alone.
 
     Raises:
-        InputError: (when used) params are no dict of names, or the model does not take what it is called with.
+        InputError: (when used) params are no dict of names, or are not a sharded model's own, or the model does not
+            take what it is called with.
 
     Example:
         >>> import funcghost as fg, torch
@@ -46,6 +48,9 @@ def module_losses(
             args = ()
         if inputs is None:
             _check_call(model, args, named)
+        if any(map(is_distributed, params.values())):
+            _check_own(model, params)
+            return criterion(model(*args, **named), batch)
         return criterion(functional_call(model, dict(params), args, named), batch)
 
     return losses
@@ -74,6 +79,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "e.g. by parameter.requires_grad_()."
         )
     return found
+
+
+def _check_own(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Whether params are the very parameters of the model, as far as these are not unsharded at the moment."""
+    own = dict(model.named_parameters())
+    for name, value in params.items():
+        found = own.get(name)
+        unsharded = getattr(found, "device_mesh", None) != getattr(value, "device_mesh", None)
+        if found is None or (found is not value and not unsharded):
+            raise InputError(
+                f"module_losses: params[{name!r}] is sharded, and not the model's own parameter of that name. Such a "
+                "model runs on its own parameters: pass dict(model.named_parameters()), and write other values into "
+                "these first."
+            )
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcghost.trees import as_whole, is_distributed
+
 Fold = Literal["whole", "high", "low", "single"]
 DIGITS, HALF_DIGITS = 64, 8
 """Scales 2**-31 .. 2**32, or 2**-3 .. 2**4, few enough to stay clear of overflow in half precision."""
@@ -158,6 +160,7 @@ class Meter:
         """Takes the gradient of the backward that is running."""
         if not self.wanted or not self.clock.started or self.clock.true or gradient is None:
             return
+        gradient = as_whole(gradient) if is_distributed(gradient) else gradient
         if self.clock.code is None:
             self.base, self.coded = gradient, []
         else:

@@ -37,6 +37,13 @@ class Values(Generic[Note]):
             value = self.known[id(tensor)] = Value(weakref.ref(tensor))
         return value
 
+    def rename(self, old: Tensor, new: Tensor) -> None:
+        """Another tensor is known as this one is."""
+        value, other = self.of(old), self.of(new)
+        other.number, other.version = value.number, new._version
+        if value.note is not None:
+            self.note(new, value.note)
+
     def noted(self, tensor: Tensor) -> Note | None:
         """What is noted of a tensor, if anything is."""
         value = self.known.get(id(tensor))

@@ -24,6 +24,7 @@ from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.layout import Clock
 from funcghost.ops.moves import MOVES
 from funcghost.ops.tangent import is_linear, is_multilinear
+from funcghost.trees import is_distributed
 
 FEW = 1024
 """Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""
@@ -63,7 +64,7 @@ class Generic:
         """
         # 1. Nothing is drawn where the derivative is the same everywhere, or cannot be had.
         tensors = {slot: leaf for slot, leaf in enumerate(call.leaves) if is_operand(leaf)}
-        if any(physical(leaf) is not leaf for leaf in tensors.values()):
+        if any(physical(leaf) is not leaf or is_distributed(leaf) for leaf in tensors.values()):
             return found
         if call.op in OVERWRITES:
             return self._as_if_kept(call, found)
@@ -193,7 +194,8 @@ def scale_of(value: Tensor) -> Scale:
         return Scale(0.0, None)
     some = _some(_dense(value)).resolve_conj().resolve_neg()
     wide = torch.complex128 if value.is_complex() else torch.float64
-    entries = some.to("cpu", wide).numpy()  # so few that calls of ops are what costs
+    # So few that calls of ops are what costs; a copy, since memory that NumPy has seen can no longer be resized.
+    entries = some.to("cpu", wide, copy=True).numpy()
     entries = np.where(np.isfinite(entries), entries, 0)
     sizes = np.abs(entries)
     largest = float(sizes.max())

@@ -24,6 +24,7 @@ from funcghost.planning.trace import Trace
 from funcghost.planning.ways import rehearse
 from funcghost.problem import Problem, backward, backwards
 from funcghost.side_effects import Changes
+from funcghost.trees import as_whole
 
 log = logging.getLogger("funcghost")
 
@@ -92,7 +93,7 @@ def without_zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
         values = torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=torch.float32)
         return (0.02 * values).to(leaf.dtype)
 
-    zero = [leaf.numel() > 0 and not bool(leaf.any()) for leaf in leaves]
+    zero = [leaf.numel() > 0 and not bool(as_whole(leaf).any()) for leaf in leaves]
     return [noise(leaf, i) if is_zero else leaf for i, (leaf, is_zero) in enumerate(zip(leaves, zero, strict=True))]
 
 
@@ -137,7 +138,7 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
             measure(code)
     clock.true = True
     gradients = backward(losses, leaves, weights) if clock.batch else []
-    return trace, losses.detach(), [gradient.to_dense() for gradient in gradients]
+    return trace, losses.detach(), [as_whole(gradient) for gradient in gradients]
 
 
 def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool, any_order: bool) -> Plan:

@@ -27,7 +27,7 @@ from funcghost.planning.drawn import Generic
 from funcghost.planning.observe import Observe
 from funcghost.problem import Problem
 from funcghost.side_effects import random_state, set_random_state
-from funcghost.trees import tensors
+from funcghost.trees import is_distributed, tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Trace(Walker[Downstream]):
     def __init__(self, problem: Problem, leaves: Sequence[Tensor], clock: Clock, drawn: bool) -> None:
         super().__init__()
         params, names = leaves, problem.params.names
-        self.devices = problem.devices()
+        self.devices, self.in_parts = problem.devices(), problem.in_parts
         self.memory = {storage_of(param): name for param, name in zip(params, names, strict=True)}
         self.clock = clock
         self.records: list[Record] = []
@@ -107,6 +107,12 @@ class Trace(Walker[Downstream]):
         op, leaves = visit.op, visit.leaves
         given = {slot: leaf for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         known = {slot: value for slot, value in enumerate(visit.values) if value is not None}
+        if not self.in_parts and any(map(is_distributed, given.values())):
+            raise UnsupportedOpError(
+                f"a DTensor goes into {op_name(op)}: several ranks compute the losses together, and the gradient of a "
+                "parameter may be a part of a sum on each of them. Pass all parameters of the model to "
+                "funcghost.distributed.tensor_parallel, those that are DTensors among them."
+            )
         for slot, leaf in given.items():
             if not known[slot].number and id(leaf) not in self.given and physical(leaf) is leaf:
                 self.foreign.setdefault(id(leaf), known[slot].reference)

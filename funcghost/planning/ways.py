@@ -21,6 +21,7 @@ from funcghost.ops.call import Call, Outputs, physical
 from funcghost.ops.tangent import Pushforward, Way, backward_sees, covered_by_rule, pushforward
 from funcghost.problem import Problem, backward
 from funcghost.side_effects import untouched
+from funcghost.trees import as_whole
 
 log = logging.getLogger("funcghost")
 
@@ -30,7 +31,7 @@ def verify_plan(problem: Problem, plan: Plan) -> Plan:
     with untouched(problem.devices(), plan.written):
         leaves = problem.leaves()
         losses, _ = problem.evaluate(leaves)
-        gradients = [gradient.to_dense() for gradient in backward(losses, leaves, sample_weights(losses))]
+        gradients = [as_whole(gradient) for gradient in backward(losses, leaves, sample_weights(losses))]
     return rehearse(problem, plan, losses.detach(), gradients, check=True)
 
 
@@ -46,11 +47,14 @@ def rehearse(problem: Problem, plan: Plan, losses: Tensor, gradients: list[Tenso
 
 def nearby_gradients(problem: Problem, plan: Plan, weights: Tensor, seed: int) -> list[Tensor]:
     """The gradients of `<weights, losses>` by autograd, with parameters and weights off by a little rounding."""
-    with problem.at(near(problem.params.leaves, seed)) as moved, untouched(problem.devices(), plan.written):
+    with (
+        problem.at(near([as_whole(leaf) for leaf in problem.params.leaves], seed)) as moved,
+        untouched(problem.devices(), plan.written),
+    ):
         inputs = moved.leaves()
         losses, _ = moved.evaluate(inputs)
         return [
-            gradient.to_dense()
+            as_whole(gradient)
             for gradient in backward(losses, inputs, shaken(weights, rounding(weights.dtype), 1000 * seed))
         ]
 

@@ -95,6 +95,10 @@ class Transform:
         bound: Callable[..., Any] = with_code_of_its_own(method).__get__(self)
         return bound
 
+    def problem(self, params: Tree, batch: Tree) -> Problem:
+        """The losses at these parameters, on this batch."""
+        return Problem(self.losses, split_params(params), batch, self.has_aux)
+
     def step(self, params: Tree, batch: Tree, reducers: Tree = None) -> Step:
         """The function that `grad_and_reduce` returns."""
         if torch.compiler.is_compiling():
@@ -124,7 +128,7 @@ class Transform:
         if request.empty or problem.is_meta():
             return True
         with torch._guards.tracing(None), uncompiled(), untouched(problem.devices()):
-            self._planned(problem, request)
+            self.planned(problem, request)
             if any(map(by_chance, self.plans[0].moves)):
                 self._attempt(problem, request, make_plan(problem, self.options, any_order=True), new=True)
         return self.options.verify == "never" or len(self.plans[0].sizes) > 1
@@ -139,7 +143,7 @@ class Transform:
 
     def pairs(self, params: Tree, batch: Tree) -> tuple[Pairs, Tensor]:
         """The per-sample gradients in factored form, and the losses [b]."""
-        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        problem = self.problem(params, batch)
         with uncompiled():
             outcome = self._outcome(problem, Request(keep=True), None)
         shapes = tuple(
@@ -149,7 +153,7 @@ class Transform:
         return Pairs(outcome.pairs, shapes, problem.params.spec), outcome.losses
 
     def _solve(self, params: Tree, batch: Tree, reducers: Tree, standins: Standins | None) -> Step:
-        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
+        problem = self.problem(params, batch)
         wanted, spec = split_reducers(reducers)
         request = requested(wanted, problem.params)
         outcome = self._outcome(problem, request, standins)
@@ -175,13 +179,21 @@ class Transform:
             linear=not (request.tasks or request.keep or request.positions),
         )
 
-    def _run(self, problem: Problem, request: Request, plan: Plan, standins: Standins | None = None) -> Outcome:
+    def run(
+        self,
+        problem: Problem,
+        request: Request,
+        plan: Plan,
+        reduction: Reduction | None,
+        standins: Standins | None = None,
+    ) -> Outcome:
+        """What is asked for, along a plan."""
         ledger = self._ledger(problem, request, plan.rates)
         outcome = run(
             problem,
             plan,
             request.directions,
-            reduction=self.reduction,
+            reduction=reduction,
             standins=standins,
             ledger=ledger,
             positions=Positions(request.positions) if request.positions else None,
@@ -212,7 +224,7 @@ class Transform:
         reasons = []
         for plan in self.plans:
             try:
-                outcome = self._run(problem, request, plan, standins)
+                outcome = self.run(problem, request, plan, self.reduction, standins)
             except MismatchError as reason:
                 reasons.append(reason)
                 continue
@@ -229,21 +241,21 @@ class Transform:
         """As one op where the losses are many small ones, and no plan is needed; else along a plan."""
         waits = request.tasks and problem.params.leaves[0].device.type != "cpu"
         if self.whole is None or request.empty or request.keep or request.positions or waits:
-            return self._planned(problem, request)
+            return self.planned(problem, request)
         ledger, budget = self._ledger(problem, request, None), self.options.memory_budget
         try:
             if not self.whole.pays(problem):
-                return self._planned(problem, request)
+                return self.planned(problem, request)
             outcome = self.whole.run(problem, request.directions, self.reduction, ledger, budget, self._due)
         except (UnsupportedOpError, ConservationError, MismatchError, RuntimeError) as error:
             log.info("the losses are not taken as one op: %s", error)
-            outcome = self._planned(problem, request)
+            outcome = self.planned(problem, request)
             if not isinstance(error, MismatchError):
                 self.whole = None
             return outcome
         return self._with_results(outcome, ledger, problem)
 
-    def _planned(self, problem: Problem, request: Request) -> Outcome:
+    def planned(self, problem: Problem, request: Request) -> Outcome:
         """Runs along the first plan that fits; plans anew where none does, and needs none where nothing is scored."""
         if request.empty:
             return run_plain(problem, self.reduction)
@@ -265,7 +277,7 @@ class Transform:
     def _attempt(self, problem: Problem, request: Request, plan: Plan, new: bool = False) -> Outcome:
         """Runs along a plan, known or just made (`new`); if that fails in any way, leaves no trace."""
         with undone_on_failure(problem.devices(), plan.written) as changes:
-            outcome, checked = self._run(problem, request, plan), plan
+            outcome, checked = self.run(problem, request, plan, self.reduction), plan
             if not new:
                 known = plan if plan.written is not None else replace(plan, written=changes.written)
                 checked = self._verified(problem, known, outcome)

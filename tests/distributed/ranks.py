@@ -1,4 +1,4 @@
-"""What each rank of `test_data_parallel` runs, by torchrun: everything is compared with one process on all samples."""
+"""What each rank of the tests beside this runs, by torchrun: everything is compared with one process on all samples."""
 
 import os
 from typing import Any
@@ -9,9 +9,11 @@ from torch import distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import distributed_in_run
 import funcghost as fg
 from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
+from tests.distributed import fsdp_ranks, tp_ranks
 
 SPLITS = ((3, 2), (1, 6), (0, 4), (5, 0), (1, 1))
 
@@ -101,6 +103,8 @@ DTYPES = (torch.float32, torch.float64)
 def main() -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
+    if os.environ.get("FUNCGHOST_FAIL"):
+        fsdp_ranks.fails_on_the_way(rank)
     net = model()
     for split in SPLITS:
         for reduction in ("mean", "sum"):
@@ -109,8 +113,11 @@ def main() -> None:
     refused_where_ranks_differ(rank)
     refused_where_sharded()
     buckets_do_not_matter(rank)
-    if os.environ.get("FUNCGHOST_FAIL") and rank == 1:
-        raise ValueError("a fault of rank 1")
+    fsdp_ranks.cases(rank)
+    tp_ranks.cases(rank)
+    deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+    for strategy in distributed_in_run.STRATEGIES if deep else ("fsdp2+tp",):  # compares with one process
+        distributed_in_run.main(["--strategy", strategy, "--steps", "2", "--windows", "5", "--context", "8"])
     distributed.barrier()
     print(f"rank {rank} agrees", flush=True)
     distributed.destroy_process_group()

@@ -18,9 +18,14 @@ def torchrun(**environment: str) -> subprocess.CompletedProcess[str]:
     """Two ranks on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", "2", "--max-restarts", "0", str(Path(__file__).with_name("ranks.py"))]
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    settings = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **environment,
+    }
     return subprocess.run(
-        command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
 
 

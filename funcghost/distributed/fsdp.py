@@ -1,0 +1,421 @@
+"""A model under `fully_shard` (FSDP2) as it is used here: its groups of parameters, and what they are unsharded to.
+
+What a layer reads is, in every forward, the same tensor, a leaf of autograd's graph: the whole parameter, whose memory
+is there only while its group is unsharded. The engine is given these leaves as parameters. Directions are kept
+in the same way: a tensor of the whole shape, whose memory comes and goes with that of the parameters of its group.
+
+FSDP2 has no interface for any of this: the names of `torch.distributed.fsdp._fully_shard` stand in this file alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._common_utils import collect_grad_tensors
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
+from torch.distributed.tensor import DTensor
+
+from funcghost.algebra.directions import Direction, Leaf, LowRank
+from funcghost.engine.checkpoints import active
+from funcghost.errors import InputError, UnsupportedOpError
+from funcghost.trees import Params
+
+NONE = -1
+"""The number of no backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A parameter of the params of a step: its number there, and what FSDP2 knows of it."""
+
+    number: int
+    sharded: nn.Parameter
+    own: Any
+
+    @property
+    def leaf(self) -> Tensor:
+        """What layers read."""
+        leaf: Tensor = self.own.unsharded_param
+        return leaf
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """The shape of a rank's share, padded so that all ranks have as much."""
+        shape, axis = list(self.own._orig_size), self.own.fsdp_placement.dim
+        shape[axis] = -(-shape[axis] // self.own.mesh_info.shard_mesh_size)
+        return tuple(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Parameters that are gathered in one message, and freed together."""
+
+    own: Any
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the average of a gradient is taken over."""
+        info = self.own.mesh_info
+        return int(info.shard_mesh_size * getattr(info, "replicate_mesh_size", 1))
+
+    @property
+    def divisor(self) -> float:
+        """What a sum of gradients over ranks is divided by in a backward."""
+        factor: float | None = self.own.gradient_divide_factor
+        return self.ranks if factor is None else factor
+
+
+class Sharded:
+    """The parameters of a step on a model under `fully_shard`.
+
+    Raises:
+        InputError: the model is not the root of what is sharded, or params are not its own parameters.
+    """
+
+    def __init__(self, model: nn.Module, params: Params) -> None:
+        """Finds the groups of the params."""
+        if not isinstance(model, FSDPModule):
+            raise InputError(
+                f"sharded: the model must be one that fully_shard was applied to, found {type(model).__name__}. Apply "
+                "it to the root as well; for models that every rank has as a whole use "
+                "funcghost.distributed.data_parallel."
+            )
+        self.root: Any = model._get_fsdp_state()
+        parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        self.states: list[Any] = list(dict.fromkeys(part._get_fsdp_state() for part in parts))
+        self.every = [group for state in self.states for group in state._fsdp_param_groups]
+        places = {id(own.sharded_param): (group, own) for group in self.every for own in group.fsdp_params}
+        found: dict[int, Group] = {}
+        for number, (name, leaf) in enumerate(zip(params.names, params.leaves, strict=True)):
+            place = places.get(id(leaf))
+            if place is None:
+                raise InputError(f"params[{name!r}] {_not_own(leaf)}")
+            group, own = place
+            found.setdefault(id(group), Group(group)).parts.append(Part(number, own.sharded_param, own))
+        self.params, self.groups, self.backward = params, list(found.values()), NONE
+        self.root._lazy_init()
+        if not self.root._is_root:
+            raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
+        self._check()
+
+    def _check(self) -> None:
+        names = self.params.names
+        for group in self.groups:
+            name = names[group.parts[0].number]
+            if not isinstance(group.own.mesh_info, FSDPMeshInfo):
+                raise InputError(
+                    f"params[{name!r}] is replicated by its mesh, and not sharded. Use fully_shard with a mesh of one "
+                    "axis, or of two (replicate, shard), or funcghost.distributed.data_parallel for whole models."
+                )
+            for part in group.parts:
+                if hasattr(part.own._sharded_local_tensor, "fsdp_pre_all_gather"):
+                    raise InputError(
+                        f"params[{names[part.number]!r}] is gathered by an extension of its own "
+                        "(fsdp_pre_all_gather): what layers read is not the parameter itself, and its scores are not "
+                        "supported. Pass ordinary parameters, e.g. without float8 all-gather."
+                    )
+        if len({group.ranks for group in self.groups}) > 1:
+            raise InputError(
+                "params are sharded over meshes of different sizes, so that their gradients are of different samples. "
+                "Use one mesh for all of them."
+            )
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks have samples of their own: all, but for those that compute the same together."""
+        return self.groups[0].ranks
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether some parameters are shared by tensor parallel ranks, too."""
+        return any(part.own.is_dtensor for group in self.groups for part in group.parts)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are leaves: FSDP2 makes them when it gathers for the first time."""
+        return all(hasattr(part.own, "_unsharded_param") for group in self.groups for part in group.parts)
+
+    def leaves(self) -> list[Tensor]:
+        """What layers read, in the order of the params."""
+        found: dict[int, Tensor] = {part.number: part.leaf for group in self.groups for part in group.parts}
+        return [found[number] for number in range(len(found))]
+
+    def check_idle(self) -> None:
+        """No gradient may be on its way: of a step that is accumulated without its average.
+
+        Raises:
+            InputError: gradients are being accumulated.
+        """
+        for group in self.every:
+            waiting = group._partial_reduce_output is not None or any(
+                own.unsharded_accumulated_grad is not None for own in group.fsdp_params
+            )
+            if waiting or not (group.reduce_grads and group.all_reduce_grads):
+                raise InputError(
+                    "sharded: gradients are being accumulated without their average over ranks "
+                    "(set_requires_gradient_sync(False), set_requires_all_reduce(False)), and a step gives the average."
+                    " Accumulate the gradients that steps return, and switch the synchronization on."
+                )
+            if group._all_reduce_hook is not None:
+                raise InputError(
+                    "sharded: set_all_reduce_hook changes gradients in a way that is not known here. Take the hook off."
+                )
+
+    @contextmanager
+    def at(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters have other values for a while, of which each rank gives its share; then their own again."""
+        own = [leaf.to_local().detach() for leaf in self.params.leaves if isinstance(leaf, DTensor)]
+        kept = [local.clone() for local in own]
+        try:
+            for local, value in zip(own, values, strict=True):
+                local.copy_(value)
+            yield
+        finally:
+            for local, value in zip(own, kept, strict=True):
+                local.copy_(value)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All parameters are there, on every rank, and FSDP2 does nothing: what is run inside talks to no other rank.
+
+        Every rank must come here. Memory: the whole model, and the gradients of what is differentiated inside.
+        """
+        inert = {"pre_forward": lambda module, args, kwargs: (args, kwargs), "post_forward": _last}
+        try:
+            for group in self.every:
+                group.unshard()
+                group.wait_for_unshard()
+            with _standing(
+                [*((group, inert) for group in self.every), *((state, {_HOOK: _last}) for state in self.states)]
+            ):
+                yield
+        finally:
+            self.reset()
+
+    def reset(self) -> None:
+        """Leaves FSDP2 as it is between two steps, also where a forward or a backward ended early."""
+        self.root._reset_iter_state()
+
+    @contextmanager
+    def accompanied(self, directions: Sequence[Direction], early: set[str]) -> Iterator[list[list[Leaf | None]]]:
+        """The directions in the form of whole tensors, which are gathered with the parameters of their group.
+
+        They are there in a backward from where FSDP2 gathers the group to where it frees it; those of groups with
+        `early` parameters from the forward on, to the end. What FSDP2 runs to gather is not shown to any mode.
+        """
+        whole: list[list[Leaf | None]] = [list(direction) for direction in directions]
+        companies = list[Company]()
+        try:
+            for group in self.groups:
+                company = Company(group, early=any(self.params.names[part.number] in early for part in group.parts))
+                for direction in whole:
+                    for part in group.parts:
+                        direction[part.number] = company.add(part, direction[part.number])
+                companies.append(company)
+            known = {id(company.group.own): company for company in companies}
+            groups = [(own, self._methods(own, known.get(id(own)))) for own in self.every]
+            with _standing([*groups, *((state, {_HOOK: _unseen(getattr(state, _HOOK))}) for state in self.states)]):
+                yield whole
+        finally:
+            self.backward = NONE
+            for company in companies:
+                company.free()
+
+    def _methods(self, own: Any, company: "Company | None") -> dict[str, Callable[..., Any]]:
+        """What stands for the methods of a group while a step runs."""
+
+        def wanted() -> bool:
+            return company is not None and (company.early or own._training_state == TrainingState.PRE_BACKWARD)
+
+        def unshard(*args: Any, **kwargs: Any) -> None:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                kept["unshard"](*args, **kwargs)
+                if company is not None and wanted():
+                    company.start()
+
+        def wait_for_unshard() -> None:
+            with torch._C.DisableTorchFunction():
+                kept["wait_for_unshard"]()
+                if company is not None and wanted():
+                    with torch.no_grad():
+                        company.finish()
+
+        def pre_backward(*args: Any) -> None:
+            self._check_going_back()
+            kept["pre_backward"](*args)
+
+        def post_backward(*args: Any) -> None:
+            self._check_going_back()
+            kept["post_backward"](*args)
+            if company is not None and not company.early:
+                company.free()
+
+        def register(args: Any, kwargs: Any) -> Any:
+            # FSDP2 puts an identity behind what goes into a layer, to hear when its gradients have come: it is no op of
+            # the losses.
+            with torch._C.DisableTorchFunction():
+                known = collect_grad_tensors((args, kwargs))
+                args, kwargs = kept["_register_post_backward_hook"](args, kwargs)
+                behind = collect_grad_tensors((args, kwargs))
+            mode = active.get()
+            if mode is not None:
+                for old, new in zip(known, behind, strict=True):
+                    mode.renamed(old, new)
+            return args, kwargs
+
+        parts: dict[str, Callable[..., Any]] = {
+            "unshard": unshard,
+            "wait_for_unshard": wait_for_unshard,
+            "reshard": _unseen(own.reshard),
+            "pre_backward": pre_backward,
+            "post_backward": post_backward,
+            "_register_post_backward_hook": register,
+        }
+        kept: dict[str, Callable[..., Any]] = {name: getattr(own, name) for name in parts}
+        return parts
+
+    def go_back(self, losses: Tensor) -> None:
+        """Says that the next backward of the losses is that of the step."""
+
+        def begin(_: Tensor) -> None:
+            self.backward = torch._C._current_graph_task_id()
+
+        losses.register_hook(begin)
+
+    def _check_going_back(self) -> None:
+        """Hooks of FSDP2 are for the backward of the step alone: others are had by some rank, and once per sample.
+
+        Raises:
+            UnsupportedOpError: another backward has come to one.
+        """
+        if torch._C._current_graph_task_id() not in (self.backward, NONE) or self.backward == NONE:
+            raise UnsupportedOpError(
+                "what is computed from a parameter goes on from layer to layer of fully_shard without being scored, "
+                "since samples mix or a custom autograd Function is on the way. To follow it takes a backward through "
+                "these layers, whose parameters may be freed, or not be there yet. Put these modules into one group, "
+                "fully_shard([one, other]); call ordinary torch ops in place of the Function; use fg.dot alone, or "
+                "score the model before fully_shard."
+            )
+
+
+def _not_own(leaf: Tensor) -> str:
+    if isinstance(leaf, DTensor):
+        return (
+            "is a DTensor, and not a parameter of the model that fully_shard shards: pass "
+            "dict(model.named_parameters()) as it is when the step is called. The losses are those of the model's own "
+            "parameters (torch.func.functional_call ignores other values under fully_shard)."
+        )
+    return (
+        "is not sharded by fully_shard (it was ignored, or belongs to another model). Leave it out of params, or shard "
+        "it."
+    )
+
+
+class Company:
+    """Directions that are whole on a rank only while the parameters of their group are."""
+
+    def __init__(self, group: Group, *, early: bool) -> None:
+        """Without directions."""
+        self.group, self.early = group, early
+        self.given: list[tuple[Part, Tensor, Tensor]] = []
+        self.pending: tuple[Tensor, Any] | None = None
+        self.there = False
+
+    def add(self, part: Part, given: Leaf | None) -> Leaf | None:
+        """The form in which a run takes a leaf of a direction; of one that is sharded, a tensor without memory yet."""
+        like = part.leaf
+        if isinstance(given, LowRank):
+            rows, cols = (value.to(device=like.device, dtype=like.dtype) for value in (given.rows, given.cols))
+            return replace(given, rows=rows, cols=cols)
+        if not isinstance(given, DTensor):
+            return given if given is None else given.to(device=like.device, dtype=like.dtype)
+        whole = torch.empty(part.own._orig_size, dtype=like.dtype, device=like.device)
+        whole.untyped_storage().resize_(0)
+        self.given.append((part, given.to_local().detach(), whole))
+        if not isinstance(like, DTensor):
+            return whole
+        return DTensor.from_local(
+            whole, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    def start(self) -> None:
+        """Sends for what is not there: one message for the group, in the dtype in which its layers compute."""
+        if not self.given or self.there or self.pending is not None:
+            return
+        info, (_, _, first) = self.group.own.mesh_info, self.given[0]
+        flat = torch.cat([_padded(part, local).to(first).reshape(-1) for part, local, _ in self.given])
+        gathered, work = flat, None
+        if info.shard_mesh_size > 1:
+            gathered = flat.new_empty(info.shard_mesh_size * len(flat))
+            work = distributed.all_gather_single(gathered, flat, group=info.shard_process_group, async_op=True)
+        self.pending = gathered, work
+
+    def finish(self) -> None:
+        """Puts what has come where it belongs."""
+        if self.pending is None:
+            return
+        (gathered, work), self.pending = self.pending, None
+        if work is not None:
+            work.wait()
+        shares, start = gathered.view(self.group.own.mesh_info.shard_mesh_size, -1), 0
+        for part, _, whole in self.given:
+            size = prod(part.pieces)
+            whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+            axis = part.own.fsdp_placement.dim
+            pieces = shares[:, start : start + size].reshape(-1, *part.pieces)
+            joined = torch.cat(pieces.unbind(0), axis).narrow(axis, 0, whole.shape[axis])
+            whole.data.copy_(joined)  # past the version counter: to autograd it is the same value all the time
+            start += size
+        self.there = True
+
+    def free(self) -> None:
+        """Lets the memory go."""
+        for _, _, whole in self.given:
+            whole.untyped_storage().resize_(0)
+        self.there, self.pending = False, None
+
+
+def _padded(part: Part, local: Tensor) -> Tensor:
+    axis, size = part.own.fsdp_placement.dim, part.pieces[part.own.fsdp_placement.dim]
+    if local.shape[axis] == size:
+        return local
+    blank = local.new_zeros(part.pieces)
+    blank.narrow(axis, 0, local.shape[axis]).copy_(local)
+    return blank
+
+
+_HOOK = "_register_pre_backward_hook"
+
+
+def _last(*args: Any) -> Any:
+    return args[-1]
+
+
+def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, whose ops no function mode sees: they are none of the losses."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return called
+
+
+@contextmanager
+def _standing(methods: Sequence[tuple[Any, Mapping[str, Callable[..., Any]]]]) -> Iterator[None]:
+    """Lets functions stand for methods of single objects, for as long as the body runs."""
+    try:
+        for own, parts in methods:
+            for name, part in parts.items():
+                setattr(own, name, part)
+        yield
+    finally:
+        for own, parts in methods:
+            for name in parts:
+                own.__dict__.pop(name, None)

@@ -1,0 +1,224 @@
+"""In-run values of a sharded model: the account of a step, by the same law and from the same parts as in one process.
+
+Entries of the parameters go by themselves in all that an elementwise optimizer does. So every rank keeps the account of
+its shares, as if these were the parameters; what takes the losses runs on the model, on all ranks at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from funcghost.algebra.directions import Stack, stack
+from funcghost.attribution.passes import Part, Taken
+from funcghost.attribution.path import Account, Path, Rule, Settings
+from funcghost.attribution.validation import Batches, Sets, Validation, some
+from funcghost.distributed.collectives import Group, summed_over_ranks, told_by_all
+from funcghost.distributed.fsdp import Sharded
+from funcghost.distributed.together import Together
+from funcghost.engine.plans import Plan
+from funcghost.errors import InputError
+from funcghost.options import Options
+from funcghost.problem import Losses, Reduction
+from funcghost.reducers.dots import dot
+from funcghost.side_effects import restore, snapshot
+from funcghost.training.by_rules import ByRules
+from funcghost.training.update_kinds import Credit, Scheduled
+from funcghost.trees import Params, Tree, split_params
+
+
+def along_path(
+    losses: Losses,
+    model: nn.Module,
+    update: ByRules | Scheduled,
+    *,
+    rule: Rule = "trapezoid",
+    credit: Credit = "step",
+    reduction: Reduction = "mean",
+    validation_losses: Losses | None = None,
+    by: Callable[[Any], Any] | None = None,
+    options: Options | None = None,
+    plan: Plan | None = None,
+    group: Group = None,
+) -> Callable[..., Account]:
+    """`in_run.along_path` of a model under `fully_shard`: what the samples of all ranks did to the validation loss.
+
+    `step(params, batch, *, state, validation, before=None) -> Account` with the `values` and `losses` of the rank's own
+    samples, and with `rest`, `change` and the loss in `after` those of all ranks, the same on each. `params`, `grads`,
+    `state` and gradients are sharded as the parameters are, and so is `after`. The model is left at `params`; to go on,
+    write `out.params` into its parameters (`p.copy_(out.params[name])` under `torch.no_grad()`).
+
+    Law, with `credit="step"`: the values of all ranks and `rest` add up to `change`, up to the quadrature, as in one
+    process; values and rest are those of one process on the samples of all ranks.
+
+    Args:
+        losses: as in `sharded.grad_and_reduce`, of the training batch; the model is called as it is.
+        model: as in `sharded.grad_and_reduce`.
+        update: of `updates.of(optimizer, params)`, or that with a schedule, for an optimizer that treats every entry by
+            itself: SGD, Adam, AdamW, NAdam, RMSprop.
+        rule: as in `in_run.along_path`.
+        credit: as in `in_run.along_path`.
+        reduction: over the samples of all ranks.
+        validation_losses: if they differ from the losses (no dropout, say).
+        by: `fg.per_param` or `fg.per_token`.
+        options: as in `sharded.grad_and_reduce`.
+        plan: as in `sharded.grad_and_reduce`.
+        group: as in `sharded.grad_and_reduce`.
+
+    Every rank has validation batches of its own, as many as the others.
+
+    Units: those of the validation loss. Cost: two plain steps, since the batch is seen twice, on the same random
+    numbers; and a validation gradient, two with Simpson's rule. Memory: the rank's shares of the gradients.
+
+    Raises:
+        InputError: the update moves entries together (Muon, clipping by a norm, a function of one's own); and as
+            `in_run.along_path` and `sharded.grad_and_reduce`.
+    """
+    rules = update.inner if isinstance(update, Scheduled) else update
+    if not isinstance(rules, ByRules) or not all(one.elementwise for one in rules.rules.values()):
+        raise InputError(
+            "sharded.along_path: takes an update of updates.of(optimizer, params) that moves every entry by itself "
+            "(SGD, Adam, AdamW, NAdam, RMSprop), with a schedule or without. Others (Muon, clipping by a norm, a "
+            "function) take whole parameters, of which a rank has a share."
+        )
+    if rule not in ("trapezoid", "simpson") or credit not in ("step", "impulse") or reduction not in ("mean", "sum"):
+        raise InputError(
+            "sharded.along_path: rule must be 'trapezoid' or 'simpson', credit 'step' or 'impulse', reduction 'mean' "
+            f"or 'sum', found {rule!r}, {credit!r}, {reduction!r}."
+        )
+    gradient = Together(losses, model, reduction, False, options, None, group)
+    score = Together(losses, model, None, False, options, plan, group)
+    lookout = Together(validation_losses or losses, model, "sum", False, None, None, group)
+
+    def step(params: Tree, batch: Tree, *, state: Tree, validation: Sets, before: Validation | None = None) -> Account:
+        owned = split_params(params)
+        shares = Shares(Sharded(model, owned), owned, group)
+        if shares.model.in_parts:
+            raise InputError(
+                "sharded.along_path: no account is kept of a model that is tensor parallel as well. Take values to "
+                "first order, by sharded.grad_and_reduce."
+            )
+        passes = _Passes(shares, gradient, score, by or (lambda reducer: reducer), reduction)
+        path = Path(update, Settings(rule, credit, 1e-3, None), _Lookout(shares, lookout), passes)
+        out = path.step(
+            shares.of(params), batch, state=_local(state), validation=validation, before=before and _local(before)
+        )
+        (rest,) = summed_over_ranks([out.rest], group)
+        return out._replace(
+            rest=rest / shares.copies,
+            params=shares.joined(out.params),
+            grads=shares.joined(out.grads),
+            state=_like(state, out.state),
+            after=out.after._replace(gradients=tuple(shares.joined(tree) for tree in out.after.gradients)),
+        )
+
+    return step
+
+
+class Shares:
+    """A rank's shares of sharded parameters, and of trees like them."""
+
+    def __init__(self, model: Sharded, owned: Params, group: Group) -> None:
+        """The parameters of the model."""
+        self.model, self.owned, self.group = model, owned, group
+        first = model.groups[0]
+        self.copies = first.ranks // first.own.mesh_info.shard_mesh_size
+
+    def of(self, tree: Tree) -> Tree:
+        """The shares, detached."""
+        return _local(tree)
+
+    def joined(self, tree: Tree) -> Tree:
+        """The tree that these are the shares of."""
+        leaves = [_joined(share, own) for share, own in zip(optree.tree_leaves(tree), self.owned.leaves, strict=True)]
+        return self.owned.rebuild(leaves)
+
+
+def _local(tree: Tree) -> Tree:
+    return optree.tree_map(lambda leaf: leaf.to_local().detach() if isinstance(leaf, DTensor) else leaf, tree)
+
+
+def _joined(share: Tensor, own: Tensor) -> Tensor:
+    assert isinstance(own, DTensor)
+    return DTensor.from_local(
+        share, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
+
+
+def _like(tree: Tree, shares: Tree) -> Tree:
+    return optree.tree_map(lambda own, new: _joined(new, own) if isinstance(own, DTensor) else new, tree, shares)
+
+
+class _Passes:
+    """A batch, seen twice: for its gradient, and for the products of its samples once the step is known."""
+
+    def __init__(
+        self,
+        shares: Shares,
+        gradient: Together,
+        score: Together,
+        by: Callable[[Any], Any],
+        reduction: Reduction,
+    ) -> None:
+        self.shares, self.gradient, self.score, self.by, self.reduction = shares, gradient, score, by, reduction
+
+    def first(self, params: Params, batch: Tree) -> Taken:
+        """The training gradient, and what it takes to see the batch again."""
+        owned = self.shares.owned
+        before = snapshot([leaf.device for leaf in params.leaves[:1]])
+        out = self.gradient.step(owned.rebuild(owned.leaves), batch)
+        weight = some(self.gradient.everyone) if self.reduction == "mean" else 1
+        part = Part(batch, None, before, out.losses)
+        return Taken(
+            [part], optree.tree_leaves(_local(out.grads)), out.losses, weight, "two passes: the model is sharded"
+        )
+
+    def second(self, params: Params, taken: Taken, along: Tree) -> Tree:
+        """The products of all samples with the direction, in units of the training gradient."""
+        owned, (part,) = self.shares.owned, taken.parts
+        several = [self.shares.joined(tree) for tree in along.directions] if isinstance(along, Stack) else None
+        direction = self.shares.joined(along) if several is None else stack(several)
+        after = snapshot([leaf.device for leaf in params.leaves[:1]])
+        buffers = list(self.score.model.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        restore(part.before)
+        try:
+            out = self.score.step(owned.rebuild(owned.leaves), part.batch, self.by(dot(direction)))
+        finally:
+            restore(after)
+            with torch.no_grad():
+                for buffer, value in zip(buffers, kept, strict=True):
+                    buffer.copy_(value)
+        return optree.tree_map(lambda value: value / taken.weight, out.reduced)
+
+
+class _Lookout:
+    """Takes losses and gradients of the validation batches of all ranks."""
+
+    def __init__(self, shares: Shares, gradient: Together) -> None:
+        self.shares, self.gradient = shares, gradient
+
+    def at(self, params: Params, sets: Sequence[Batches], previous: Validation | None) -> Validation:
+        """At these shares of the parameters."""
+        with self.shares.model.at(params.leaves):
+            found = [self._of(batches) for batches in sets]
+        return Validation(torch.stack([loss for loss, _ in found]), tuple(tree for _, tree in found), None)
+
+    def _of(self, batches: Batches) -> tuple[Tensor, Tree]:
+        owned, group = self.shares.owned, self.shares.group
+        counts = told_by_all(len(batches), group)
+        if len(set(counts)) > 1:
+            raise InputError(f"validation: the ranks have {counts} batches, and must have as many as one another.")
+        total, losses = list[Tensor](), list[Tensor]()
+        for batch in batches:
+            out = self.gradient.step(owned.rebuild(owned.leaves), batch)
+            leaves = optree.tree_leaves(_local(out.grads))
+            total = [a + b for a, b in zip(total, leaves, strict=True)] if total else leaves
+            losses.append(out.losses.double())
+        own = torch.cat(losses)
+        ((value, number),) = summed_over_ranks([torch.stack([own.sum(), own.new_tensor(float(len(own)))])], group)
+        count = some(int(number))
+        return value / count, owned.rebuild([leaf / count for leaf in total])

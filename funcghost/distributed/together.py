@@ -1,0 +1,302 @@
+"""A step that all ranks take at the same time, on a model that each of them has a share of.
+
+Ranks wait for each other whenever parameters are gathered. So they may not run the losses a different number of times:
+a forward goes to its end even if it does not fit the plan, then all say whether theirs did, and go back only if all
+did. Where one did not, every rank gathers the whole model, plans or verifies on its own, and says how that went.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
+
+from funcghost.algebra.directions import LowRank
+from funcghost.algebra.pairs import Pairs
+from funcghost.distributed.collectives import Group, several, told_by_all
+from funcghost.distributed.fsdp import Sharded
+from funcghost.distributed.tensor_parallel import InParts, check_agreement
+from funcghost.engine.plans import Plan
+from funcghost.engine.run import Outcome, run_plain
+from funcghost.errors import InputError, MismatchError, PlanError
+from funcghost.options import Options
+from funcghost.problem import Losses, Problem, Reduction
+from funcghost.reducers.bases import split_reducers
+from funcghost.reducers.requests import Answer, Request, requested
+from funcghost.side_effects import undone_on_failure, untouched
+from funcghost.transforms.steps import Step, Transform, uncompiled
+from funcghost.trees import Params, Tree, split_params
+
+
+class _UnfitError(MismatchError):
+    """Some rank's run does not fit its plan, or is to be verified."""
+
+
+@dataclass(frozen=True, eq=False)
+class InStep(Problem):
+    """The losses of one rank, where the others run theirs at the same time.
+
+    `model`: what is sharded.
+    `owned`: the parameters as the user has them.
+    `agree`: tells the other ranks what a forward has come to.
+    `reduces`: whether gradients are scattered to where the parameters lie.
+    """
+
+    model: Sharded = field(kw_only=True)
+    owned: Sequence[Tensor] = field(kw_only=True)
+    reduces: bool = field(kw_only=True)
+    agree: Callable[[MismatchError | None, int, int], None] = field(kw_only=True)
+
+    @property
+    def in_step(self) -> bool:
+        """They do."""
+        return True
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether tensor parallel ranks compute them together."""
+        return self.model.in_parts
+
+    def settle(self, unfit: MismatchError | None, sizes: int, count: int) -> None:
+        """Goes on only if all ranks do."""
+        self.agree(unfit, sizes, count)
+
+    def backward(
+        self, losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_graph: bool = False
+    ) -> list[Tensor]:
+        """As that of a problem; gradients of parameters come as FSDP2's hooks leave them, sharded and averaged."""
+        if losses.requires_grad:
+            self.model.go_back(losses)
+        if not self.reduces:
+            return super().backward(losses, wanted, cotangent, keep_graph)
+        kept = [own.grad for own in self.owned]
+        try:
+            for own in self.owned:
+                own.grad = None
+            others = wanted[: len(wanted) - len(self.owned)]
+            if losses.requires_grad:
+                torch.autograd.backward(losses, cotangent, retain_graph=keep_graph, inputs=list(wanted))
+            found = [own.grad for own in (*others, *self.owned)]
+        finally:
+            for own, grad, leaf in zip(self.owned, kept, self.params.leaves, strict=True):
+                own.grad, leaf.grad = grad, None
+        blanks = (*others, *self.owned)
+        return [
+            torch.zeros_like(own, requires_grad=False) if grad is None else grad
+            for grad, own in zip(found, blanks, strict=True)
+        ]
+
+
+class Together:
+    """A step that all ranks take at the same time; what it keeps between calls are plans."""
+
+    def __init__(
+        self,
+        losses: Losses,
+        model: nn.Module,
+        reduction: Reduction | None,
+        has_aux: bool,
+        options: Options | None,
+        plan: Plan | None,
+        group: Group,
+    ) -> None:
+        self.scout = Transform(losses, None, has_aux, options, plan)
+        self.model, self.reduction, self.group = model, reduction, group
+        if self.scout.options.route == "forward":
+            raise InputError("sharded: Options.route='forward' is not to be had under fully_shard. Leave it out.")
+        self.checked = False
+        self.everyone, self.asked, self.early = 0, set[Any](), set[str]()
+
+    def step(self, params: Tree, batch: Tree, reducers: Tree = None) -> Step:
+        """The function that `grad_and_reduce` returns."""
+        split = split_params(params)
+        wanted, spec = split_reducers(reducers)
+        request = requested(wanted, split)
+        model, outcome = self._outcome(split, batch, request)
+        reduced = request.results(Answer(outcome.scores, outcome.parts, outcome.positions), split)
+        grads = None
+        if self.reduction is not None:
+            count = self.everyone if self.reduction == "mean" else 1
+            factor = {part.number: group.divisor / max(count, 1) for group in model.groups for part in group.parts}
+            grads = split.rebuild([leaf * factor[number] for number, leaf in enumerate(outcome.gradients)])
+        return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
+
+    def pairs(self, params: Tree, batch: Tree) -> Pairs:
+        """The function that `pairs` returns."""
+        split = split_params(params)
+        model, outcome = self._outcome(split, batch, Request(keep=True))
+        shapes = tuple(
+            (name, tuple(leaf.shape), leaf.dtype) for name, leaf in zip(split.names, model.leaves(), strict=True)
+        )
+        return Pairs(outcome.pairs, shapes, split.spec)
+
+    def _outcome(self, split: Params, batch: Tree, request: Request) -> tuple[Sharded, Outcome]:
+        model = Sharded(self.model, split)
+        model.check_idle()
+        _check_placed(request, split)
+        self._ask(split, request)
+        with uncompiled():
+            if not model.ready:
+                with model.whole():
+                    pass
+            return model, self._solve(model, split, batch, request)
+
+    def _ask(self, split: Params, request: Request) -> None:
+        """Ranks that ask for different things would wait for each other in vain: they compare once what they ask."""
+        asked = (
+            split.names,
+            tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in split.leaves),
+            tuple(type(reducer).__name__ for reducer in request.reducers),
+            (len(request.directions), len(request.tasks), request.keep, request.positions),
+            (self.reduction, bool(self.scout.plans)),
+        )
+        if asked in self.asked:
+            return
+        told = told_by_all((asked, self._carried()), self.group)
+        self.early.update(*(names for _, names in told))
+        other = [rank for rank, (found, _) in enumerate(told) if found != told[0][0]]
+        if other:
+            raise InputError(
+                f"sharded: ranks {other} pass other parameters, reducers, reduction, or a plan where the others pass "
+                "none, than rank 0. All ranks take a step together: pass the same on every one."
+            )
+        self.asked.update((*asked[:-1], (self.reduction, planned)) for planned in (True, asked[-1][1]))
+
+    def _solve(self, model: Sharded, split: Params, batch: Tree, request: Request) -> Outcome:
+        losses = self.scout.losses
+        leaves = split._replace(leaves=tuple(model.leaves()))
+        own = InStep(
+            lambda _, given: losses(split.rebuild(split.leaves), given),
+            leaves,
+            batch,
+            self.scout.has_aux,
+            model=model,
+            owned=split.leaves,
+            reduces=self.reduction is not None,
+            agree=lambda unfit, sizes, count: None,
+        )
+        if request.empty:
+            return self._guarded(model, lambda: self._plain(own))
+        checked = self.checked or not model.in_parts
+        if checked and self.scout.plans and self.scout.options.verify != "always":
+            try:
+                return self._guarded(model, lambda: self._along(own, request, due=True))
+            except _UnfitError:
+                pass
+        self._plan(own, request)
+        try:
+            return self._guarded(model, lambda: self._along(own, request, due=False))
+        except _UnfitError as error:
+            raise PlanError(
+                "on some rank the losses ran other ops than when they were planned a moment ago: they do something "
+                "else each time they run. Draw random numbers from torch, and let nothing depend on earlier calls."
+            ) from error
+
+    def _guarded(self, model: Sharded, body: Callable[[], Outcome]) -> Outcome:
+        """What fails must not leave FSDP2 in the middle of a step."""
+        try:
+            return body()
+        except BaseException:
+            model.reset()
+            raise
+
+    def _plain(self, problem: InStep) -> Outcome:
+        agree = partial(self._agree, problem)
+        return run_plain(replace(problem, agree=lambda unfit, sizes, count: agree(0, count)), self._reduction)
+
+    @property
+    def _reduction(self) -> Reduction | None:
+        """Sums are scaled when the number of all samples is known."""
+        return None if self.reduction is None else "sum"
+
+    def _along(self, problem: InStep, request: Request, *, due: bool) -> Outcome:
+        """Runs along the plan used last; `due` says whether new sizes are a reason to stop, and to verify."""
+        plan, options = self.scout.plans[0], self.scout.options
+
+        def agree(unfit: MismatchError | None, sizes: int, count: int) -> None:
+            new = not plan.verified or sizes not in plan.sizes or (request.factored and sizes not in plan.factored)
+            unseen = plan.written is None or (new and options.verify == "first")
+            self._agree(problem, int(unfit is not None or (due and count > 0 and unseen)), count)
+
+        with (
+            undone_on_failure(problem.devices(), plan.written or ()),
+            problem.model.accompanied(request.directions, self.early) as directions,
+            _replicating(problem),
+        ):
+            along = replace(request, directions=tuple(directions))
+            return self.scout.run(replace(problem, agree=agree), along, plan, self._reduction)
+
+    def _agree(self, problem: InStep, code: int, count: int) -> None:
+        """Tells the others whether this rank can go on, and how many samples it has.
+
+        Raises:
+            _UnfitError: on all ranks, if one cannot.
+        """
+        codes, counts = [code], [count]
+        if several(self.group):
+            own = torch.tensor([code, count], device=problem.params.leaves[0].device)
+            told = own.new_empty(2 * distributed.get_world_size(self.group))
+            distributed.all_gather_single(told, own, group=self.group)
+            codes, counts = told.view(-1, 2).T.tolist()
+        self.everyone = sum(counts) * problem.model.ranks // len(counts)
+        if any(codes):
+            raise _UnfitError(f"ranks {[rank for rank, found in enumerate(codes) if found]} are to plan or to verify.")
+
+    def _plan(self, problem: InStep, request: Request) -> None:
+        """Every rank plans, or verifies, on its own batch: with the whole model, so that none waits for another."""
+        kind = InParts if problem.in_parts else Problem
+        local = kind(problem.losses, problem.params, problem.batch, problem.has_aux)
+        failed: Exception | None = None
+        with problem.model.whole():
+            blank = [
+                [
+                    leaf if leaf is None or isinstance(leaf, LowRank) else own.new_zeros(()).expand(own.shape)
+                    for leaf, own in zip(direction, local.params.leaves, strict=True)
+                ]
+                for direction in request.directions
+            ]
+            try:
+                if problem.in_parts:
+                    check_agreement(local)
+                    self.checked = True
+                with untouched(problem.devices()), _replicating(problem):
+                    self.scout.planned(local, replace(request, directions=tuple(blank)))
+            except Exception as error:
+                failed = error
+        told = told_by_all((failed and f"{type(failed).__name__}: {failed}", self._carried()), self.group)
+        if failed is not None:
+            raise failed
+        for rank, (text, _) in enumerate(told):
+            if text is not None:
+                raise PlanError(f"rank {rank} could not plan or verify its losses, so that no rank goes on: {text}")
+        self.early.update(*(names for _, names in told))
+
+    def _carried(self) -> set[str]:
+        """The parameters of which a direction is needed in the forward."""
+        sites = [site for plan in self.scout.plans for site in plan.sites if site.action == "carry"]
+        return {name for site in sites for name in site.parameters}
+
+
+def _replicating(problem: InStep) -> AbstractContextManager[None]:
+    """Where ops on DTensors take ordinary tensors, which are the same on all tensor parallel ranks."""
+    return implicit_replication() if problem.in_parts else nullcontext()
+
+
+def _check_placed(request: Request, params: Params) -> None:
+    """Directions must lie as the parameters do."""
+    for direction in request.directions:
+        for name, leaf, own in zip(params.names, direction, params.leaves, strict=True):
+            if not isinstance(leaf, DTensor):
+                continue
+            assert isinstance(own, DTensor)
+            if (leaf.device_mesh, leaf.placements) != (own.device_mesh, own.placements):
+                raise InputError(
+                    f"direction[{name!r}]: must be sharded as the parameter is, with placements {own.placements} on "
+                    f"its mesh, found {leaf.placements}. Redistribute it, or take it from sharded.validation_gradient."
+                )
