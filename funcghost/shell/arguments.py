@@ -29,6 +29,10 @@ corpus.score:
     $ python -m funcghost report runs/corpus
     $ python -m funcghost verify runs/corpus mine:corpus
 
+What is installed, and whether a small model is right on every device of this machine:
+
+    $ python -m funcghost doctor
+
 Exit status: 0 fine, 1 the check failed, there is no plan, or the store is damaged or another one, 2 the target or an
 argument is not what it must be, or the losses cannot be run.
 """
@@ -41,6 +45,7 @@ COMMANDS = {
     "nearest": ("corpora", "list the samples nearest to a query in gradient space"),
     "report": ("reports", "write the report of a store as one HTML file"),
     "verify": ("corpora", "read a store again, and compute some of it anew"),
+    "doctor": ("doctors", "print what is installed, and check a small model on every device"),
 }
 """For each command the module of this wing that has a function of its name, and what it does."""
 
@@ -148,6 +153,7 @@ ADD = {
     "nearest": _nearest,
     "report": _report,
     "verify": _verify,
+    "doctor": _json,
 }
 
 
