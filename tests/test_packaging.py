@@ -1,15 +1,19 @@
 import ast
 import doctest
 import importlib
+import pydoc
 import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
+
+import funcghost as fg
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "funcghost"
@@ -177,3 +181,13 @@ def test_readme_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for block in blocks:
         first_line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * first_line + block[1], str(readme), "exec"), namespace)
+
+
+def test_help_is_an_index_of_every_name() -> None:
+    index = pydoc.plain(pydoc.render_doc(fg))
+    assert len(index.splitlines()) < 130
+    wings = {name.partition(".")[0] for name in MODULES} - {"functional"}
+    public = {name for name in dir(fg) if not name.startswith("_")} - wings
+    assert {"dot", "Pairs", "InputError"} <= public
+    assert {name for name in public if not re.search(rf"\b{name}\b", fg.__doc__ or "")} == set()
+    assert not any(isinstance(getattr(fg, name), ModuleType) for name in public - {"functional"})
