@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 
-from funcghost.corpus.asking import open as open_corpus
 from funcghost.errors import InputError
-from funcghost.plots.drawings import MOST_GROUPS, by_group_over_time, distributions
+from funcghost.plots.cards import contact_sheet
+from funcghost.plots.drawings import by_group, by_group_over_time, distributions, over_steps
 from funcghost.plots.page import image, passages, table, write_page
-from funcghost.store.manifest import JSON, read_manifest
-from funcghost.store.record import SAMPLE, STEP, open_record
+from funcghost.plots.reading import Floats, Values, averages, largest_groups, less_their_steps, read, rows_of
+from funcghost.store.manifest import JSON
 
 SHOWN = 10
+LISTED = 200
+"""Rows of the table of items: half of them the largest, half the smallest."""
+
 BINS = 20
 LONGEST = 4000
 """Characters of a text that are shown."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,19 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class Values:
-    """Values by row, what they are of, their groups, and their steps where there are any."""
+class Items:
+    """What the rows are about: names, their mean values, how many rows each has, and the place of each row's."""
 
-    column: str
-    values: Floats
-    items: NDArray[Any]
-    groups: NDArray[Any] | None
-    steps: NDArray[np.int64] | None
-    origin: Mapping[str, JSON]
+    names: Any
+    means: Floats
+    counts: Any
+    place: Any
+
+    @property
+    def order(self) -> Any:
+        """Those with a value, the smallest first."""
+        known = np.flatnonzero(~np.isnan(self.means))
+        return known[np.argsort(self.means[known], kind="stable")]
 
 
 def report(
@@ -54,6 +57,8 @@ def report(
     by: str | None = None,
     group: str | None = None,
     texts: Mapping[Any, str] | None = None,
+    images: Any = None,
+    figures: Mapping[str, Figure] | None = None,
     title: str | None = None,
 ) -> Reported:
     """Writes the report of a store as one HTML file: distributions, groups over time, the best and the worst.
@@ -68,121 +73,87 @@ def report(
         by: the column that says what a row is of, such as a document; the sample by default.
         group: a column of groups to tell apart.
         texts: texts by item, or by the item as a string.
+        images: as in `plots.contact_sheet`, where the items are positions in them.
+        figures: more figures, by their headings, such as `plots.account(...)`.
         title: what stands on top.
 
     Raises:
         InputError: there is no such column, or no rows.
         StoreError: the store is damaged, or the file cannot be written.
     """
-    found = _values(Path(path), column, by, group)
+    found = read(Path(path), column, by, group)
     if not len(found.values):
         raise InputError(f"{path}: there are no rows yet, nothing to report.")
-    items, place = np.unique(found.items, return_inverse=True)
-    counts = np.bincount(place)
-    own = found.values if found.steps is None else found.values - _means(found.steps, found.values)
-    means = _averages(place, own)
-    sections = [("", table(_facts(found, len(items))))]
-    name = f"mean {found.column} of {by or 'a sample'}" + ("" if found.steps is None else ", less its step's mean")
-    sections.append(("Distribution", image(distributions(_by_group(found, place, means), name), "distribution")))
+    own = less_their_steps(found)
+    names, place = np.unique(found.items, return_inverse=True)
+    items = Items(names, averages(place, own), np.bincount(place), place)
+    sections = [("", table(_facts(found, len(names))))]
+    label = f"mean {found.column} of {by or 'a sample'}" + ("" if found.steps is None else ", less its step's mean")
+    shares = distributions(_by_group(found, items), label)
+    sections.append(("Distribution", image(shares, "distribution")))
     if found.steps is not None:
-        sections.append(("Over time", _over_time(found)))
+        sections.append(("Over steps", image(over_steps(found), "values over steps")))
     if found.groups is not None:
-        sections.append(("By group", table(_by_rows(found, own), ("group", "rows", "mean", "median", "5 %", "95 %"))))
-    known = np.flatnonzero(~np.isnan(means))
-    order = known[np.argsort(means[known], kind="stable")]
-    for head, chosen in (("Largest values", order[::-1]), ("Smallest values", order)):
-        shown = [_passage(items[at], means[at], counts[at], texts) for at in chosen[:SHOWN]]
-        sections.append((head, passages(shown)))
+        heads = ("group", "rows", "mean", "median", "5 %", "95 %")
+        compared = image(by_group(found), "values by group") + table(_by_rows(found, own), heads)
+        over_time = "" if found.steps is None else image(_over_time(found), "groups over steps")
+        sections.append(("By group", compared + over_time))
+    sections += [(head, image(drawn, head)) for head, drawn in (figures or {}).items()]
+    for head, smallest in (("Largest values", False), ("Smallest values", True)):
+        chosen = items.order if smallest else items.order[::-1]
+        shown = [_passage(names[at], items.means[at], items.counts[at], texts) for at in chosen[:SHOWN]]
+        sheet = ""
+        if images is not None:
+            sheet = image(contact_sheet(images, found, smallest=smallest), head, photographs=True)
+        sections.append((head, sheet + passages(shown)))
+    sections.append(("Items", _listed(items)))
     sections.append(("What the numbers follow from", table(_flat(found.origin))))
     write_page(Path(out), title or f"Values in {Path(path).name}", sections)
-    return Reported(found.column, len(found.values), len(items))
+    return Reported(found.column, len(found.values), len(names))
 
 
-def _values(path: Path, column: str | None, by: str | None, group: str | None) -> Values:
-    if read_manifest(path).kind == "record":
-        record = open_record(path)
-        schema, names, tables, step, origin = (
-            *(record.store.schema, record.values, record.tables(), STEP, record.origin),
-        )
-        item = by or SAMPLE
-    else:
-        corpus = open_corpus(path, partial=True)
-        schema, names, step, origin = corpus.store.schema, corpus.columns, None, corpus.origin
-        tables, item = (found for _, found in corpus.tables()), by or "id"
-    chosen = column if column is not None else next(iter(reversed(names)), "")
-    for name, known in ((chosen, names), (item, schema.names), (group or item, schema.names)):
-        if name not in known:
-            raise InputError(f"column: must be one of {known}, found {name!r}.")
-    wanted = list(dict.fromkeys([chosen, item, *filter(None, [group, step])]))
-    whole = pa.concat_tables([schema.empty_table().select(wanted), *(found.select(wanted) for found in tables)])
-    return Values(
-        chosen,
-        whole[chosen].to_numpy().astype(np.float64),
-        whole[item].to_numpy(),
-        None if group is None else np.asarray(pc.cast(whole[group], pa.string()).to_numpy(), dtype=object),
-        None if step is None else whole[step].to_numpy(),
-        origin,
-    )
-
-
-def _means(steps: NDArray[np.int64], values: Floats) -> Floats:
-    """For every row the mean over the finite rows of its step."""
-    _, batch = np.unique(steps, return_inverse=True)
-    means: Floats = _averages(batch, values)[batch]
-    return means
-
-
-def _averages(place: NDArray[np.int64], values: Floats) -> Floats:
-    """The mean of the finite values at each place, nan where there are none."""
-    finite = np.isfinite(values)
-    size = int(place.max()) + 1
-    counts = np.bincount(place[finite], minlength=size)
-    sums = np.bincount(place[finite], values[finite], minlength=size)
-    means: Floats = np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
-    return means
-
-
-def _groups(found: Values) -> list[str]:
-    """The names of the largest groups."""
-    assert found.groups is not None
-    names, counts = np.unique(found.groups, return_counts=True)
-    return sorted(names[np.argsort(-counts, kind="stable")[:MOST_GROUPS]].tolist())
-
-
-def _by_group(found: Values, place: NDArray[np.int64], means: Floats) -> dict[str, Floats]:
+def _by_group(found: Values, items: Items) -> dict[str, Floats]:
     if found.groups is None:
-        return {"all": means}
-    of_item = np.empty(len(means), dtype=object)
-    of_item[place] = found.groups
-    return {name: means[of_item == name] for name in _groups(found)}
+        return {"all": items.means}
+    of_item = np.empty(len(items.means), dtype=object)
+    of_item[items.place] = found.groups
+    return {name: items.means[of_item == name] for name in largest_groups(found)}
 
 
-def _over_time(found: Values) -> str:
+def _over_time(found: Values) -> Figure:
     assert found.steps is not None
-    finite = np.isfinite(found.values)
     last = int(found.steps.max()) + 1
     bins = min(BINS, last)
-    names = ["all"] if found.groups is None else _groups(found)
+    names = largest_groups(found)
     cells = np.full((len(names), bins), np.nan)
     for row, name in enumerate(names):
-        inside = finite if found.groups is None else finite & (found.groups == name)
+        inside = rows_of(found, name)
         if inside.any():
-            averages = _averages(found.steps[inside] * bins // last, found.values[inside])
-            cells[row, : len(averages)] = averages
-    drawn = by_group_over_time(np.linspace(0, last, bins + 1), names, cells, f"mean {found.column}")
-    return image(drawn, "values over time")
+            means = averages(found.steps[inside] * bins // last, found.values[inside])
+            cells[row, : len(means)] = means
+    return by_group_over_time(np.linspace(0, last, bins + 1), names, cells, f"mean {found.column}")
 
 
 def _by_rows(found: Values, own: Floats) -> list[tuple[str, ...]]:
     rows = []
-    for name in _groups(found):
-        inside = own[(found.groups == name) & np.isfinite(own)]
+    for name in largest_groups(found):
+        inside = own[rows_of(found, name)]
         if not len(inside):
             continue
         low, middle, high = np.quantile(inside, [0.05, 0.5, 0.95])
         numbers = (f"{value:.3e}" for value in (inside.mean(), middle, low, high))
         rows.append((name, str(len(inside)), *numbers))
     return rows
+
+
+def _listed(items: Items) -> str:
+    """A table of the items of the largest and of the smallest values."""
+    order = items.order[::-1]
+    chosen = order if len(order) <= LISTED else np.concatenate([order[: LISTED // 2], order[-LISTED // 2 :]])
+    rows = [(str(items.names[at]), f"{items.means[at]:.4e}", str(items.counts[at])) for at in chosen]
+    left = len(order) - len(chosen)
+    note = f'<p class="note">{left} between them are left out.</p>' if left else ""
+    return table(rows, ("item", "mean value", "rows")) + note
 
 
 def _passage(item: Any, mean: float, count: int, texts: Mapping[Any, str] | None) -> tuple[str, str, str, str | None]:

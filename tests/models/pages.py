@@ -1,5 +1,6 @@
 """Pages, as tests read them."""
 
+from collections import Counter
 from html.parser import HTMLParser
 
 
@@ -9,13 +10,13 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.seen: set[str] = set()
+        self.seen = Counter[str]()
         self.sources: list[str] = []
         self.passages: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
+        self.seen[tag] += 1
         self.sources += [value or "" for name, value in attrs if name == "src"]
         if tag == "pre":
             self.passages.append("")

@@ -1,4 +1,4 @@
-"""The report of any store: one file, with what was asked for, and nothing that runs."""
+"""The report of any store: one file, with what was asked for, and no script but the one that sorts its tables."""
 
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ def test_the_best_and_the_worst_stand_first_with_their_texts(record: Path, tmp_p
     assert (found.column, found.rows, found.items) == ("value", 120, 12)
     page = Page(out.read_text(encoding="utf-8"))
     assert page.open == []
-    assert not page.seen & {"script", "link", "iframe", "u", "i"}
-    assert len(page.sources) == 2
+    assert not page.seen.keys() & {"link", "iframe", "u", "i"}
+    assert page.seen["script"] == 1
+    assert len(page.sources) == 4
     assert all(source.startswith("data:image/png;base64,iVBORw0KGgo") for source in page.sources)
     # The mean of a step is taken off, or the values of its steps would decide.
     assert len(page.passages) == 20
@@ -65,3 +66,28 @@ def test_nothing_to_report_is_said(tmp_path: Path) -> None:
     store.record(tmp_path / "run", ["value"]).close()
     with pytest.raises(fg.InputError, match="no rows yet"):
         plots.report(tmp_path / "run", tmp_path / "page.html")
+
+
+def test_more_figures_and_images_are_on_the_page(record: Path, tmp_path: Path) -> None:
+    out, images = tmp_path / "page.html", np.random.default_rng(0).random((12, 4, 4))
+    plots.report(record, out, images=images, figures={"A <map>": plots.gram(np.eye(3))})
+    page = Page(out.read_text(encoding="utf-8"))
+    assert len(page.sources) == 5
+    assert "<h2>A &lt;map&gt;</h2>" in out.read_text(encoding="utf-8")
+    assert page.seen["button"] == 3
+
+
+def test_all_items_or_the_outermost_are_listed(tmp_path: Path) -> None:
+    with store.record(tmp_path / "run", ["value"]) as kept:
+        kept.add(0, range(500), {"value": np.arange(500.0)})
+    plots.report(tmp_path / "run", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "300 between them are left out" in text
+    assert [f"<td>{item}</td>" in text for item in (0, 99, 100, 399, 400, 499)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
