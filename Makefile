@@ -14,7 +14,7 @@ BENCH ?= --quick
 PROFILE := $(if $(CI),ci,dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-deep lint types bench
+.PHONY: help setup run docs test test-deep lint types bench
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -33,6 +33,9 @@ $(BENCH_STAMP): $(STAMP)
 
 run: $(STAMP) ## train a small language model and value its data in the run: runs/lm/report.html
 	$(BIN)/python examples/lm_in_run_shapley.py --out runs/lm --overwrite
+
+docs: $(STAMP) ## write the site of pages: site/index.html
+	$(BIN)/python docs/build_site.py --out site
 
 test: $(STAMP) ## run the tests, the same drawn examples every time (ARGS="-k name" to choose, WORKERS=1: one process)
 	HYPOTHESIS_PROFILE=$(PROFILE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
