@@ -2,10 +2,10 @@
 
     python docs/build_site.py --out site [--quick]
 
-Nothing is written twice. Texts are rendered from Markdown; tutorials are the scripts `examples/tutorial_*.py`, which
-are executed here, with what they print and draw below each cell; `api/` is made of the docstrings by pdoc. Links between
-texts are turned into links between pages, and every link and anchor within the site is checked: one that leads nowhere
-ends the build. `--quick` leaves out `api/`, and executes nothing.
+Nothing is written twice. Texts are rendered from Markdown. Tutorials are the scripts `examples/tutorial_*.py`, which
+are executed here, with what they print and draw below each cell. `api/` is made of the docstrings by pdoc. Links
+between texts are turned into links between pages, and every link and anchor within the site is checked: one that leads
+nowhere ends the build. `--quick` leaves out `api/`, and executes nothing.
 """
 
 import argparse

@@ -4,10 +4,11 @@ May import: all wings up to `attribution`; needs the extra `store`. Read `score.
 a part is a function of its samples and the settings alone, so that ranks and restarts change nothing.
 """
 
+from funcghost.corpus import needs
 from funcghost.corpus.asking import Corpus, Hits, open
 from funcghost.corpus.merging import merge
 from funcghost.corpus.rescoring import rescore
 from funcghost.corpus.score import Scored, score
 from funcghost.corpus.verifying import verify
 
-__all__ = ["Corpus", "Hits", "Scored", "merge", "open", "rescore", "score", "verify"]
+__all__ = ["Corpus", "Hits", "Scored", "merge", "needs", "open", "rescore", "score", "verify"]

@@ -2,5 +2,6 @@
 
 from importlib.util import find_spec
 
-if find_spec("matplotlib") is None:
-    raise ImportError("funcghost.plots draws with matplotlib: pip install 'funcghost[plots]'.")
+for _name in ("matplotlib", "pyarrow"):
+    if find_spec(_name) is None:
+        raise ImportError(f"funcghost.plots draws values of stores: pip install 'funcghost[plots]' ({_name}).")

@@ -7,6 +7,7 @@
 `models()`, `batches(model)` and `pairs()` are hypothesis strategies, for laws of your own.
 """
 
+from funcghost.testing import needs
 from funcghost.testing.naive import assert_matches_naive, naive_pairs
 from funcghost.testing.reducer_laws import assert_reducer_laws
 from funcghost.testing.rule_laws import assert_rule_laws
@@ -20,5 +21,6 @@ __all__ = [
     "batches",
     "models",
     "naive_pairs",
+    "needs",
     "pairs",
 ]
