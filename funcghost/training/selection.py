@@ -122,7 +122,7 @@ def greedy(k: int, redundancy: float) -> Policy:
         for _ in range(min(count, len(scores))):
             best = left.masked_fill(chosen, -torch.inf).argmax()
             chosen = chosen.index_fill(0, best, True)
-            left = left - redundancy * gram[best].to(left.dtype)
+            left = left - redundancy * gram.index_select(0, best.view(1)).squeeze(0).to(left.dtype)  # gram[best] waits
         return _mean_of(scores, chosen)
 
     return policy

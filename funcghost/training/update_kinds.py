@@ -84,10 +84,10 @@ class Clipped:
         at = [scale * grad for grad in grads]
         found, parts = self.inner.share(params, at, state, cotangents, credit, tolerance)
         found = [[scale * leaf for leaf in leaves] for leaves in found]
-        if credit == "step" and bool(scale < 1):
+        if credit == "step":
             beyond = self.inner.pulled(params, at, state, cotangents)
             found = [
-                _plus(leaves, _across(late, grads, norm), -scale * scale.log())
+                _where(scale < 1, _plus(leaves, _across(late, grads, norm), -scale * scale.log()), leaves)
                 for leaves, late in zip(found, beyond, strict=True)
             ]
         return Shared(found, parts)
@@ -96,8 +96,7 @@ class Clipped:
         """`J^T V`."""
         scale, norm = self._scale(grads)
         found = self.inner.pulled(params, [scale * grad for grad in grads], state, cotangents)
-        if bool(scale < 1):
-            found = [_across(leaves, grads, norm) for leaves in found]
+        found = [_where(scale < 1, _across(leaves, grads, norm), leaves) for leaves in found]
         return [[scale * leaf for leaf in leaves] for leaves in found]
 
 
@@ -105,6 +104,11 @@ def _across(leaves: Leaves, grads: Leaves, norm: Tensor) -> Leaves:
     """Without the part along the gradient."""
     along = inner(leaves, grads) / norm.square()
     return [leaf - along.to(grad.dtype) * grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+
+def _where(clipped: Tensor, one: Leaves, other: Leaves) -> Leaves:
+    """One or the other, chosen on the device: a Python `if` would wait for it."""
+    return [torch.where(clipped, a, b) for a, b in zip(one, other, strict=True)]
 
 
 def _plus(leaves: Leaves, others: Leaves, times: Tensor) -> Leaves:

@@ -329,10 +329,7 @@ def reducers(params: Params) -> dict[str, Any]:
     }
 
 
-KINDS = ("dot", "low rank", "stack", "bound", "norm", "gram", "cross", "project", "per token")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dot", "gram", "per token"])  # all of them in test_no_waiting
 def test_a_planned_step_waits_for_no_value(kind: str) -> None:
     """It runs on tensors without values, and of its ops none depends on any."""
     _, losses, params = small_gpt(layers=1)
