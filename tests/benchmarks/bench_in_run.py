@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.benchmarks.bench_dot import (
     Setting,
     count_flops,
     gpt,
+    large,
     measure_overhead,
     mlp,
     tiny_gpt,
@@ -44,6 +46,7 @@ from tests.benchmarks.in_run_contenders import (
 )
 from tests.benchmarks.in_run_curves import draw, measure_curves, show_curves
 from tests.benchmarks.in_run_memory import can_measure, in_child, size, step_peak
+from tests.benchmarks.models import LARGE
 
 LEAST_ROUNDS, FAR_SLOWER = 3, 4.0
 EVERY_TENTH, REFRESH, CACHED = "fresh every 10th step, rank 32", "refresh of rank 32", "rank 32"
@@ -61,7 +64,14 @@ def in_run_mlp(setting: Setting) -> InRun:
     return InRun.of(mlp(setting), setting.noise(16, 1024))
 
 
+def in_run_large(name: str, setting: Setting) -> InRun:
+    size = LARGE[name]
+    rows = max(size["batch"] // 2, 1)
+    return InRun.of(large(name, setting), setting.tokens(rows, size["length"], size["vocabulary"]))
+
+
 CASES: dict[str, Callable[[Setting], InRun]] = {"gpt": in_run_gpt, "mlp": in_run_mlp}
+LARGE_CASES: dict[str, Callable[[Setting], InRun]] = {name: partial(in_run_large, name) for name in LARGE}
 IN_MEMORY = (PLAIN, "exact", "rank 16", "rank 32", "scoring only, dense", "scoring only, rank 32")
 
 PROMISES: dict[str, dict[str, float]] = {
@@ -205,7 +215,7 @@ def verdicts(case: str, rows: Sequence[Row], memory: Sequence[Memory], copy: int
     ratios = {row.name: row for row in rows}
     found = [
         Verdict(case, f"{name}, x {ratios[name].base}", most, ratios[name].cpu_ratio[1])
-        for name, most in PROMISES[case].items()
+        for name, most in PROMISES.get(case, {}).items()
         if name in ratios
     ]
     peaks = {entry.name: entry.held + entry.step for entry in memory}
@@ -249,7 +259,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times every way to score in the run against plain training.")
     parser.add_argument("--quick", action="store_true", help="under two minutes: few rounds, nothing compiled")
     parser.add_argument("--seconds", type=positive(float), help="time per case; default 90, with --quick 20")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *LARGE_CASES], default=list(CASES))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="default all; with --quick not compiled")
     parser.add_argument("--no-memory", action="store_true", help="start no processes to measure memory")
     parser.add_argument("--curves", action="store_true", help="scaling curves, about three minutes more")
@@ -288,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
     promises: list[Verdict] = []
     for key in args.cases:
-        problem = CASES[key](setting)
+        problem = (CASES | LARGE_CASES)[key](setting)
         rows, rounds = measure(problem, setting, args.groups, args.seconds)
         memory = (
             measure_memory(key, args)

@@ -22,7 +22,7 @@ import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
-from tests.benchmarks.contenders import SHAPES, Contender, Route, Shape, contenders, quiet
+from tests.benchmarks.contenders import LARGE_SHAPES, SHAPES, Contender, Route, Shape, contenders, quiet
 from tests.benchmarks.memory import Children, Memory, first_line
 
 LEAST_ROUNDS = 3
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the tables and gives what --out writes."""
     parser = argparse.ArgumentParser(description="Times and weighs reducers of per-sample gradients and alternatives.")
     parser.add_argument("--quick", action="store_true", help="two shapes, no forced routes, no memory")
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], help="default all, with --quick two")
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *LARGE_SHAPES], help="default all, with --quick two")
     parser.add_argument("--only", type=re.compile, help="contenders whose name has this regular expression")
     parser.add_argument(
         "--seconds", type=positive(float), help="time for rounds per shape; default 40, with --quick 15"
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
     for name in args.shapes or (QUICK_SHAPES if args.quick else SHAPES):
         torch.manual_seed(args.seed)
-        shape = SHAPES[name](args.device)
+        shape = (SHAPES | LARGE_SHAPES)[name](args.device)
         entries = contenders(forced=not args.quick, compiled=name in COMPILED)
         if args.only:
             entries = [own for own in entries if own.name.startswith("plain step") or args.only.search(own.name)]

@@ -8,13 +8,25 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import funcghost as fg
-from tests.benchmarks.models import GPT, Losses, Params, first_class, half_square, next_token, perceptron, resnet
+from tests.benchmarks.models import (
+    GPT,
+    LARGE,
+    Losses,
+    Params,
+    decoder,
+    first_class,
+    half_square,
+    next_token,
+    perceptron,
+    resnet,
+)
 
 Result = Literal["norm", "gram", "cross"]
 Route = Callable[[], Any]
@@ -64,6 +76,15 @@ def images(device: torch.device) -> Shape:
     return Shape("resnet", resnet().to(device), first_class, torch.randn(40, 3, 32, 32, device=device), 8)
 
 
+def large(name: str, device: torch.device) -> Shape:
+    """A decoder of a size that fills a GPU, in bfloat16 there."""
+    size = LARGE[name]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    rows = size["batch"] + max(size["batch"] // 2, 1)
+    tokens = torch.randint(size["vocabulary"], (rows, size["length"]), device=device)
+    return Shape(name, decoder(name).to(device, dtype), next_token, tokens, rows - size["batch"])
+
+
 SHAPES: dict[str, Callable[[torch.device], Shape]] = {
     "mlp": mlp,
     "gpt128": gpt(128),
@@ -71,6 +92,7 @@ SHAPES: dict[str, Callable[[torch.device], Shape]] = {
     "gpt128-untied": gpt(128, tied=False),
     "resnet": images,
 }
+LARGE_SHAPES: dict[str, Callable[[torch.device], Shape]] = {name: partial(large, name) for name in LARGE}
 
 
 @dataclass(frozen=True, eq=False)

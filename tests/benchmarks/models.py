@@ -51,6 +51,74 @@ class GPT(nn.Module):
         return logits
 
 
+class Layer(nn.Module):
+    """One layer of a `Decoder`: rotary attention with grouped keys and values, and a gated perceptron."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        shared = self.size * max(heads // 4, 1)
+        self.attention_norm, self.gate_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.key = nn.Linear(width, width, bias=False), nn.Linear(width, shared, bias=False)
+        self.value, self.outputs = nn.Linear(width, shared, bias=False), nn.Linear(width, width, bias=False)
+        self.gate, self.expand = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width, bias=False)
+        self.contract = nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        inner = self.attention_norm(x)
+        parts = (part(inner).unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (self.query, self.key))
+        query, key = (self._turned(part, turns) for part in parts)
+        value = self.value(inner).unflatten(-1, (-1, self.size)).transpose(1, 2)
+        repeats = self.heads // key.shape[1]
+        key, value = (part.repeat_interleave(repeats, 1) for part in (key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.outputs(mixed.transpose(1, 2).flatten(2))
+        inner = self.gate_norm(x)
+        return x + self.contract(F.silu(self.gate(inner)) * self.expand(inner))
+
+    def _turned(self, part: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        first, second = part.chunk(2, -1)
+        cosines, sines = turns
+        return torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
+
+
+class Decoder(nn.Module):
+    """A decoder as Llama's: rotary positions, grouped attention, gated perceptrons, a head of its own."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.turned = width // heads // 2
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        places = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
+        rates = 10000.0 ** (-torch.arange(self.turned, device=tokens.device, dtype=torch.float32) / self.turned)
+        angles = places.unsqueeze(1) * rates
+        turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, turns)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+LARGE = {
+    "llama1024": {"vocabulary": 32000, "width": 2048, "layers": 8, "heads": 16, "length": 1024, "batch": 8},
+    "llama4096": {"vocabulary": 32000, "width": 2048, "layers": 8, "heads": 16, "length": 4096, "batch": 2},
+    "llama-tiny": {"vocabulary": 64, "width": 32, "layers": 1, "heads": 4, "length": 16, "batch": 4},
+}
+"""Sizes of a `Decoder` that fill a GPU, and one that shows whether a script runs."""
+
+
+def decoder(name: str) -> Decoder:
+    """The `Decoder` of a size of `LARGE`."""
+    size = LARGE[name]
+    return Decoder(size["vocabulary"], size["width"], size["layers"], size["heads"])
+
+
 class Residual(nn.Module):
     """Two convolutions with group norm, and a shortcut."""
 
