@@ -1,12 +1,12 @@
 """How ratios of `bench_in_run.py` grow with length, width, batch, validation samples and directions; and its plot."""
 
+import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 
 import funcghost as fg
@@ -14,9 +14,6 @@ from tests.benchmarks.bench_dot import Case, Route, Setting, interleave, make_pl
 from tests.benchmarks.common import quartiles, table
 from tests.benchmarks.in_run_contenders import InRun, validation_gradient
 from tests.benchmarks.models import GPT, next_token
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 USUAL = {"length": 64, "width": 128, "batch": 8, "validation": 4, "directions": 1}
 AXES: dict[str, tuple[int, ...]] = {
@@ -92,7 +89,9 @@ def show_curves(points: Sequence[Point]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """The ratios of all contenders with their quartiles, and the curves where there are some."""
     cases, axes = report["cases"], list(dict.fromkeys(point["axis"] for point in report["curves"]))
-    figure, grid = plt.subplots(1, len(cases) + len(axes), figsize=(5 * (len(cases) + len(axes)), 5), squeeze=False)
+    # Only who wants a plot needs matplotlib.
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(5 * (len(cases) + len(axes)), 5))
+    grid = figure.subplots(1, len(cases) + len(axes), squeeze=False)
     panels = list(grid[0])
     for name, case in cases.items():
         panel, rows = panels.pop(0), case["rows"][::-1]
@@ -112,4 +111,3 @@ def draw(report: dict[str, Any], path: Path) -> None:
         panel.legend()
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)

@@ -11,7 +11,7 @@
 #     pip download --no-deps --only-binary :all: --python-version 3.12 -d tests/benchmarks/wheels \
 #         optree pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers
 #
-# All but optree are pure Python; optree is for the Python and platform of the machine.
+# Most are pure Python; optree and hypothesis are for the Python and platform of the machine.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"

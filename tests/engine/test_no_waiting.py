@@ -19,6 +19,7 @@ from funcghost.algebra.directions import LowRank
 from funcghost.attribution import in_run
 from funcghost.training import clipping, geometry, selection, updates, weighting
 from tests.models.small import Params, like, rows, small_gpt
+from tests.naive import assert_close
 
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal.default")
 Case = Callable[["World"], Any]
@@ -187,3 +188,31 @@ def test_accounts_wait_for_nothing(world: World, name: str) -> None:
 def test_waiting_is_found(wait: Callable[[Tensor], Any]) -> None:
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting():
         wait(torch.empty(3, device="meta"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["dot", "low rank", "norm", "gram"])
+def test_a_planned_step_is_captured_in_a_cuda_graph(kind: str) -> None:
+    model, losses, params = small_gpt()
+    model.cuda()
+    params = dict(model.named_parameters())
+    small = fg.compress(like(params), rank=1)
+    along: dict[str, Any] = {"dot": fg.dot(like(params)), "low rank": fg.dot(small)}
+    along |= {"norm": fg.squared_norm(), "gram": fg.gram()}
+    reducer, batch = along[kind], (rows()[0].cuda(),)
+    options = fg.Options(verify="never")
+    step = fg.grad_and_reduce(losses, plan=fg.plan(losses, params, batch, reducer), options=options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(params, batch, reducer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step(params, batch, reducer)
+    batch[0].copy_(rows()[0])
+    graph.replay()
+    wanted = step(params, batch, reducer)
+    assert_close(held.reduced, wanted.reduced, 1e-4)
+    assert_close(held.losses, wanted.losses, 1e-5)
