@@ -13,27 +13,31 @@ from tests.benchmarks import on_gpu
 from tests.benchmarks.models import LARGE
 
 ROOT = Path(__file__).resolve().parent.parent
-DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 
 
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="takes a minute: in the deep profile")
 def test_one_command_for_a_gpu_runs_here(tmp_path: Path) -> None:
-    """All of its stages in the deep profile, one of them otherwise."""
     command = ["bash", str(ROOT / "tests/benchmarks/on_gpu.sh"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    command += [] if DEEP else ["--stages", "profile"]
     environment = os.environ | {"PYTHON": sys.executable}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "on_gpu.json").read_text(encoding="utf-8"))
-    names = [stage.name for stage in on_gpu.stages("cpu", "float32", True, tmp_path)]
-    assert list(found["stages"]) == (names if DEEP else ["profile llama-tiny"])
+    assert list(found["stages"]) == [stage.name for stage in on_gpu.stages("cpu", "float32", True, tmp_path)]
     assert all(stage["status"] == "done" for stage in found["stages"].values())
-    profile = found["stages"]["profile llama-tiny"]["report"]
+    assert "step with dot, rank 32" in (tmp_path / "on_gpu.md").read_text(encoding="utf-8")
+
+
+def test_its_profile_runs_here(tmp_path: Path) -> None:
+    assert on_gpu.main(["--device", "cpu", "--tiny", "--profile", "llama-tiny", "--out", str(tmp_path)]) == 0
+    profile = json.loads((tmp_path / "profile_llama-tiny.json").read_text(encoding="utf-8"))
     assert profile["errors"] == {}
     assert profile["scores of step and reduce differ by"] < 1e-5
     assert {"plain step", "step with dot", "dot alone"} <= profile["rows"].keys()
     assert 0 < profile["python of a step with dot"] <= 1
-    table = (tmp_path / "on_gpu.md").read_text(encoding="utf-8")
-    assert "step with dot, rank 32" in table
+    assert "step with dot, rank 32" in on_gpu.show_profile(profile)
+    report = {"setting": profile["setting"], "stages": {"profile": {"status": "done", "report": profile}}}
+    on_gpu.written(report, tmp_path)
+    assert "by a decoder of as many thin layers" in (tmp_path / "on_gpu.md").read_text(encoding="utf-8")
 
 
 def test_the_stages_of_a_gpu_fit_their_time(tmp_path: Path) -> None:

@@ -63,20 +63,11 @@ def python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_wheel_works_alone_and_names_what_lacks(alone: Path) -> None:
-    run = python(alone, "-m", "funcghost", "doctor", "--json")
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["ok"] is True
-    packages = {package["name"]: package for package in found["packages"]}
-    assert packages["torch"]["found"] is not None
-    assert all(packages[name]["found"] is None for name in ("pyarrow", "matplotlib", "hypothesis"))
-    assert packages["pyarrow"]["extras"][0] == "store"
-
-
-def test_wings_without_their_extra_say_which_it_is(alone: Path) -> None:
+    """The self-check, every wing that needs an extra, and a command that does, in one process."""
     code = f"""
 import importlib
 from funcghost.shell.main import main
+status = main(["doctor", "--json"])
 for wing in {list(EXTRAS)}:
     try:
         importlib.import_module(f"funcghost.{{wing}}")
@@ -84,14 +75,19 @@ for wing in {list(EXTRAS)}:
         print(error)
     else:
         print("imported")
-raise SystemExit(main(["top", "nowhere"]))
+raise SystemExit([status, main(["top", "nowhere"])] != [0, 2])
 """
     run = python(alone, "-c", code)
-    said = run.stdout.splitlines()
-    assert len(said) == len(EXTRAS), run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
+    doctor, *said = run.stdout.splitlines()
+    found = json.loads(doctor)
+    assert found["ok"] is True
+    packages = {package["name"]: package for package in found["packages"]}
+    assert packages["torch"]["found"] is not None
+    assert all(packages[name]["found"] is None for name in ("pyarrow", "matplotlib", "hypothesis"))
+    assert packages["pyarrow"]["extras"][0] == "store"
     for line, extra in zip(said, EXTRAS.values(), strict=True):
         assert f"pip install 'funcghost[{extra}]'" in line
-    assert run.returncode == 2
     assert run.stderr.startswith("funcghost top: ")
     assert "pip install 'funcghost[store]'" in run.stderr
 
