@@ -104,7 +104,7 @@ def test_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["report", str(tmp_path / "record"), *arguments]) == 0
     text = page.read_text(encoding="utf-8")
     assert "domain 1" in text
-    assert "Over time" in text
+    assert "Over steps" in text
     assert "&lt;the text&gt; of" in text
 
 
