@@ -35,7 +35,7 @@ run: $(STAMP) ## train a small language model and value its data in the run: run
 	$(BIN)/python examples/lm_in_run_shapley.py --out runs/lm --overwrite
 
 docs: $(STAMP) ## write the site of pages: site/index.html
-	$(BIN)/python docs/build_site.py --out site
+	$(BIN)/python tests/docs/build_site.py --out site
 
 test: $(STAMP) ## run the tests, the same drawn examples every time (ARGS="-k name" to choose, WORKERS=1: one process)
 	HYPOTHESIS_PROFILE=$(PROFILE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

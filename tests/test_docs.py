@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from docs import build_site
+from tests.docs import build_site
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = build_site.targets()

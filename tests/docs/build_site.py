@@ -1,6 +1,6 @@
 """Builds the site of pages from what is there: the README and other texts, the tutorials, the docstrings.
 
-    python docs/build_site.py --out site [--quick]
+    python tests/docs/build_site.py --out site [--quick]
 
 Nothing is written twice. Texts are rendered from Markdown. Tutorials are the scripts `examples/tutorial_*.py`, which
 are executed here, with what they print and draw below each cell. `api/` is made of the docstrings by pdoc. Links
@@ -27,12 +27,12 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 TEXTS = {
     "README.md": "index.html",
-    "docs/how_it_works.md": "how_it_works.html",
-    "docs/models.md": "models.html",
+    "tests/docs/how_it_works.md": "how_it_works.html",
+    "tests/docs/models.md": "models.html",
     "tests/benchmarks/README.md": "benchmarks.html",
     "findings/README.md": "findings.html",
     "CHANGELOG.md": "changelog.html",
