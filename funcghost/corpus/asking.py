@@ -96,7 +96,7 @@ class Corpus:
         Raises:
             InputError: there are none of this name, or several and no name.
         """
-        name = self._projection(name)
+        name = self.projection(name)
         for part in self.store.parts():
             yield part.start, self.store.vectors(part, name)
 
@@ -106,7 +106,7 @@ class Corpus:
         Raises:
             InputError: there is no such sample.
         """
-        name = self._projection(name)
+        name = self.projection(name)
         for part in self.store.parts():
             if part.start <= position < part.stop:
                 found: NDArray[Any] = self.store.vectors(part, name)[position - part.start].copy()
@@ -134,12 +134,12 @@ class Corpus:
             InputError: there is no such column, or several and no name; or k is not 1 or more.
         """
         name = self._only(column, self.columns, "column")
-        best = Best(1, _whole(k), self.store.schema.field("id").type)
+        best = Best(1, whole(k), self.store.schema.field("id").type)
         for start, table in self.tables():
             values = _column(table, name)
             best.take(start, (values if largest else -values)[None, :], _column(table, "id"))
-        hits = best.hits()
-        return Hits(hits.ids[0], hits.positions[0], hits.values[0] if largest else -hits.values[0])
+        hits = of_query(best.hits())
+        return hits if largest else hits._replace(values=-hits.values)
 
     def nearest(self, query: Any, k: int, *, normalised: bool = False, projection: str | None = None) -> Hits:
         """The k samples whose vectors have the largest inner products with a query [dim], or with each of [m, dim].
@@ -152,16 +152,11 @@ class Corpus:
         Raises:
             InputError: the query is not of the length of the vectors, not finite, or k not 1 or more.
         """
-        name = self._projection(projection)
+        name = self.projection(projection)
         dim = self.projections[name]
         wide = np.float64 if self._type(name) == "float64" else np.float32
-        asked = np.asarray(query.detach().cpu() if isinstance(query, Tensor) else query)
-        if asked.ndim not in (1, 2) or asked.shape[-1] != dim or not np.isfinite(asked.astype(np.float64)).all():
-            raise InputError(f"query: must be [{dim}] or [m, {dim}] of finite numbers, found the shape {asked.shape}.")
-        queries = torch.from_numpy(np.atleast_2d(asked).astype(wide, copy=True))
-        if normalised:
-            queries = torch.nn.functional.normalize(queries, dim=1, eps=1e-300 if wide is np.float64 else 1e-30)
-        best = Best(len(queries), _whole(k), self.store.schema.field("id").type)
+        queries, single = queries_of(query, dim, wide, normalised)
+        best = Best(len(queries), whole(k), self.store.schema.field("id").type)
         step = max(1, BLOCK // (dim * np.dtype(wide).itemsize), 1)
         for part, (table, vectors) in _ahead(self.store.parts(), lambda part: self.store.read_with(part, name)):
             ids = _column(table, "id")
@@ -171,13 +166,17 @@ class Corpus:
                 if normalised:
                     values = values / torch.linalg.vector_norm(block, dim=1)
                 best.take(part.start + at, values.numpy(), ids[at : at + step])
-        hits = best.hits()
-        return hits if asked.ndim == 2 else Hits(hits.ids[0], hits.positions[0], hits.values[0])
+        return of_query(best.hits()) if single else best.hits()
 
     def _type(self, name: str) -> str:
         return next(vector.type for vector in self.store.manifest.vectors if vector.name == name)
 
-    def _projection(self, name: str | None) -> str:
+    def projection(self, name: str | None = None) -> str:
+        """The name of a column of vectors: this one, or the only one there is.
+
+        Raises:
+            InputError: there is none of this name, or several and no name.
+        """
         return self._only(name, list(self.projections), "projection")
 
     def _only(self, name: str | None, known: list[str], what: str) -> str:
@@ -190,6 +189,31 @@ class Corpus:
     def _known(self, name: str | None, known: list[str], what: str) -> None:
         if name not in known:
             raise InputError(f"{what}: must be one of {known}, found {name!r}.")
+
+
+def queries_of(query: Any, dim: int, dtype: Any, normalised: bool) -> tuple[Tensor, bool]:
+    """The queries [m, dim], of length one if `normalised`, and whether there was one without its axis.
+
+    Raises:
+        InputError: it is not of the length of the vectors, or not finite.
+    """
+    asked = np.asarray(query.detach().cpu().double() if isinstance(query, Tensor) else query)
+    right = asked.ndim in (1, 2) and asked.shape[-1] == dim and asked.dtype.kind in "biuf"
+    with np.errstate(over="ignore"):
+        own = np.atleast_2d(asked).astype(dtype, copy=True) if right else asked
+    if not right or not np.isfinite(own).all():
+        raise InputError(
+            f"query: must be [{dim}] or [m, {dim}] of finite numbers, found {asked.dtype} of the shape {asked.shape}."
+        )
+    queries = torch.from_numpy(own)
+    if normalised:
+        queries = torch.nn.functional.normalize(queries, dim=1, eps=1e-300 if dtype is np.float64 else 1e-30)
+    return queries, asked.ndim == 1
+
+
+def of_query(hits: Hits) -> Hits:
+    """Those of the first query."""
+    return Hits(hits.ids[0], hits.positions[0], hits.values[0])
 
 
 def _ahead(parts: Iterable[Part], read: Callable[[Part], Read]) -> Iterator[tuple[Part, Read]]:
@@ -258,7 +282,12 @@ def open(path: str | Path, *, partial: bool = False) -> Corpus:
     return found
 
 
-def _whole(k: int) -> int:
+def whole(k: int) -> int:
+    """A number of samples.
+
+    Raises:
+        InputError: it is none.
+    """
     if type(k) is not int or k < 1:
         raise InputError(f"k: must be a number of samples, 1 or more, found {k!r}.")
     return k

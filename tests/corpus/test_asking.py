@@ -15,25 +15,8 @@ from torch import Tensor
 import funcghost as fg
 from funcghost import corpus
 from funcghost.corpus import asking
-from funcghost.store import Column, Manifest, VectorColumn, writing
-from funcghost.store.tables import schema_of
+from tests.corpus.stores import stored
 from tests.models.corpora import COUNT, collate, losses_of, make, reducers_of, samples
-
-
-def stored(out: Path, values: Any, vectors: Any, part: int = 3, ids: list[str] | None = None) -> corpus.Corpus:
-    """A store with these values [n] and vectors [n, dim]."""
-    pa = __import__("pyarrow")
-    kind: Any = "int64" if ids is None else "string"
-    columns = (Column("id", kind), Column("value", "float32"))
-    manifest = Manifest("corpus", columns, (VectorColumn("v", vectors.shape[1], "float32"),))
-    own: list[Any] = list(range(len(values))) if ids is None else ids
-    with writing(out, manifest) as writer:
-        for at in range(0, len(values), part):
-            stop = min(at + part, len(values))
-            table = pa.Table.from_pydict({"id": own[at:stop], "value": values[at:stop]}, schema=schema_of(columns))
-            writer.add(at, stop, table, {"v": vectors[at:stop]})
-        writer.finish(len(values))
-    return corpus.open(out)
 
 
 @pytest.fixture(scope="module")
