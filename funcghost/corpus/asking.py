@@ -91,7 +91,7 @@ class Corpus:
     def vectors(self, name: str | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
         """Vectors [b, dim] a part at a time, with the position of the first: memory-mapped, without a copy.
 
-        `torch.from_numpy` takes them as they are. Each part is held to its checksum when it comes.
+        `torch.from_numpy` takes them as they are. Each part is held to its checksum when it first comes.
 
         Raises:
             InputError: there are none of this name, or several and no name.
@@ -147,7 +147,7 @@ class Corpus:
         Exact: every vector is looked at, block by block, once. With `normalised` by the cosine, in which a vector that
         is zero has none. Of equal ones the first. Products are in float32, or float64 for such vectors.
 
-        Cost: reading the vectors and 2 n dim m FLOPs. Memory: m k and one block.
+        Cost: reading the vectors, the first time against their checksums, and 2 n dim m FLOPs. Memory: m k and one block.
 
         Raises:
             InputError: the query is not of the length of the vectors, not finite, or k not 1 or more.

@@ -90,7 +90,17 @@ def of_function(function: Callable[..., Any]) -> JSON:
 
 
 def _source(value: Any) -> str:
+    return _read(value) if inspect.isroutine(value) else _of_class(value if inspect.isclass(value) else type(value))
+
+
+@functools.cache
+def _of_class(kind: type) -> str:
+    """That of a class, for which Python reads all of its file: once is enough."""
+    return _read(kind)
+
+
+def _read(value: Any) -> str:
     try:
-        return inspect.getsource(value if inspect.isroutine(value) or inspect.isclass(value) else type(value))
+        return inspect.getsource(value)
     except (OSError, TypeError):
         return "unknown"

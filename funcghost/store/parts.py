@@ -21,7 +21,7 @@ from funcghost.store.files import (
 )
 from funcghost.store.manifest import JSON, MANIFEST, Manifest, read_json, read_manifest, refuse_other
 from funcghost.store.tables import from_parquet, schema_of, to_parquet
-from funcghost.store.vectors import Vectors, mapped, to_arrow
+from funcghost.store.vectors import Checked, Vectors, mapped, to_arrow
 
 VALUES, VECTORS, ASIDE, END = "values", "vectors", "unfinished", "end.json"
 EMPTY = "part-empty.parquet"
@@ -53,6 +53,8 @@ class Store:
     folder: Path
     manifest: Manifest
     schema: pa.Schema = field(compare=False)
+    checked: set[Checked] = field(default_factory=set, compare=False, repr=False)
+    """The files of vectors that were held to their checksums, each once for a store that is open."""
 
     def parts(self) -> list[Part]:
         """The finished parts, in order; what a later part replaces is left out.
@@ -107,7 +109,7 @@ class Store:
         table, note = self._read(part)
         digest, offset = note["vectors"][name]
         path = self.folder / VECTORS / name / Part(part.start, part.stop, digest).name("arrow")
-        return table, mapped(path, len(table), column, offset, digest)
+        return table, mapped(path, len(table), column, offset, digest, self.checked)
 
     def _read(self, part: Part) -> tuple[pa.Table, dict[str, JSON]]:
         path = self.folder / VALUES / part.name("parquet")

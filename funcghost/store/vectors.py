@@ -14,6 +14,8 @@ from funcghost.store.files import checksum, opened
 from funcghost.store.manifest import VectorColumn
 
 Vectors = NDArray[Any]
+Checked = tuple[str, int, int, int]
+"""A file as it was when it held: its path, number on the disk, size and time of the last change."""
 
 
 def to_arrow(ids: pa.Array, vectors: Vectors, column: VectorColumn) -> tuple[memoryview, int]:
@@ -31,22 +33,25 @@ def to_arrow(ids: pa.Array, vectors: Vectors, column: VectorColumn) -> tuple[mem
     return memoryview(content), read.buffers()[1].address - content.address
 
 
-def mapped(path: Path, rows: int, column: VectorColumn, offset: int, digest: str) -> Vectors:
+def mapped(path: Path, rows: int, column: VectorColumn, offset: int, digest: str, checked: set[Checked]) -> Vectors:
     """The vectors [rows, dim] in a file, as they lie on the disk.
 
     The array shares the pages of the file, privately: writing to it changes no file. All of the file is held to its
-    checksum, once.
+    checksum, unless it is among those that were `checked` and has not been written to since.
 
     Raises:
         StoreError: it is damaged, or too short for what it is said to hold.
     """
     dtype = np.dtype(column.type)
     with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
+        found = os.fstat(descriptor)
+        size, seen = found.st_size, (str(path), found.st_ino, found.st_size, found.st_mtime_ns)
         if not size or not 0 <= offset <= size - rows * column.dim * dtype.itemsize or offset % dtype.itemsize:
             raise StoreError(f"{path}: must hold {rows} vectors of {column.dim} {column.type}, found {size} bytes.")
         pages = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     pages.madvise(mmap.MADV_SEQUENTIAL)
-    if checksum(memoryview(pages)) != digest:
-        raise StoreError(f"{path}: is damaged: its bytes are not those that were written.")
+    if seen not in checked:
+        if checksum(memoryview(pages)) != digest:
+            raise StoreError(f"{path}: is damaged: its bytes are not those that were written.")
+        checked.add(seen)
     return np.frombuffer(pages, dtype, rows * column.dim, offset).reshape(rows, column.dim)

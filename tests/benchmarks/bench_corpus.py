@@ -4,12 +4,16 @@
 
 - `pass`: samples/s of `corpus.score`, store included, over those of the plain forward and backward on the same batches,
   taken in turns: one direction; 16 directions with a projection to 2048 dimensions and norms.
-- `peers`: dattri, trak and bergson where they are installed, building their projections of the same samples of the same
-  model in the same run: samples/s of funcghost's pass over theirs. dattri (TracIn) projects training and test gradients
-  and multiplies them, for 16 test samples, whose gradients it takes anew for every training batch; trak has features in
-  float32 by a dense random projection. bergson builds an index of Hugging Face models alone: its row says so, and so do
-  those of packages that are not installed.
-- `nearest`: one query against all vectors, over reading their files once.
+- `peers`: dattri, trak and bergson where they are installed, over the same samples of the same model in the same run:
+  samples/s of funcghost's passes over theirs, both with what they write. dattri (TracIn) projects training and test
+  gradients and multiplies them, for 16 test samples, whose gradients it takes anew for every training batch: ours are
+  exact scores of these samples, their gradients included, and projections alone. trak has features in float32 by a dense
+  random projection: ours are two-sided (`kind="kronecker"`), and dense with signs that are computed anew for each batch.
+  bergson indexes gradients of the sums of token losses by the weights of a GPT-2's blocks, each projected from two sides
+  to 16 x 16: ours is the two-sided projection of the same losses by the same weights together, of the same length.
+  A package that is not installed is a row that says so.
+- `nearest`: one query against all vectors, over reading their files once; and the next one, for which their checksums
+  are known to hold.
 - `memory`: the peak of a pass over many samples beside that over few, in processes of their own.
 """
 
@@ -36,7 +40,7 @@ from funcghost.store.tables import schema_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks.common import describe, positive, table, writable_file
-from tests.benchmarks.corpus_contenders import CONTENDERS, MissingError
+from tests.benchmarks.corpus_contenders import CONTENDERS, LENGTH, VOCABULARY, MissingError, Sizes
 from tests.benchmarks.models import GPT, next_token
 
 DIRECTIONS, DIM = 16, 2048
@@ -117,20 +121,24 @@ def _score(work: Workload, reducers: Any, folder: str, batch: int, plan: fg.Plan
     )
 
 
-def peers(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
-    """Their seconds over ours for the same projections of the same samples; medians over rounds taken in turns."""
-    reducers = {"sketch": fg.project(DIM, kind="kronecker")}
-    plan = fg.plan(work.losses, work.params, work.data[: args.batch], reducers)
+def peers(args: argparse.Namespace) -> dict[str, Any]:
+    """Their seconds over ours for the same samples of the same model; medians over rounds taken in turns."""
+    torch.manual_seed(0)
+    data = torch.randint(VOCABULARY, (16 if args.quick else 128, LENGTH))
     found: dict[str, Any] = {}
     for name, make in CONTENDERS.items():
+        if args.peer not in (None, name):
+            continue
         try:
-            run = make(work.model, work.data, args.batch, DIM, DIRECTIONS)
-            ratios = []
-            for _ in range(args.rounds):
-                with tempfile.TemporaryDirectory() as folder:
-                    own = seconds(_score(work, reducers, folder, args.batch, plan))
-                ratios.append(seconds(run) / own)
-            found[name] = round(median(ratios), 2)
+            job = make(data, Sizes(args.batch, DIM, DIRECTIONS))
+            ratios: dict[str, list[float]] = {what: [] for what in job.ours}
+            for number in range(args.rounds + 1):
+                theirs = seconds(job.theirs)
+                for what, own in job.ours.items():
+                    taken = seconds(own)
+                    if number:
+                        ratios[what].append(theirs / taken)
+            found[name] = {what: round(median(each), 2) for what, each in ratios.items()}
         except MissingError as missing:
             found[name] = f"not measured: {missing}"
         except Exception as error:  # what another library raises on this model is its row
@@ -153,7 +161,6 @@ def nearest(args: argparse.Namespace) -> dict[str, Any]:
                 part = pa.Table.from_pydict(rows, schema=schema_of(columns))
                 writer.add(start, stop, part, {"v": block[: stop - start]})
             writer.finish(args.vectors)
-        store = corpus.open(Path(name) / "run")
         files = sorted((Path(name) / "run" / "vectors" / "v").iterdir())
         query = random.standard_normal(DIM)
         buffer = bytearray(1 << 24)
@@ -164,12 +171,14 @@ def nearest(args: argparse.Namespace) -> dict[str, Any]:
                     while file.readinto(buffer):
                         pass
 
-        ratios = []
+        first, later = [], []
         for number in range(args.rounds + 1):
-            both = seconds(read), seconds(lambda: store.nearest(query, 10))
+            store = corpus.open(Path(name) / "run")
+            once, *asked = seconds(read), *(seconds(lambda store=store: store.nearest(query, 10)) for _ in range(2))
             if number:
-                ratios.append(both[1] / both[0])
-    return {"vectors": args.vectors, "of_reading_once": median(ratios)}
+                first.append(asked[0] / once)
+                later.append(asked[1] / once)
+    return {"vectors": args.vectors, "of_reading_once": median(first), "the_next_query": median(later)}
 
 
 MEMORY = """
@@ -208,6 +217,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=positive(int), help="for nearest (default: 10^6, quick: 10^5)")
     parser.add_argument("--samples", type=positive(int), help="for memory (default: 10^6, quick: 5 10^4)")
     parser.add_argument("--only", choices=("pass", "peers", "nearest", "memory"))
+    parser.add_argument("--peer", choices=tuple(CONTENDERS), help="one of the peers")
     parser.add_argument("--out", type=writable_file, metavar="JSON")
     args = parser.parse_args()
     args.vectors = args.vectors or (100_000 if args.quick else 1_000_000)
@@ -215,10 +225,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     work = Workload(32 if args.quick else 256, 128, 256, 4, 8192)
-    small = Workload(16 if args.quick else 128, 64, 64, 2, 512)
     sections: dict[str, Callable[[], Any]] = {
         "pass": lambda: passes(work, args),
-        "peers": lambda: peers(small, args),
+        "peers": lambda: peers(args),
         "nearest": lambda: nearest(args),
         "memory": lambda: memory(args),
     }

@@ -15,6 +15,8 @@ from torch import Tensor
 import funcghost as fg
 from funcghost import corpus
 from funcghost.corpus import asking
+from funcghost.store import vectors
+from funcghost.store.files import checksum
 from tests.corpus.stores import stored
 from tests.models.corpora import COUNT, collate, losses_of, make, reducers_of, samples
 
@@ -184,6 +186,21 @@ def test_damaged_vectors_are_an_error(tmp_path: Path, whole: Path, way: str) -> 
         with pytest.raises(fg.StoreError):
             ask()
     assert len(corpus.open(out).column("norm")) == COUNT
+
+
+def test_a_file_that_changes_is_checked_again(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store that is open each file is held to its checksum once, and again when it was written to."""
+    shutil.copytree(whole, tmp_path / "run")
+    found, sums = corpus.open(tmp_path / "run"), []
+    monkeypatch.setattr(vectors, "checksum", lambda content: sums.append(len(content)) or checksum(content))
+    first, again = found.nearest(np.ones(48), 3), found.nearest(np.ones(48), 3)
+    assert first.values.tolist() == again.values.tolist()
+    assert len(sums) == 3
+    path = next((tmp_path / "run" / "vectors" / "sketch").iterdir())
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"?")
+    with pytest.raises(fg.StoreError, match="is damaged"):
+        found.nearest(np.ones(48), 3)
 
 
 def test_a_lost_part_in_the_middle_is_said(tmp_path: Path, whole: Path) -> None:
