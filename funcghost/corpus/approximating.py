@@ -37,7 +37,7 @@ class Index:
         self._ends = [0]
 
     def nearest(self, query: Any, k: int) -> Hits:
-        """As `Corpus.nearest`, of the samples that the index proposes: values are exact, some of the best may be missed.
+        """As `Corpus.nearest`, of samples that the index proposes: values are exact, some of the best may be missed.
 
         Fewer than k are found where the lists that are looked at hold fewer.
 

@@ -147,7 +147,8 @@ class Corpus:
         Exact: every vector is looked at, block by block, once. With `normalised` by the cosine, in which a vector that
         is zero has none. Of equal ones the first. Products are in float32, or float64 for such vectors.
 
-        Cost: reading the vectors, the first time against their checksums, and 2 n dim m FLOPs. Memory: m k and one block.
+        Cost: reading the vectors, the first time against their checksums, and 2 n dim m FLOPs. Memory: m k and one
+        block.
 
         Raises:
             InputError: the query is not of the length of the vectors, not finite, or k not 1 or more.

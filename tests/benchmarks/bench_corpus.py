@@ -7,11 +7,11 @@
 - `peers`: dattri, trak and bergson where they are installed, over the same samples of the same model in the same run:
   samples/s of funcghost's passes over theirs, both with what they write. dattri (TracIn) projects training and test
   gradients and multiplies them, for 16 test samples, whose gradients it takes anew for every training batch: ours are
-  exact scores of these samples, their gradients included, and projections alone. trak has features in float32 by a dense
-  random projection: ours are two-sided (`kind="kronecker"`), and dense with signs that are computed anew for each batch.
-  bergson indexes gradients of the sums of token losses by the weights of a GPT-2's blocks, each projected from two sides
-  to 16 x 16: ours is the two-sided projection of the same losses by the same weights together, of the same length.
-  A package that is not installed is a row that says so.
+  exact scores of these samples, their gradients included, and projections alone. trak has features in float32 by a
+  dense random projection: ours are two-sided (`kind="kronecker"`), and dense with signs that are computed anew for
+  each batch. bergson indexes gradients of the sums of token losses by the weights of a GPT-2's blocks, each projected
+  from two sides to 16 x 16: ours is the two-sided projection of the same losses by the same weights together, of the
+  same length. A package that is not installed is a row that says so.
 - `nearest`: one query against all vectors, over reading their files once; and the next one, for which their checksums
   are known to hold.
 - `memory`: the peak of a pass over many samples beside that over few, in processes of their own.

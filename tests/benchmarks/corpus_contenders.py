@@ -177,7 +177,13 @@ def bergson(data: Tensor, sizes: Sizes) -> Job:
     transformers, datasets = map(importlib.import_module, ("transformers", "datasets"))
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, bos_token_id=0, eos_token_id=0
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     weights = {

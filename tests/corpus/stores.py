@@ -1,4 +1,4 @@
-"""Stores with given numbers, for which nothing is computed."""
+"""Stores with given numbers, for which nothing is computed; and what is in any store, to the byte."""
 
 from pathlib import Path
 from typing import Any
@@ -23,3 +23,9 @@ def stored(out: Path, values: Any, vectors: Any, part: int = 3, ids: list[str] |
             writer.add(at, stop, table, {"v": vectors[at:stop]})
         writer.finish(len(values))
     return corpus.open(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every finished file by its name."""
+    kept = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}

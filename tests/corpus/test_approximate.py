@@ -1,7 +1,6 @@
 """An index of faiss: its values are exact, and what it misses is measured. Runs where faiss is installed."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import funcghost as fg
 from funcghost import corpus
+from tests.corpus.stores import contents
 from tests.models.corpora import COUNT, collate, losses_of, make, padded_collate, reducers_of, samples
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +27,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "run"
     make(out)
     return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every finished file by its name."""
-    kept = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
 def test_everything_equals_reduce(whole: Path) -> None:
@@ -135,19 +126,6 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, whole: Path) -> None:
         assert done.samples == COUNT - known
         assert contents(out) == wanted
     assert make(whole).samples == 0
-
-
-def test_two_ranks_of_torchrun_equal_one(tmp_path: Path, whole: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = ROOT / "tests" / "models" / "corpora.py"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--nnodes=1"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script), str(tmp_path / "run")),
-    ]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    wanted, found = contents(whole), contents(tmp_path / "run")
-    assert found == wanted
 
 
 @settings(max_examples=max(3, settings().max_examples // 8))

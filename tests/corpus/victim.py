@@ -1,14 +1,15 @@
-"""Scores a corpus in processes that are killed, one forked for each file call of a pass.
+"""Writes stores in processes that are killed or starved, all of them forked from one.
 
     python -m tests.corpus.victim FOLDER
 
-FOLDER/plan.json is the plan; FOLDER/N is left by the process that was killed at its file call N. No gradient is taken
-before a fork: autograd refuses to work in a child after that.
+FOLDER/corpus/N and FOLDER/record/N: a pass over a corpus and a record, killed at file call N; FOLDER/limit/N: a record
+with a limit on the size of files; FOLDER/on: a record written until the process is killed. FOLDER/plan.json is the
+plan of the passes: no gradient is taken before a fork, as autograd refuses to work in a child after that.
 """
 
-import itertools
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost import corpus
-from tests.store.victim import die_at
+from tests.store.victim import broken_off, killed, limit, on_and_on
 
 PARAMS = {"w": torch.tensor([1.0, -2.0, 3.0])}
 DATA = torch.randint(-4, 5, (23, 3), generator=torch.Generator().manual_seed(0)).float()
 REDUCERS = {"norm": fg.squared_norm(), "sketch": fg.project(4)}
-EVERY = 3
+SIZES = (1, 600, 2500)
+EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 4
+"""File calls are killed at every so-manieth."""
 
 
 def losses(params: Any, batch: Tensor) -> Tensor:
@@ -37,14 +40,13 @@ def score(out: Path, plan: fg.Plan) -> corpus.Scored:
 
 def main(folder: Path) -> None:
     plan = fg.Plan.from_json((folder / "plan.json").read_text())
-    for number in itertools.count(0, EVERY):
-        child = os.fork()
-        if not child:
-            die_at(number, folder)
-            score(folder / str(number), plan)
-            os._exit(0)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-            return
+    for inner in ("corpus", "limit", "record"):
+        (folder / inner).mkdir()
+    for size in SIZES:
+        limit(folder / "limit", size)
+    killed(folder / "record", broken_off, EVERY)
+    killed(folder / "corpus", partial(score, plan=plan), EVERY)
+    on_and_on(folder / "on")
 
 
 if __name__ == "__main__":

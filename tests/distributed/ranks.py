@@ -1,6 +1,7 @@
 """What each rank of the tests beside this runs, by torchrun: everything is compared with one process on all samples."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import funcghost as fg
 from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
 from tests.distributed import fsdp_ranks, tp_ranks
+from tests.models.corpora import COUNT, make
 
 SPLITS = ((3, 2), (1, 6), (0, 4), (5, 0), (1, 1))
 
@@ -100,6 +102,11 @@ def buckets_do_not_matter(rank: int) -> None:
 DTYPES = (torch.float32, torch.float64)
 
 
+def a_corpus(folder: Path) -> None:
+    """Each scores its parts of a corpus, without a word to the other; what came of it the test compares."""
+    assert make(folder, progress=False).samples in range(1, COUNT)
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
@@ -118,6 +125,7 @@ def main() -> None:
     deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
     for strategy in distributed_in_run.STRATEGIES if deep else ("fsdp2+tp",):  # compares with one process
         distributed_in_run.main(["--strategy", strategy, "--steps", "2", "--windows", "5", "--context", "8"])
+    a_corpus(Path(os.environ["FUNCGHOST_CORPUS"]))
     distributed.barrier()
     print(f"rank {rank} agrees", flush=True)
     distributed.destroy_process_group()

@@ -10,6 +10,8 @@ import torch
 
 import funcghost as fg
 from funcghost.distributed import data_parallel
+from tests.corpus.stores import contents
+from tests.models.corpora import make
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,11 +32,13 @@ def torchrun(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process() -> None:
-    found = torchrun()
+def test_two_ranks_are_one_process(tmp_path: Path) -> None:
+    found = torchrun(FUNCGHOST_CORPUS=str(tmp_path / "ranks"))
     assert found.returncode == 0, found.stderr[-3000:]
     # Lines of two processes may interleave.
     assert all(found.stdout.count(f"rank {rank} agrees") == 1 for rank in range(2)), found.stdout
+    make(tmp_path / "alone")
+    assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
 
 
 @pytest.mark.slow

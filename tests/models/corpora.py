@@ -1,6 +1,5 @@
-"""A small corpus and its losses; as a script, a rank that scores it into a folder."""
+"""A small corpus and its losses."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ def padded_collate(items: Sequence[Tensor], length: int) -> list[Tensor]:
 
 
 def losses_of(padding: bool = False) -> tuple[Any, dict[str, Tensor]]:
-    """Losses of a small GPT, and its parameters; with `padding`, rows may end before the batch does."""
+    """Losses of embeddings with a tied head, and its parameters; with `padding`, rows may end before the batch does."""
     torch.manual_seed(1)
-    model, _, params = small_gpt()
+    model, _, params = small_gpt(layers=0)
     own = {name: value.detach().clone() for name, value in params.items()}
 
     def padded(params: Any, batch: list[Tensor]) -> Tensor:
@@ -73,8 +72,3 @@ def make(out: Path, **change: Any) -> corpus.Scored:
     given |= {name: change.pop(name) for name in list(change) if name in given}
     options = {"batch_size": 4, "part": 8, "collate": collate, **change}
     return corpus.score(given["losses"], params, given["data"], given["reducers"], out, **options)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    make(Path(sys.argv[1]))

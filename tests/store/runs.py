@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from funcghost import store
 
@@ -35,3 +36,8 @@ def write(folder: Path, start: int = 0, stop: int = STEPS, every: int = 2, resum
             add(kept, step)
             if step % every == every - 1:
                 kept.flush()
+
+
+def assert_whole_steps(table: pa.Table) -> None:
+    steps = table["step"].to_numpy()
+    np.testing.assert_array_equal(steps, np.repeat(np.arange(len(steps) // ROWS), ROWS))

@@ -1,17 +1,13 @@
-"""Processes that are killed, full disks, damaged and foreign files: an error or what was written, nothing else."""
+"""Full disks, damaged and foreign files: an error or what was written, nothing else."""
 
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,32 +15,7 @@ from hypothesis import strategies as st
 import funcghost as fg
 from funcghost import store
 from funcghost.store.files import checksum
-from tests.store.runs import ROWS, STEPS, add, begin, write
-from tests.store.victim import SIZES
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def victim() -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A process that breaks its children in every way and then writes on, and its folder, in memory if there is any."""
-    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory(dir=where) as name:
-        folder = Path(name)
-        for inner in ("limit", "kill"):
-            (folder / inner).mkdir()
-        process = subprocess.Popen([sys.executable, "-m", "tests.store.victim", name], env=environment, cwd=ROOT)
-        try:
-            deadline = time.monotonic() + 240
-            while not (folder / "on" / "manifest.json").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            yield process, folder
-        finally:
-            process.kill()
-            process.wait()
+from tests.store.runs import add, assert_whole_steps, begin, write
 
 
 @pytest.fixture(scope="module")
@@ -52,60 +23,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("record") / "run"
     write(folder)
     return folder
-
-
-def assert_whole_steps(table: pa.Table) -> None:
-    steps = table["step"].to_numpy()
-    np.testing.assert_array_equal(steps, np.repeat(np.arange(len(steps) // ROWS), ROWS))
-
-
-def test_killed_at_every_file_call(victim: tuple[subprocess.Popen[bytes], Path], whole: Path) -> None:
-    """What is there is whole steps; going on gives the run without a break, and leaves nothing behind."""
-    wanted = store.open_record(whole).table()
-    runs = sorted((victim[1] / "kill").iterdir(), key=lambda path: int(path.name))
-    assert len(runs) > 30
-    reached = []
-    for run in runs:
-        start = 0
-        if (run / "manifest.json").exists():
-            found = store.open_record(run)
-            assert_whole_steps(found.table())
-            start = found.steps
-        reached.append(start)
-        write(run, start, STEPS, resume=start)
-        assert store.open_record(run).table().equals(wanted)
-        assert list((run / "unfinished").iterdir()) == []
-        # Other tools see every row once, too: what was cut off is gone.
-        assert len(pq.read_table(run / "values")) == len(wanted)
-    assert set(reached) == {0, 2, 3, 4, 5}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_limit_on_files_is_an_error(victim: tuple[subprocess.Popen[bytes], Path], size: int) -> None:
-    folder = victim[1] / "limit" / str(size)
-    assert "cannot be written: File too large" in folder.with_suffix(".txt").read_text()
-    if (folder / "manifest.json").exists():
-        assert len(store.open_record(folder).table()) == 0
-    write(folder, resume=0)
-    assert store.open_record(folder).steps == STEPS
-
-
-def test_killed_at_any_moment_while_it_is_read(victim: tuple[subprocess.Popen[bytes], Path]) -> None:
-    process, folder = victim[0], victim[1] / "on"
-    first = store.open_record(folder).steps
-    deadline, steps = time.monotonic() + 60, first
-    while steps < first + 5:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        found = store.open_record(folder).table()
-        assert_whole_steps(found)
-        steps = len(found) // ROWS
-        with pytest.raises(fg.StoreError, match="another process is writing"):
-            begin(folder, resume=0)
-    process.kill()
-    process.wait()
-    assert_whole_steps(store.open_record(folder).table())
-    begin(folder, resume=steps).close()
 
 
 @pytest.fixture

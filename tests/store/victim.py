@@ -1,10 +1,4 @@
-"""Writes records in processes that are killed or starved, one forked for each point where that may happen.
-
-    python -m tests.store.victim FOLDER
-
-FOLDER/kill/N: killed at the file call N of a run; FOLDER/limit/N: with a limit of N bytes on the size of files, and the
-error beside it; FOLDER/on: written on and on, until the process is killed.
-"""
+"""Writes records in processes that are killed or starved, one forked for each point where that may happen."""
 
 import itertools
 import os
@@ -12,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +28,26 @@ def die_at(number: int, folder: Path) -> None:
     sys.addaudithook(watch)
 
 
-def kill(folder: Path) -> None:
-    for number in itertools.count():
+def killed(folder: Path, run: Callable[[Path], Any], every: int) -> None:
+    """FOLDER/N is what a run leaves that was killed at its file call N, for each of `every` such calls."""
+    for number in itertools.count(0, every):
         child = os.fork()
         if not child:
             die_at(number, folder)
-            write(folder / str(number))
-            write(folder / str(number), 3, 4, resume=3)
+            run(folder / str(number))
             os._exit(0)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             return
 
 
+def broken_off(folder: Path) -> None:
+    """A run that ends, and goes on from an earlier step."""
+    write(folder)
+    write(folder, 3, 4, resume=3)
+
+
 def limit(folder: Path, size: int) -> None:
+    """FOLDER/SIZE is what a run leaves with a limit of so many bytes on the size of files; its error is beside it."""
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -58,16 +60,10 @@ def limit(folder: Path, size: int) -> None:
     os.waitpid(child, 0)
 
 
-def main(folder: Path) -> None:
-    for size in SIZES:
-        limit(folder / "limit", size)
-    kill(folder / "kill")
-    with begin(folder / "on") as kept:
+def on_and_on(folder: Path) -> None:
+    """Writes until the process is killed."""
+    with begin(folder) as kept:
         for step in itertools.count():
             add(kept, step)
             kept.flush()
             time.sleep(0.05)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
