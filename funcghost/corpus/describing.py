@@ -90,7 +90,10 @@ def of_function(function: Callable[..., Any]) -> JSON:
 
 
 def _source(value: Any) -> str:
-    return _read(value) if inspect.isroutine(value) else _of_class(value if inspect.isclass(value) else type(value))
+    if inspect.isroutine(value):
+        return _read(value)
+    kind: Any = value if inspect.isclass(value) else type(value)
+    return _of_class(kind)
 
 
 @functools.cache

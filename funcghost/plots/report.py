@@ -1,7 +1,7 @@
 """The report of a store of values, of a run or of a corpus."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ LISTED = 200
 """Rows of the table of items: half of them the largest, half the smallest."""
 
 BINS = 20
+UNGROUPED = "no group"
 LONGEST = 4000
 """Characters of a text that are shown."""
 
@@ -56,6 +57,7 @@ def report(
     column: str | None = None,
     by: str | None = None,
     group: str | None = None,
+    groups: Mapping[Any, str] | None = None,
     texts: Mapping[Any, str] | None = None,
     images: Any = None,
     figures: Mapping[str, Figure] | None = None,
@@ -72,20 +74,26 @@ def report(
         column: which values; the last column of values by default.
         by: the column that says what a row is of, such as a document; the sample by default.
         group: a column of groups to tell apart.
+        groups: in its place the group of each item, as with texts; those that have none are one.
         texts: texts by item, or by the item as a string.
         images: as in `plots.contact_sheet`, where the items are positions in them.
         figures: more figures, by their headings, such as `plots.account(...)`.
         title: what stands on top.
 
     Raises:
-        InputError: there is no such column, or no rows.
+        InputError: there is no such column, or no rows; or groups are given twice.
         StoreError: the store is damaged, or the file cannot be written.
     """
+    if group is not None and groups is not None:
+        raise InputError("groups: must come from a column or by item, found both.")
     found = read(Path(path), column, by, group)
     if not len(found.values):
         raise InputError(f"{path}: there are no rows yet, nothing to report.")
     own = less_their_steps(found)
     names, place = np.unique(found.items, return_inverse=True)
+    if groups is not None:
+        named = np.array([str(_of_item(item, groups) or UNGROUPED) for item in names], dtype=object)
+        found = replace(found, groups=named[place])
     items = Items(names, averages(place, own), np.bincount(place), place)
     sections = [("", table(_facts(found, len(names))))]
     label = f"mean {found.column} of {by or 'a sample'}" + ("" if found.steps is None else ", less its step's mean")
@@ -157,10 +165,15 @@ def _listed(items: Items) -> str:
 
 
 def _passage(item: Any, mean: float, count: int, texts: Mapping[Any, str] | None) -> tuple[str, str, str, str | None]:
-    own = item.item() if hasattr(item, "item") else item
-    text = None if texts is None else texts.get(own, texts.get(str(own)))
+    text = None if texts is None else _of_item(item, texts)
     note = f"{mean:.3e}" + (f" in {count} rows" if count > 1 else "")
-    return str(own), "", note, None if text is None else text[:LONGEST]
+    return str(item), "", note, None if text is None else text[:LONGEST]
+
+
+def _of_item(item: Any, known: Mapping[Any, str]) -> str | None:
+    """What is known by an item, or by the item as a string."""
+    own = item.item() if hasattr(item, "item") else item
+    return known.get(own, known.get(str(own)))
 
 
 def _facts(found: Values, items: int) -> list[tuple[str, str]]:

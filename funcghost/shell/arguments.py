@@ -134,6 +134,9 @@ def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--column", metavar="NAME", help="of the values (default: the last of them)")
     command.add_argument("--by", metavar="NAME", help="the column that says what a value is of (default: the sample)")
     command.add_argument("--group", metavar="NAME", help="a column of groups to tell apart")
+    command.add_argument(
+        "--groups", metavar="package.module:factory", help="in its place what makes a mapping from items to groups"
+    )
     command.add_argument("--texts", metavar="package.module:factory", help="what makes a mapping from items to texts")
     _json(command)
 

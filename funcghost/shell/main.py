@@ -1,6 +1,7 @@
 """Runs a command."""
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(chosen, "seed"):
             torch.manual_seed(chosen.seed)
         status: int = run(chosen)
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:  # whoever reads has had enough, as `head` has; nothing more is to be written at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (UsageError, InputError) as error:
         print(f"funcghost {chosen.command}: {error}", file=sys.stderr)
         return USAGE

@@ -99,6 +99,18 @@ def check_folder(folder: Path) -> None:
         raise StoreError(f"{folder}: must be a folder of this store, found a link, a file or nothing. Copy it whole.")
 
 
+def listed(folder: Path) -> list[str]:
+    """The names in a folder.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be read: {error.strerror}.") from error
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
     """The descriptor of a regular file that is no link.

@@ -14,6 +14,7 @@ from funcghost.errors import StoreError
 from funcghost.store.files import (
     check_folder,
     checksum,
+    listed,
     locked,
     make_folder,
     read_whole,
@@ -225,8 +226,8 @@ def _refuse_strangers(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> Iterable[Part]:
-    for path in folder.iterdir():
-        if match := NAME.fullmatch(path.name):
+    for name in listed(folder):
+        if match := NAME.fullmatch(name):
             yield Part(int(match[1]), int(match[2]), match[3])
 
 

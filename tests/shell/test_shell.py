@@ -1,7 +1,9 @@
 """The command line for stores: what it prints, its exit status, and errors in one line."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,30 @@ def test_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "&lt;the text&gt; of" in text
 
 
+def test_a_corpus_is_reported_by_group(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--column", "norm", "--groups", f"{HERE}:groups", "--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    for name, rows in (("even &lt;b&gt;", 6), ("odd", 5), ("no group", 10)):
+        assert f"<td>{name}</td><td>{rows}</td>" in text
+
+
+def groups() -> dict[Any, str]:
+    """For numbers and for strings, and not for all."""
+    return {0: "even <b>", 1: "odd"} | {str(k): "odd" if k % 2 else "even <b>" for k in range(2, 11)}
+
+
+def test_a_reader_that_has_had_enough_gets_no_traceback(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["top", str(run), "--column", "norm"]) == 1
+    assert capsys.readouterr().err == ""
+
+
 def texts() -> Any:
     class Texts(dict[Any, str]):
         def get(self, key: Any, default: Any = None) -> Any:
@@ -128,6 +154,7 @@ def texts() -> Any:
         (["nearest", "RUN", "--query", "99"], 2, "no sample has the id 99"),
         (["nearest", "RUN", "--query", f"{HERE}:moved"], 1, "has other parameters"),
         (["report", "RUN", "--column", "no"], 2, "column: must be one of"),
+        (["report", "RUN", "--group", "id", "--groups", f"{HERE}:groups"], 2, "from a column or by item, found both"),
         (["score", f"{HERE}:other", "--out", "RUN"], 0, ""),
         (["verify", "RUN", f"{HERE}:other"], 1, "has other values than are kept"),
     ],

@@ -41,3 +41,20 @@ def write(folder: Path, start: int = 0, stop: int = STEPS, every: int = 2, resum
 def assert_whole_steps(table: pa.Table) -> None:
     steps = table["step"].to_numpy()
     np.testing.assert_array_equal(steps, np.repeat(np.arange(len(steps) // ROWS), ROWS))
+
+
+WAYS = ("flip", "cut", "grow", "zero", "forge")
+
+
+def damaged(content: bytes, way: str, at: int, length: int) -> bytes:
+    at %= max(1, len(content))
+    changed = bytearray(content)
+    if way in ("flip", "forge"):
+        changed[at] ^= 1 + length % 255
+    elif way == "cut":
+        del changed[at:]
+    elif way == "grow":
+        changed += bytes(length)
+    else:
+        changed[at : at + length] = bytes(len(changed[at : at + length]))
+    return bytes(changed)

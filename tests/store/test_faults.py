@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,8 @@ from hypothesis import strategies as st
 import funcghost as fg
 from funcghost import store
 from funcghost.store.files import checksum
-from tests.store.runs import add, assert_whole_steps, begin, write
+from tests.store.disks import small_disk
+from tests.store.runs import WAYS, add, assert_whole_steps, begin, damaged, write
 
 
 @pytest.fixture(scope="module")
@@ -25,35 +24,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_is_an_error_and_loses_nothing(small_disk: Path) -> None:
-    folder = small_disk / "run"
-
-    def fill() -> None:
+def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
         with begin(folder) as kept:
             for step in range(1000):
                 add(kept, step)
                 kept.flush()
 
-    with pytest.raises(fg.StoreError, match=r"No space left on device.* are free there"):
-        fill()
-    steps = store.open_record(folder).steps
-    assert 3 < steps < 1000
-    assert_whole_steps(store.open_record(folder).table())
-    assert list((folder / "unfinished").iterdir()) == []
+    with small_disk(tmp_path, 256) as disk:
+        with pytest.raises(fg.StoreError, match=r"No space left on device.* are free there"):
+            fill(disk / "run")
+        steps = store.open_record(disk / "run").steps
+        assert 3 < steps < 1000
+        assert_whole_steps(store.open_record(disk / "run").table())
+        assert list((disk / "run" / "unfinished").iterdir()) == []
 
 
 def test_a_part_that_could_not_be_written_is_kept_for_another_try(
@@ -74,22 +58,6 @@ def test_a_part_that_could_not_be_written_is_kept_for_another_try(
 
 
 # -- damage -----------------------------------------------------------------------------------------------
-
-WAYS = ("flip", "cut", "grow", "zero", "forge")
-
-
-def damaged(content: bytes, way: str, at: int, length: int) -> bytes:
-    at %= max(1, len(content))
-    changed = bytearray(content)
-    if way in ("flip", "forge"):
-        changed[at] ^= 1 + length % 255
-    elif way == "cut":
-        del changed[at:]
-    elif way == "grow":
-        changed += bytes(length)
-    else:
-        changed[at : at + length] = bytes(len(changed[at : at + length]))
-    return bytes(changed)
 
 
 @given(st.data(), st.sampled_from(WAYS), st.integers(0, 10**6), st.integers(1, 300))
