@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -174,7 +175,7 @@ def nearest(args: argparse.Namespace) -> dict[str, Any]:
         first, later = [], []
         for number in range(args.rounds + 1):
             store = corpus.open(Path(name) / "run")
-            once, *asked = seconds(read), *(seconds(lambda store=store: store.nearest(query, 10)) for _ in range(2))
+            once, *asked = seconds(read), *(seconds(partial(store.nearest, query, 10)) for _ in range(2))
             if number:
                 first.append(asked[0] / once)
                 later.append(asked[1] / once)

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_full_disk_ends_a_pass_and_loses_nothing(tmp_path: Path, whole: Path) 
 
 def test_two_writers_are_refused(tmp_path: Path, whole: Path) -> None:
     """The second one comes in the middle of the pass of the first."""
-    refused = []
+    refused = list[Any]()
 
     def collate(rows: Sequence[Tensor]) -> Tensor:
         if (tmp_path / "run" / "manifest.json").exists() and not refused:
