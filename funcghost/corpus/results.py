@@ -1,21 +1,24 @@
 """What reducers give for a batch, as columns and vectors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optree
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from funcghost.corpus.feeding import Loaded, Stretch
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Reducer
 from funcghost.reducers.by_parameter import PerParamAdditive
 from funcghost.reducers.projections import Project
 from funcghost.reducers.quadratic import Cross, Gram
 from funcghost.store.manifest import JSON, Column, Manifest, VectorColumn, is_plain
+from funcghost.store.parts import Store
 from funcghost.trees import Tree, named_leaves
 
 DTYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
@@ -106,3 +109,37 @@ def _numpy(leaf: Tensor) -> NDArray[Any]:
     found = leaf.detach().cpu()
     value: NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).numpy()
     return value
+
+
+def id_type(ids: list[Any] | None) -> str:
+    """The type of the column of ids.
+
+    Raises:
+        InputError: they are neither all integers nor all strings.
+    """
+    kinds = {int if isinstance(value, int | np.integer) else type(value) for value in ids or [0]}
+    if kinds not in ({int}, {str}):
+        raise InputError(f"ids: must all be integers or all strings, found {sorted(kind.__name__ for kind in kinds)}.")
+    return "int64" if kinds == {int} else "string"
+
+
+def gathered(
+    store: Store, stretch: Stretch, rows: Iterable[tuple[Loaded, Results]]
+) -> tuple[pa.Table, dict[str, NDArray[Any]]]:
+    """The table and the vectors of a part, in the order of the data."""
+    manifest = store.manifest
+    ids: list[Any] = list(range(stretch.start, stretch.start + stretch.size))
+    columns = {column.name: np.empty(stretch.size, column.type) for column in manifest.columns[1:]}
+    vectors = {vector.name: np.empty((stretch.size, vector.dim), vector.type) for vector in manifest.vectors}
+    for loaded, results in rows:
+        if len(loaded.rows) != results.size:
+            raise InputError(f"losses: must be of the {len(loaded.rows)} samples of a batch, found {results.size}.")
+        with np.errstate(over="ignore"):
+            for name, value in results.columns.items():
+                columns[name][loaded.rows] = value
+            for name, value in results.vectors.items():
+                vectors[name][loaded.rows] = value
+        for row, own in zip(loaded.rows, loaded.ids or [], strict=loaded.ids is not None):
+            ids[row] = own
+    table = pa.Table.from_pydict({ID: ids, **columns}, schema=store.schema)
+    return table, vectors

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,19 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optree
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
 from funcghost._version import __version__
 from funcghost.algebra.cost import NOMINAL
 from funcghost.corpus.asking import Corpus
 from funcghost.corpus.asking import open as open_corpus
 from funcghost.corpus.describing import of_function, of_reducers, of_tree
-from funcghost.corpus.feeding import Cutting, Loaded, Source, Stretch, describe, source_of
-from funcghost.corpus.results import ID, Results, dtype_of, results_of
+from funcghost.corpus.feeding import Cutting, Loaded, Source, describe, source_of
+from funcghost.corpus.results import Results, dtype_of, gathered, id_type, results_of
+from funcghost.corpus.verifying import check_first
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options, check_options
@@ -31,7 +29,7 @@ from funcghost.progress import Meter
 from funcghost.reducers.bases import Reducer
 from funcghost.reducers.many import by_gradients
 from funcghost.store.manifest import JSON, MANIFEST, Manifest, read_manifest, refuse_other
-from funcghost.store.parts import Store, writing
+from funcghost.store.parts import writing
 from funcghost.store.record import checked_origin
 from funcghost.transforms.steps import Transform
 from funcghost.trees import Tree, split_params
@@ -130,7 +128,8 @@ def score(
 
     Raises:
         InputError: an argument is not what it must be; before anything is written.
-        StoreError: the folder holds a store that differs in origin, which it says, or cannot be written.
+        StoreError: the folder holds a store that differs in origin, which it says, or in its first samples; or it
+            cannot be written.
 
     Example:
         >>> import tempfile, torch, funcghost as fg
@@ -218,6 +217,8 @@ def _go(source: Source, going: Pass, target: Target, progress: bool) -> tuple[in
                 if writer is None:
                     writer = held.enter_context(opened(manifest))
                 check_same(writer.store.manifest, manifest)
+                if stretch.start in finished:
+                    check_first(Corpus(writer.store), loaded, results)
                 rows.append((loaded._replace(batch=None), results))
                 if own:
                     meter.update(len(loaded.rows), going.note)
@@ -243,40 +244,6 @@ def check_same(manifest: Manifest, found: Manifest) -> None:
             f"reducers: must give the same columns for every batch, found {sorted(set(here) ^ set(there))} in some, or "
             "vectors of unlike lengths; or ids are numbers here and strings there."
         )
-
-
-def id_type(ids: list[Any] | None) -> str:
-    """The type of the column of ids.
-
-    Raises:
-        InputError: they are neither all integers nor all strings.
-    """
-    kinds = {int if isinstance(value, int | np.integer) else type(value) for value in ids or [0]}
-    if kinds not in ({int}, {str}):
-        raise InputError(f"ids: must all be integers or all strings, found {sorted(kind.__name__ for kind in kinds)}.")
-    return "int64" if kinds == {int} else "string"
-
-
-def gathered(
-    store: Store, stretch: Stretch, rows: Iterable[tuple[Loaded, Results]]
-) -> tuple[pa.Table, dict[str, NDArray[Any]]]:
-    """The table and the vectors of a part, in the order of the data."""
-    manifest = store.manifest
-    ids: list[Any] = list(range(stretch.start, stretch.start + stretch.size))
-    columns = {column.name: np.empty(stretch.size, column.type) for column in manifest.columns[1:]}
-    vectors = {vector.name: np.empty((stretch.size, vector.dim), vector.type) for vector in manifest.vectors}
-    for loaded, results in rows:
-        if len(loaded.rows) != results.size:
-            raise InputError(f"losses: must be of the {len(loaded.rows)} samples of a batch, found {results.size}.")
-        with np.errstate(over="ignore"):
-            for name, value in results.columns.items():
-                columns[name][loaded.rows] = value
-            for name, value in results.vectors.items():
-                vectors[name][loaded.rows] = value
-        for row, own in zip(loaded.rows, loaded.ids or [], strict=loaded.ids is not None):
-            ids[row] = own
-    table = pa.Table.from_pydict({ID: ids, **columns}, schema=store.schema)
-    return table, vectors
 
 
 def _place() -> tuple[int, int]:

@@ -172,6 +172,23 @@ def test_verify_reads_everything_and_computes_some_anew(tmp_path: Path, whole: P
         corpus.verify(whole, losses, params, samples()[::-1], reducers_of(params), collate=collate)
 
 
+def test_verify_tells_what_is_no_number_from_what_is(tmp_path: Path) -> None:
+    def losses(params: Any, batch: Tensor) -> Tensor:
+        return (batch @ params["w"]) ** 2
+
+    params, data = {"w": torch.ones(2)}, torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [3.0, torch.inf], [1.0, 1.0]])
+    reducers = {"norm": fg.squared_norm()}
+    corpus.score(losses, params, data, reducers, tmp_path / "run")
+    assert corpus.verify(tmp_path / "run", losses, params, data, reducers).worst < 1e-6
+    corpus.score(losses, params, 1e3 * data, reducers, tmp_path / "half", dtype="float16")  # the last one is too large
+    corpus.verify(tmp_path / "half", losses, params, 1e3 * data, reducers)
+    for row in range(4):
+        other = data.clone()
+        other[row] = 5.0
+        with pytest.raises(fg.StoreError, match=f"the sample at {row} has other values"):
+            corpus.verify(tmp_path / "run", losses, params, other, reducers)
+
+
 @pytest.mark.parametrize("way", ["flip", "cut", "gone", "swap"])
 def test_damaged_vectors_are_an_error(tmp_path: Path, whole: Path, way: str) -> None:
     out = tmp_path / "run"

@@ -128,6 +128,26 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, whole: Path) -> None:
     assert make(whole).samples == 0
 
 
+def test_other_data_are_not_added_to_a_store(tmp_path: Path, whole: Path) -> None:
+    """As many samples, and others: what a pass goes on from is held to the first batch, which it computes anyway."""
+    shutil.copytree(whole, tmp_path / "run")
+    last = corpus.open(whole).store.parts()[-1]
+    (tmp_path / "run" / "end.json").unlink()
+    (tmp_path / "run" / "values" / last.name("parquet")).unlink()
+    before = contents(tmp_path / "run")
+    with pytest.raises(fg.StoreError, match="the first samples have other values there than here"):
+        make(tmp_path / "run", data=samples()[::-1])
+    assert contents(tmp_path / "run") == before
+    with pytest.raises(fg.StoreError, match=r"the first samples are \[0, 1, 2\] there and \[1, 2, 3\] here"):
+        make(tmp_path / "run", data=[sample + 0 for sample in samples()], ids=counting())
+    assert make(tmp_path / "run").samples == last.stop - last.start
+
+
+def counting() -> Callable[[Any], int]:
+    numbers = itertools.count(1)
+    return lambda sample: next(numbers)
+
+
 @settings(max_examples=max(3, settings().max_examples // 8))
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 3))
 def test_no_cut_of_the_data_matters(
