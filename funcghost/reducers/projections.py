@@ -97,11 +97,11 @@ class Project(Additive):
     def _of_use(self, seed: int, use: Factor) -> Tensor:
         use = use.map(in_dtype(self.means.dtype))
         form = matrix_form(use.shape) if use.shape else use.form
-        if self.kind == "sjlt":
+        two_sided = self.kind == "kronecker" and form.blocks[2] > 1
+        if self.kind == "sjlt" or (self.kind == "kronecker" and not two_sided):
             return self._hashed(seed, use, form, self.means.budget)
         if self.kind == "mask":
             return self._masked(seed, use, form, self.means.budget) * math.sqrt(math.prod(form.blocks) / self.dim)
-        two_sided = self.kind == "kronecker" and form.blocks[2] > 1
         found = self._two_sided(seed, use, form) if two_sided else self._entrywise(seed, use, form, self.means.budget)
         return found / math.sqrt(self.dim)
 
@@ -209,7 +209,8 @@ def project(dim: int, seed: int = 0, kind: Kind = "rademacher") -> Project:
     their entries, as its variance is that of a sample: `m n sum(g^2 h^2) / dim`.
 
     Shapes: [b, dim]. Matrices of convolutions and of blocks are those with the first axis as rows; biases and other
-    vectors are projected entry by entry. `dim` is left x right for "kronecker", as near to square as it divides.
+    vectors have one side, and are projected entry by entry ("kronecker": as with "sjlt"). `dim` is left x right for
+    "kronecker", as near to square as it divides.
 
     R is a function of (seed, name and shape of the parameter) alone: the same in every process, on every device and for
     every split of the batch, so that gradients projected apart can be compared. It is computed when it is needed and

@@ -214,7 +214,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, for CI")
     parser.add_argument("--threads", type=positive(int))
     parser.add_argument("--rounds", type=positive(int), default=3)
-    parser.add_argument("--batch", type=positive(int), default=8)
+    parser.add_argument("--batch", type=positive(int), default=16, help="(default: 16, that of corpus.score)")
+    parser.add_argument("--rows", type=positive(int), help="samples of a pass (default: 256, quick: 32)")
     parser.add_argument("--vectors", type=positive(int), help="for nearest (default: 10^6, quick: 10^5)")
     parser.add_argument("--samples", type=positive(int), help="for memory (default: 10^6, quick: 5 10^4)")
     parser.add_argument("--only", choices=("pass", "peers", "nearest", "memory"))
@@ -225,7 +226,7 @@ def main() -> None:
     args.samples = args.samples or (50_000 if args.quick else 1_000_000)
     if args.threads:
         torch.set_num_threads(args.threads)
-    work = Workload(32 if args.quick else 256, 128, 256, 4, 8192)
+    work = Workload(args.rows or (32 if args.quick else 256), 128, 256, 4, 8192)
     sections: dict[str, Callable[[], Any]] = {
         "pass": lambda: passes(work, args),
         "peers": lambda: peers(args),
