@@ -39,7 +39,7 @@ def edge_of(value: Tensor) -> Edge:
 
 def now() -> int:
     """A number that no node made before has reached, on this thread."""
-    with torch.enable_grad():
+    with torch.enable_grad(), torch._C.DisableTorchFunction():  # a mode may be on, where a checkpoint makes another
         node: Any = torch.zeros((), requires_grad=True, device="cpu").view(()).grad_fn
     number: int = node._sequence_nr()
     return number

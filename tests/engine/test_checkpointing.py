@@ -120,3 +120,31 @@ class Gated(nn.Module):
 def test_recomputation_takes_no_new_tensor_for_a_dead_one() -> None:
     _, losses, params = made(Gated())
     assert_exact(losses, params, normal(5, 6))
+
+
+class Product(torch.autograd.Function):
+    """`x @ w.T`, unseen by a mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w, g.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def test_a_function_of_ones_own_beside_a_checkpoint() -> None:
+    layer, w = nn.Linear(4, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    params = {"w": w, **dict(layer.named_parameters())}
+
+    def losses(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        inner = checkpoint(lambda x: torch.tanh(layer(x)), x, **KEPT)
+        return Product.apply(inner, w).square().sum((1, 2))
+
+    def plain(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.tanh(F.linear(x, params["weight"], params["bias"])) @ params["w"].T).square().sum((1, 2))
+
+    assert_exact(losses, params, torch.randn(3, 5, 4, dtype=torch.float64), truth=plain)
