@@ -80,8 +80,9 @@ class Steps:
         optimizer.step()
         steps.settled()              # values, held to the step that was made
 
-    With kind "path", `values[i] = <grad losses[i], A^T V_bar>` as in `in_run.along_path`; with "score",
-    `<grad losses[i], V>` with the validation gradient V at the start of the step, or of one up to `renew` steps before.
+    With kind "path", `values[i] = <grad losses[i], A^T V_bar>` as in `in_run.along_path`, over the entries of a
+    parameter whose gradient is more than rounding beside the largest; with "score", `<grad losses[i], V>` with the
+    validation gradient V at the start of the step, or of one up to `renew` steps before.
 
     Args:
         losses: `losses(params, batch) -> [b]` whose sum over the batches of a step is what the step is made of. They
@@ -280,8 +281,8 @@ class Steps:
     def _account(self, optimizer: Any, max_norm: float | None, ids: Tensor) -> Settled:
         still = Params(self.params.names, tuple(leaf.detach() for leaf in self.params.leaves), self.params.spec)
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.params.leaves]
-        made, state = updates.of(optimizer, self.tree)
-        update: Any = made if max_norm is None else updates.clipped(made, max_norm)
+        rule, state = updates.of(optimizer, self.tree)
+        update: Any = rule if max_norm is None else updates.clipped(rule, max_norm)
         with torch.no_grad():
             after, _ = update(still.rebuild(still.leaves), still.rebuild(grads), state)
         there = [
@@ -299,11 +300,13 @@ class Steps:
             for column in zip(*(match_direction(tree, still, "validation") for _, tree in points), strict=True)
         ]
         with torch.no_grad():
-            shared = update.share(still, grads, state, [slopes], "step", OFF)
-            rest = inner(slopes, moves) - shared.parts[0]
-        along = still.rebuild(shared.along[0])
+            [along], _ = update.share(still, grads, state, [slopes], "step", OFF)
+            along = [torch.where(_is_rounding(g), 0, leaf) for g, leaf in zip(grads, along, strict=True)]
+            by_gradient = inner(along, grads)
+            rest = inner(slopes, moves) - by_gradient
+        along = still.rebuild(along)
         values = torch.cat([self._second_pass(part, along) for part in self._parts])
-        _check_sum(values, shared.parts[0], slopes, moves)
+        _check_sum(values, by_gradient, slopes, moves)
         self._expected = _Expected(there, [move.norm() for move in moves], points[-1])
         return Settled(ids, values, rest, points[-1][0] - points[0][0])
 
@@ -337,6 +340,13 @@ class Steps:
             if not bool(off <= OFF * move + 4 * torch.finfo(leaf.dtype).eps * end.norm()):
                 found.append(name)
         return found
+
+
+def _is_rounding(gradient: Tensor) -> Tensor:
+    """Where a gradient is none but for rounding: what an optimizer that divides by it makes of that is the rest's."""
+    if not gradient.numel():
+        return gradient != 0
+    return gradient.abs() <= 4 * torch.finfo(gradient.dtype).eps * gradient.abs().amax()
 
 
 def _check_sum(values: Tensor, wanted: Tensor, slopes: list[Tensor], moves: list[Tensor]) -> None:

@@ -334,6 +334,7 @@ class Trainer(Valued):
         ...     transformers.LlamaForCausalLM(config),
         ...     transformers.TrainingArguments(folder + "/out", max_steps=1, disable_tqdm=True, report_to=[]),
         ...     train_dataset=texts[:8], eval_dataset=texts[8:], valuation=Valuation(folder + "/values"))
+        >>> trainer.remove_callback(transformers.PrinterCallback)
         >>> _ = trainer.train()
         >>> store.open_record(folder + "/values").table().column_names
         ['step', 'sample_id', 'value']

@@ -49,7 +49,7 @@ class SFTTrainer(_WithHead, trl.SFTTrainer):
         InputError: the balance of experts is part of the loss, which is of no sample: pass `router_aux_loss_coef=0.0`;
             or with kind "path" the loss is "dft", whose gradient is not that of its value.
 
-    Example: `examples/trainers.py`.
+    Example: `examples/trainer_trl.py`.
     """
 
 
@@ -64,7 +64,7 @@ class DPOTrainer(_WithHead, trl.DPOTrainer):
         InputError: the balance of experts is part of the loss; or with kind "path" there are WPO's weights
             (`use_weighting`), whose gradient is not that of the value.
 
-    Example: `examples/trainers.py`.
+    Example: `examples/trainer_trl.py`.
     """
 
     rows_per_sample: ClassVar[int] = 2
