@@ -2,9 +2,9 @@
 
 Opacus makes a step of `(sum_i clip(grad_i) + noise) / expected_batch_size`, with noise of standard deviation
 `noise_multiplier * max_grad_norm`. The sum is `clipped_gradient(losses)(params, batch, max_grad_norm)` for losses that
-are not divided by the size of the batch, to 1e-6: Opacus adds that to every norm. What moves over: the losses as a function, any model that has them (Opacus
-needs a hook for each kind of layer, and refuses the others), and the noise, which is added here. What stays: Poisson
-sampling by `opacus.data_loader.DPDataLoader`, and the accountant.
+are not divided by the size of the batch, to 1e-6: Opacus adds that to every norm. What moves over: the losses as a
+function, any model that has them (Opacus needs a hook for each kind of layer, and refuses the others), and the noise,
+which is added here. What stays: Poisson sampling by `opacus.data_loader.DPDataLoader`, and the accountant.
 
     pip install opacus && python examples/opacus_numbers.py
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # TRL's DPOTrainer with gradient checkpointing adds a forward hook to the model's embeddings in every step.
 #
-# Versions: torch 2.13.0, numpy 2.4.6, transformers 5.23.0, trl 1.16.0, accelerate 1.15.0; CPU, Python 3.11.
+# Versions: torch 2.13.0, numpy 2.4.6, transformers 5.23.0, trl 1.16.0; CPU, Python 3.11.
 # Guess: a step leaves the model as it was but for its weights: the number of hooks does not change.
 # Seen: it turns checkpointing off for the reference and on again, and each time it is turned on there is one more hook
 #   that makes the embeddings' output require gradients: after n steps n + 1 of them run in every forward. Checkpointing
@@ -12,8 +12,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 "${PYTHON:-python3}" -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6 transformers==5.23.0 \
-  trl==1.16.0 accelerate==1.15.0
+venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6 transformers==5.23.0 trl==1.16.0
 cat > shown.py <<'PYTHON'
 import os
 import warnings
