@@ -158,3 +158,15 @@ def test_what_is_missing_is_told() -> None:
         steps.settle(world.optimizer)
     with pytest.raises(fg.InputError, match="there is no step"):
         steps.settled()
+
+
+def test_samples_that_are_seen_twice_are_seen_with_the_same_random_numbers() -> None:
+    found = []
+    for memory in (None, 0):
+        torch.manual_seed(5)
+        world = World("sgd")
+        world.model.insert(2, nn.Dropout(0.5))
+        world.params = fg.trainable(world.model)
+        found.append((world.step(world.steps(pairs_memory=memory)), torch.rand(())))
+    torch.testing.assert_close(found[0][0].values, found[1][0].values)
+    assert found[0][1] == found[1][1]
