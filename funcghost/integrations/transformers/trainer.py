@@ -332,7 +332,7 @@ class Trainer(Valued):
         >>> folder = tempfile.mkdtemp()
         >>> trainer = Trainer(
         ...     transformers.LlamaForCausalLM(config),
-        ...     transformers.TrainingArguments(folder + "/out", max_steps=1, disable_tqdm=True, report_to=[]),
+        ...     transformers.TrainingArguments(folder, max_steps=1, use_cpu=True, disable_tqdm=True),
         ...     train_dataset=texts[:8], eval_dataset=texts[8:], valuation=Valuation(folder + "/values"))
         >>> trainer.remove_callback(transformers.PrinterCallback)
         >>> _ = trainer.train()
