@@ -49,7 +49,7 @@ class Mutation(NamedTuple):
 MUTATIONS: dict[str, Mutation] = {
     # losses as one op
     "a Function hides its second derivative": Mutation(
-        "transforms/whole.py", 'not any(hasattr(node, "_forward_cls") or', "not any(False and", (WHOLE,)
+        "transforms/whole.py", 'hasattr(node, "_forward_cls") or', "False or", (WHOLE,)
     ),
     "a backward that is not linear": Mutation(
         "transforms/whole.py", "if due(sizes not in self.verified) and len(losses):", "if False:", (WHOLE,)

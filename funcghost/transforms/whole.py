@@ -33,12 +33,12 @@ MOST_FLOPS, MOST_ENTRIES, FEWEST_OPS = 2**19, 2**14, 128
 
 
 class _Count(TorchDispatchMode):
-    """Counts ops, the entries that they give and the FLOPs of products; notes numbers of less than 32 bits."""
+    """Counts ops, the entries that they give and the FLOPs of products; notes numbers of less than so many bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, itemsize: int) -> None:
         super().__init__()
         self.ops = self.entries = self.flops = 0
-        self.narrow = False
+        self.itemsize, self.narrow = itemsize, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -48,7 +48,7 @@ class _Count(TorchDispatchMode):
         self.ops += 1
         if isinstance(out, Tensor):
             self.entries += out.numel()
-            self.narrow |= out.is_floating_point() and out.dtype.itemsize < 4
+            self.narrow |= out.is_floating_point() and out.dtype.itemsize < self.itemsize
         return out
 
 
@@ -61,9 +61,14 @@ class Whole:
         self.verified = set[tuple[torch.Size, ...]]()
 
     def pays(self, problem: Problem) -> bool:
-        """Whether the losses are many small ops, all of them torch's own; costs a forward, once."""
+        """Whether the losses are many small ops, all of them torch's own; costs a forward, once.
+
+        Where they compute in fewer digits than the parameters have, the way back through these ops would cost the
+        scores digits that the gradients have.
+        """
         if self.known is None and not problem.is_meta():
-            with untouched(problem.devices()) as changes, _Count() as count:
+            itemsize = max(4, *(leaf.itemsize for leaf in problem.params.leaves))
+            with untouched(problem.devices()) as changes, _Count(itemsize) as count:
                 losses, _ = problem.evaluate(problem.leaves())
             small = count.flops <= MOST_FLOPS * count.ops and count.entries <= MOST_ENTRIES * count.ops
             plain = not count.narrow and not any(leaf.is_complex() for leaf in problem.params.leaves)
@@ -152,9 +157,14 @@ class _Transpose:
 
 
 def _is_torchs_own(losses: Tensor) -> bool:
-    """Whether no Function of Python, and no graph of a compiler, is in the graph: they may hide a second derivative."""
+    """Whether the graph has no Function of Python and no graph of a compiler, which may hide a second derivative.
+
+    Nor a change of dtype, as of an autocast that has been turned on since.
+    """
     nodes = graph_nodes(losses) if losses.requires_grad else ()
-    return losses.requires_grad and not any(hasattr(node, "_forward_cls") or "Graph" in node.name() for node in nodes)
+    return losses.requires_grad and not any(
+        hasattr(node, "_forward_cls") or "Graph" in node.name() or "ToCopy" in node.name() for node in nodes
+    )
 
 
 def _fill(ledger: Ledger, losses: Tensor, leaves: Sequence[Tensor], budget: int) -> None:

@@ -286,3 +286,29 @@ def test_large_or_few_ops_are_planned(plans: Callable[[], int], monkeypatch: pyt
     fg.reduce(unrolled)(half, x.bfloat16(), fg.dot(half))
     fg.reduce(unrolled, options=fg.Options(route="forward"))(p, x, fg.dot(direction))
     assert plans() == before + 2
+
+
+def test_losses_with_fewer_digits_inside_keep_those_of_the_gradients(plans: Callable[[], int]) -> None:
+    p, direction, x = params(), {name: normal(*shape) for name, shape in PARAMS.items()}, normal(4, 5, 3)
+
+    def attention(p: Params, x: Tensor) -> Tensor:
+        h = x @ p["w"]
+        shares = F.softmax(h @ p["u"] @ h.mT, dim=-1, dtype=torch.float32).to(h.dtype)  # as transformers has it
+        return (shares @ h).square().sum((1, 2))
+
+    assert_scores(fg.reduce(attention)(p, x, fg.dot(direction)), expected(attention, p, x, direction), 1e-7)
+    assert plans() == 1
+    single = {name: value.float() for name, value in p.items()}
+    way = {name: value.float() for name, value in direction.items()}
+    on = {"cpu": False}
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=on["cpu"]):
+            return unrolled(p, x).float()
+
+    step = fg.reduce(losses)
+    step(single, x.float(), fg.dot(way))
+    assert plans() == 1
+    on["cpu"] = True
+    step(single, x.float(), fg.dot(way))
+    assert plans() == 2
