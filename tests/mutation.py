@@ -93,8 +93,8 @@ MUTATIONS: dict[str, Mutation] = {
     # taps
     "no conjugate": Mutation(
         "engine/contributions.py",
-        "slope.to(wide) * gradient.conj()",
-        "slope.to(wide) * gradient",
+        "slope.to(wide_dtype(slope.dtype)) * gradient.conj()",
+        "slope.to(wide_dtype(slope.dtype)) * gradient",
         (AWKWARD, "-k", "complex"),
     ),
     "first output alone": Mutation(
@@ -359,7 +359,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "parameters of zeros hide": Mutation(
         "planning/planner.py",
-        "zero = [leaf.numel() > 0 and not bool(leaf.any()) for leaf in leaves]",
+        "zero = [leaf.numel() > 0 and not bool(as_whole(leaf).any()) for leaf in leaves]",
         "zero = [False for leaf in leaves]",
         (MOVES, "-k", "gate"),
     ),
