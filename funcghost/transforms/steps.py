@@ -240,7 +240,8 @@ class Transform:
     def _solved(self, problem: Problem, request: Request) -> Outcome:
         """As one op where the losses are many small ones, and no plan is needed; else along a plan."""
         waits = request.tasks and problem.params.leaves[0].device.type != "cpu"
-        if self.whole is None or request.empty or request.keep or request.positions or waits:
+        other = request.empty or request.keep or request.positions or problem.in_parts or problem.in_step
+        if self.whole is None or other or waits:
             return self.planned(problem, request)
         ledger, budget = self._ledger(problem, request, None), self.options.memory_budget
         try:
