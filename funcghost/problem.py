@@ -158,6 +158,15 @@ def check_losses(values: Any) -> None:
         raise InputError(f"losses: must be real floating-point numbers, found {values.dtype}.")
 
 
+def check_depends(losses: Tensor) -> None:
+    """Losses must have a graph."""
+    if not losses.requires_grad:
+        raise InputError(
+            "losses: do not depend on params. Call the model with the params handed in, e.g. by "
+            "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
+        )
+
+
 def cotangents(losses: Tensor, reduction: Reduction) -> Tensor:
     """The gradient of the reduced losses with respect to the losses, [b]."""
     return torch.full_like(losses, 1 / losses.shape[0] if reduction == "mean" and losses.shape[0] else 1.0)

@@ -22,7 +22,7 @@ from funcghost.planning.sites import (
 )
 from funcghost.planning.trace import Trace
 from funcghost.planning.ways import rehearse
-from funcghost.problem import Problem, backward, backwards
+from funcghost.problem import Problem, backward, backwards, check_depends
 from funcghost.side_effects import Changes
 from funcghost.trees import as_whole
 
@@ -118,11 +118,7 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
         result = trace.values.noted(losses)
         trace.result = None if result is None else result.number
         _refuse_reentrant_checkpoints(losses)
-        if not losses.requires_grad:
-            raise InputError(
-                "losses: do not depend on params. Call the model with the params handed in, e.g. by "
-                "torch.func.functional_call or fg.module_losses, and not under torch.no_grad()."
-            )
+        check_depends(losses)
         clock.batch, clock.started = losses.shape[0], True
         weights, all_of_them = sample_weights(losses), carry_all or any(move.by_data for move in trace.moves.values())
         want_meters(trace.records, len(leaves), all_of_them=all_of_them)

@@ -24,12 +24,13 @@ from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.laws.causes import graph_nodes
 from funcghost.laws.conservation import check_conservation, witness
 from funcghost.laws.draws import sample_weights
-from funcghost.problem import Problem, Reduction, backward, backwards, cotangents, detached
+from funcghost.problem import Problem, Reduction, backward, backwards, check_depends, cotangents, detached
 from funcghost.side_effects import Memory, undone_on_failure, untouched
 from funcghost.trees import tensors
 
-MOST_FLOPS, MOST_ENTRIES, FEWEST_OPS = 2**19, 2**14, 128
-"""The work of an op on average, in FLOPs of products and in entries of outputs; and of how many ops one may speak."""
+MOST_FLOPS, MOST_ENTRIES, FEWEST_OPS, MOST_PARAMETERS = 2**19, 2**14, 128, 2**22
+"""The work of an op on average, in FLOPs of products and entries of outputs; how many ops are many; and what is not
+even looked at, in entries of parameters."""
 
 
 class _Count(TorchDispatchMode):
@@ -61,15 +62,18 @@ class Whole:
         self.verified = set[tuple[torch.Size, ...]]()
 
     def pays(self, problem: Problem) -> bool:
-        """Whether the losses are many small ops, all of them torch's own; costs a forward, once.
+        """Whether the losses are many small ops, all of them torch's own; costs a forward, once, of small models.
 
         Where they compute in fewer digits than the parameters have, the way back through these ops would cost the
         scores digits that the gradients have.
         """
+        if self.known is None and sum(leaf.numel() for leaf in problem.params.leaves) > MOST_PARAMETERS:
+            self.known = False
         if self.known is None and not problem.is_meta():
             itemsize = max(4, *(leaf.itemsize for leaf in problem.params.leaves))
             with untouched(problem.devices()) as changes, _Count(itemsize) as count:
                 losses, _ = problem.evaluate(problem.leaves())
+            check_depends(losses)
             small = count.flops <= MOST_FLOPS * count.ops and count.entries <= MOST_ENTRIES * count.ops
             plain = not count.narrow and not any(leaf.is_complex() for leaf in problem.params.leaves)
             self.known = count.ops >= FEWEST_OPS and small and plain and _is_torchs_own(losses)

@@ -1,6 +1,7 @@
 """Models with compiled parts are seen through."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:quantized..linear_dynamic. an autograd kernel was not registered:UserWarning"),
 ]
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+BACKENDS = ["eager", "aot_eager", *(["inductor"] if DEEP else [])]  # seen through alike; the last takes half a minute
 
 
 class Disguised(nn.Module):
@@ -102,7 +105,7 @@ def test_compiled_parts_are_seen_through_and_stay_compiled(
     assert backend.called > before
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_losses_and_functions_are_seen_through(backend: str) -> None:
     torch._dynamo.reset()
     _, losses, params = made(Net(Mlp()))

@@ -275,7 +275,7 @@ def test_numbers_that_are_not_finite_reach_the_user() -> None:
 
 def test_large_or_few_ops_are_planned(plans: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
     p, x, direction = params(), normal(4, 5, 3), like(params())
-    for limit, value in (("FEWEST_OPS", 200), ("MOST_FLOPS", 1), ("MOST_ENTRIES", 1)):
+    for limit, value in (("FEWEST_OPS", 200), ("MOST_FLOPS", 1), ("MOST_ENTRIES", 1), ("MOST_PARAMETERS", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(whole, limit, value)
             before = plans()
