@@ -1,0 +1,118 @@
+"""A step of a model under `fully_shard` with scores, beside the plain step: time, and memory of a rank.
+
+    torchrun --nproc-per-node 2 tests/benchmarks/bench_sharded.py --quick
+
+Rounds take each contender once, in turn, all ranks together; the slowest rank's wall time counts. The memory of a rank
+is what tensors take on the CPU at the step's peak, beyond what is there before it, in units of the whole parameters.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+import funcghost as fg
+from funcghost.distributed import sharded
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.common import positive, table, writable_file
+from tests.benchmarks.memory import peak_allocated
+from tests.benchmarks.models import GPT, next_token
+
+AIMS = {"dot": 1.45}
+
+
+def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], int]:
+    """Steps of one rank, by name, and the bytes of all parameters."""
+    torch.manual_seed(args.seed)
+    model = GPT(args.vocabulary, args.length, args.width, args.layers, 4)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    low = fg.compress({name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}, rank=32)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    params = dict(model.named_parameters())
+    direction = {name: torch.randn_like(parameter).detach() for name, parameter in params.items()}
+    torch.manual_seed(args.seed + distributed.get_rank())
+    tokens = torch.randint(args.vocabulary, (args.batch, args.length))
+
+    def losses(params: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return next_token(model(tokens), tokens)
+
+    def plain() -> None:
+        losses(params, tokens).mean().backward()
+        model.zero_grad()
+
+    step = sharded.grad_and_reduce(losses, model)
+    return {
+        "plain": plain,
+        "dot": lambda: step(params, tokens, fg.dot(direction)),
+        "dot, rank 32": lambda: step(params, tokens, fg.dot(low)),
+        "norms": lambda: step(params, tokens, fg.squared_norm()),
+    }, size
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measures; rank 0 prints the table and writes what --out says."""
+    parser = argparse.ArgumentParser(description="Times steps of a sharded model.")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--rounds", type=positive(int), help="default 31, with --quick 9")
+    parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads of a rank; default 1")
+    parser.add_argument("--batch", type=positive(int), default=8, help="samples of a rank")
+    parser.add_argument("--length", type=positive(int), default=128)
+    parser.add_argument("--width", type=positive(int), default=256)
+    parser.add_argument("--layers", type=positive(int), default=4)
+    parser.add_argument("--vocabulary", type=positive(int), default=8192)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    distributed.init_process_group("gloo")
+    try:
+        return measure(args)
+    finally:
+        distributed.destroy_process_group()
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all contenders."""
+    routes, size = contenders(args)
+    for route in routes.values():
+        route()
+        route()
+    seconds: dict[str, list[float]] = {name: [] for name in routes}
+    for _ in range(args.rounds or (9 if args.quick else 31)):
+        for name, route in routes.items():
+            distributed.barrier()
+            start = time.perf_counter()
+            route()
+            took = torch.tensor(time.perf_counter() - start)
+            distributed.all_reduce(took, distributed.ReduceOp.MAX)
+            seconds[name].append(took.item())
+    rows = list[dict[str, Any]]()
+    for name, route in routes.items():
+        ratio = median(own / base for own, base in zip(seconds[name], seconds["plain"], strict=True))
+        distributed.barrier()
+        memory = peak_allocated(route) / size
+        rows.append({"step": name, "ratio": ratio, "memory": memory, "ranks": distributed.get_world_size()})
+    if distributed.get_rank() == 0:
+        cells = [
+            (row["step"], f"{row['ratio']:.2f}", str(AIMS.get(row["step"], "")), f"{row['memory']:.2f}") for row in rows
+        ]
+        head = (f"{rows[0]['ranks']} ranks", "x plain", "aim", "peak, x parameters")
+        print(table([head, *cells]), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
