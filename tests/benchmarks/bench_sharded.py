@@ -1,6 +1,6 @@
 """A step of a model under `fully_shard` with scores, beside the plain step: time, and memory of a rank.
 
-    torchrun --nproc-per-node 2 tests/benchmarks/bench_sharded.py --quick
+    python tests/benchmarks/bench_sharded.py --quick --ranks 2
 
 Rounds take each contender once, in turn, all ranks together; the slowest rank's wall time counts. The memory of a rank
 is what tensors take on the CPU at the step's peak, beyond what is there before it, in units of the whole parameters.
@@ -8,6 +8,8 @@ is what tensors take on the CPU at the step's peak, beyond what is there before 
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,11 +62,12 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
     }, size
 
 
-def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measures; rank 0 prints the table and writes what --out says."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Starts the processes; in each of them measures, of which rank 0 prints the table and writes what --out says."""
     parser = argparse.ArgumentParser(description="Times steps of a sharded model.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--rounds", type=positive(int), help="default 31, with --quick 9")
+    parser.add_argument("--ranks", type=positive(int), default=2, help="processes to start; default 2")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads of a rank; default 1")
     parser.add_argument("--batch", type=positive(int), default=8, help="samples of a rank")
     parser.add_argument("--length", type=positive(int), default=128)
@@ -74,12 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
+    if "RANK" not in os.environ:
+        start = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        own = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
+        command = [sys.executable, *start, "--nproc-per-node", str(args.ranks), *own]
+        return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, check=False).returncode
     torch.set_num_threads(args.threads)
     distributed.init_process_group("gloo")
     try:
-        return measure(args)
+        measure(args)
     finally:
         distributed.destroy_process_group()
+    return 0
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,4 +124,4 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
