@@ -211,6 +211,18 @@ def backward(losses: Tensor, wanted: Sequence[Tensor], cotangent: Tensor, keep_g
     ]
 
 
+def graph_nodes(losses: Tensor) -> Iterator[Any]:
+    """All nodes of autograd's graph behind the losses."""
+    todo, seen = [losses.grad_fn], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(child for child, _ in node.next_functions)
+
+
 def detached(aux: Tree) -> Tree:
     """The auxiliary output without its graph."""
     if aux is None:

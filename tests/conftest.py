@@ -9,7 +9,7 @@ import torch
 from hypothesis import register_random, settings
 
 from funcghost.ops import rules
-from funcghost.transforms import whole
+from funcghost.transforms import one_op
 
 # `dev` and `ci` draw the same examples in every run, and so pass in every run or in none; `deep` draws anew.
 settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True, print_blob=True)
@@ -63,8 +63,8 @@ def _rules_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _along_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses of tests are small: taken as one op, as `test_whole.py` has them, many would never meet the engine."""
-    monkeypatch.setattr(whole, "FEWEST_OPS", 10**9)
+    """Losses of tests are small: taken as one op, as `test_one_op.py` has them, many would never meet the engine."""
+    monkeypatch.setattr(one_op, "FEWEST_OPS", 10**9)
 
 
 @pytest.fixture(autouse=True)

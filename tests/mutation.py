@@ -34,7 +34,7 @@ LOWRANK, PROJECTIONS, POSITIONS = (
 )
 UNSEEN = "tests/engine/test_unseen.py"
 HEAD, TRACKING = "tests/losses/test_functional.py", "tests/algebra/test_tracking.py"
-COMPILED, WHOLE = "tests/transforms/test_compiled.py", "tests/transforms/test_whole.py"
+COMPILED, ONE_OP = "tests/transforms/test_compiled.py", "tests/transforms/test_one_op.py"
 
 
 class Mutation(NamedTuple):
@@ -49,13 +49,13 @@ class Mutation(NamedTuple):
 MUTATIONS: dict[str, Mutation] = {
     # losses as one op
     "a Function hides its second derivative": Mutation(
-        "transforms/whole.py", 'hasattr(node, "_forward_cls") or', "False or", (WHOLE,)
+        "transforms/one_op.py", 'hasattr(node, "_forward_cls") or', "False or", (ONE_OP,)
     ),
     "a backward that is not linear": Mutation(
-        "transforms/whole.py", "if due(sizes not in self.verified) and len(losses):", "if False:", (WHOLE,)
+        "transforms/one_op.py", "if due(sizes not in self.verified) and len(losses):", "if False:", (ONE_OP,)
     ),
     "a zero times NaN": Mutation(
-        "transforms/whole.py", "if not all(bool(row.isfinite().all())", "if not all(True", (WHOLE,)
+        "transforms/one_op.py", "if not all(bool(row.isfinite().all())", "if not all(True", (ONE_OP,)
     ),
     "positions among the channels": Mutation(
         "engine/positions.py", "2 if op in CHANNELS_FIRST else 1", "1", (POSITIONS,)

@@ -261,7 +261,7 @@ class Path:
         for place in range(len(sets)):
             trees = [[as_dense(leaf) for leaf in optree.tree_leaves(point.gradients[place])] for point in points]
             weights = RULES[self.settings.rule]
-            found.append([_mixed(leaves, weights) for leaves in zip(*trees, strict=True)])
+            found.append([mixed(leaves, weights) for leaves in zip(*trees, strict=True)])
         return found
 
     def _directions(
@@ -282,7 +282,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def _mixed(leaves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def mixed(leaves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum of tensors."""
     total = weights[0] * leaves[0]
     for leaf, weight in zip(leaves[1:], weights[1:], strict=True):
         total.add_(leaf, alpha=weight)

@@ -104,7 +104,7 @@ def along_path(
         passes = _Passes(shares, gradient, score, by or (lambda reducer: reducer), reduction)
         path = Path(update, Settings(rule, credit, 1e-3, None), _Lookout(shares, lookout), passes)
         out = path.step(
-            shares.of(params), batch, state=_local(state), validation=validation, before=before and _local(before)
+            _local(params), batch, state=_local(state), validation=validation, before=before and _local(before)
         )
         (rest,) = summed_over_ranks([out.rest], group)
         return out._replace(
@@ -126,10 +126,6 @@ class Shares:
         self.model, self.owned, self.group = model, owned, group
         first = model.groups[0]
         self.copies = first.ranks // first.own.mesh_info.shard_mesh_size
-
-    def of(self, tree: Tree) -> Tree:
-        """The shares, detached."""
-        return _local(tree)
 
     def joined(self, tree: Tree) -> Tree:
         """The tree that these are the shares of."""

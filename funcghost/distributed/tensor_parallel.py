@@ -145,7 +145,7 @@ class InPartsTransform(Transform):
         self, losses: Losses, reduction: Reduction | None, has_aux: bool, options: Options | None, plan: Plan | None
     ) -> None:
         super().__init__(losses, reduction, has_aux, options, plan)
-        self.whole = None  # the losses as one op: not where ranks compute them together
+        self.one_op = None  # ranks compute the losses together
         self._agreed = set[Any]()
 
     def problem(self, params: Tree, batch: Tree) -> Problem:

@@ -58,7 +58,7 @@ class Capture(Walker[Carried]):
         ledger: what collects factors of per-sample gradients, if something is made of these.
         positions: what adds up scores by position, if any are wanted.
         dtype: what products are computed in for scores, if not in the dtype of their operands.
-        to_the_end: whether a run that does not fit the plan goes on all the same, since other ranks go with it.
+        may_be_freed: whether what is kept for the backward may be freed before it, and come back.
     """
 
     sees_parts = True
@@ -75,17 +75,15 @@ class Capture(Walker[Carried]):
         ledger: Ledger | None = None,
         positions: Positions | None = None,
         dtype: torch.dtype | None = None,
-        to_the_end: bool = False,
+        may_be_freed: bool = False,
     ) -> None:
         super().__init__(standins)
         self.plan, self.probe, self.choose = plan, probe, choose
         self.traced = standins is not None
-        self.taps = Taps(probe, ledger, positions, dtype, may_be_freed=to_the_end)
+        self.taps = Taps(probe, ledger, positions, dtype, may_be_freed)
         self.params, self.given, self.directions = params, given, directions
         self.position = 0
         self.ended = False
-        self.to_the_end = to_the_end
-        self.unfit: MismatchError | None = None
         self.moves = {moved.call: moved for moved in plan.moves}
         self.maps: Maps = {}
         self.as_planned: list[Tensor] = []
@@ -109,17 +107,6 @@ class Capture(Walker[Carried]):
 
     def visit(self, visit: Visit[Carried]) -> Any:
         """Runs the op as it is; where a tangent goes in, taps its outputs or carries the tangent on."""
-        if self.unfit is not None:
-            return self.run(visit)
-        if not self.to_the_end:
-            return self._visit(visit)
-        try:
-            return self._visit(visit)
-        except MismatchError as error:
-            self.unfit = error
-            return self.run(visit)
-
-    def _visit(self, visit: Visit[Carried]) -> Any:
         op, leaves = visit.op, visit.leaves
         if self.moves and visit.move is not None:
             self._follow_move(visit)
@@ -179,8 +166,6 @@ class Capture(Walker[Carried]):
 
     def finish(self, losses: Tensor) -> Tensor:
         """Checks that the losses came past every site of the plan, and ran the same ops between them; gives these."""
-        if self.unfit is not None:
-            raise self.unfit
         if losses.shape[0] != len(self.probe):
             raise MismatchError(
                 f"the losses are of {losses.shape[0]} samples where the plan expects {len(self.probe)} from the batch."
@@ -259,7 +244,7 @@ class Capture(Walker[Carried]):
         if sources:
             # A checkpointed region has a graph that runs it again, and counts what is kept: ours is beside it.
             # And what it keeps may be freed before it is asked for, where other ranks have a share of it.
-            again = self.to_the_end or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            again = self.taps.may_be_freed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             with replaying(drawn), saved_tensors_hooks(_as_it_is, there) if again else nullcontext():
                 shadows = followed(call, () if again else found, sources, site.way)
         return [
@@ -273,19 +258,13 @@ class Capture(Walker[Carried]):
         """Carries tangents along the stretch of graph between known tensors and one that no op was seen to give."""
         index = self.position
         site = self.plan.sites[index] if index < len(self.plan.sites) else None
-        if site is None or site.unseen != number or self.unfit is not None:
+        if site is None or site.unseen != number:
             return
         walked = walk(tensor, self.known_at, self.started)
         self.position += 1
         stretch, known = stretch_of(tensor, walked), [end.known for end in walked.ends.values()]
         if site.action == "tap":
-            try:
-                where = placed(index, site, tensor, site.layouts[0], self.maps, len(self.probe))
-            except MismatchError as error:
-                if not self.to_the_end:
-                    raise
-                self.unfit = error
-                return
+            where = placed(index, site, tensor, site.layouts[0], self.maps, len(self.probe))
             tangents, shadows = [carried.tangents for carried in known], [carried.shadow for carried in known]
             behind = tap_stretch(self.taps, (index, site.op), stretch, where, tangents, shadows, lambda: self.ended)
             own = self.values.of(behind)

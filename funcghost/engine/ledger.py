@@ -50,7 +50,7 @@ class Ledger:
             if self.keep or self.others:
                 self.factors.setdefault(number, []).append(own)
 
-    def whole(self, number: int, gradients: Factor) -> None:
+    def take(self, number: int, gradients: Factor) -> None:
         """The gradients of a parameter, of all its uses together."""
         for tasks in (self.linear, self.others):
             self._contribute(tasks, number, [gradients])

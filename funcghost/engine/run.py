@@ -14,6 +14,7 @@ from funcghost.engine.capture import Capture, Choose
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
 from funcghost.engine.positions import Positions
+from funcghost.engine.to_the_end import ToTheEnd
 from funcghost.errors import MismatchError
 from funcghost.problem import Problem, Reduction, cotangents, detached
 
@@ -67,7 +68,8 @@ def run(
     leaves = problem.leaves()
     shape, dtype_of_scores = (batch, len(directions)), score_dtype(problem.params)
     probe = torch.zeros(shape, dtype=dtype_of_scores, device=leaves[0].device, requires_grad=True)
-    capture = Capture(
+    kind = ToTheEnd if problem.in_step else Capture
+    capture = kind(
         plan, leaves, directions, probe, problem.params, choose, standins, ledger, positions, dtype, problem.in_step
     )
     with capture:

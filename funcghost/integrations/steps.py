@@ -6,23 +6,21 @@ step for a moment, which the update as a pure function tells before the step is 
 to that.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from funcghost.algebra.pair_algebra import combine
 from funcghost.algebra.pairs import Pairs
-from funcghost.attribution.path import RULES, Rule
+from funcghost.attribution.path import RULES, Rule, mixed
 from funcghost.engine.run import run_plain
 from funcghost.errors import GhostError, InputError, SampleAxisError
 from funcghost.options import Options
-from funcghost.problem import Losses, Problem
+from funcghost.problem import Losses, Problem, graph_nodes
 from funcghost.reducers.dots import dot
 from funcghost.reducers.positions import per_segment
 from funcghost.side_effects import Snapshot, restore, snapshot, untouched
@@ -239,18 +237,7 @@ class Steps:
         problem = Problem(self.losses, self.params, batch)
         with untouched(problem.devices()):
             losses, _ = problem.evaluate(problem.leaves())
-        pending: list[Node] = [losses.grad_fn] if losses.grad_fn is not None else []
-        seen: set[Node] = set()
-        found = set()
-        while pending:
-            node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                found.add(id(node.variable))
-            pending += [inner for inner, _ in node.next_functions if inner is not None]
-        return found
+        return {id(node.variable) for node in graph_nodes(losses) if hasattr(node, "variable")}
 
     def _scored_along(self) -> Tree:
         if self._direction is None or (self._age >= self.renew and not self._parts):
@@ -294,11 +281,8 @@ class Steps:
         points = [self._here(), self._validated(there)]
         if self.rule == "simpson":
             points.insert(1, self._validated([old + move / 2 for old, move in zip(still.leaves, moves, strict=True)]))
-        weights = RULES[self.rule]
-        slopes = [
-            sum((w * slope for w, slope in zip(weights, column, strict=True)), torch.zeros_like(column[0]))
-            for column in zip(*(match_direction(tree, still, "validation") for _, tree in points), strict=True)
-        ]
+        columns = zip(*(match_direction(tree, still, "validation") for _, tree in points), strict=True)
+        slopes = [mixed(column, RULES[self.rule]) for column in columns]
         with torch.no_grad():
             [along], _ = update.share(still, grads, state, [slopes], "step", OFF)
             along = [torch.where(_is_rounding(g), 0, leaf) for g, leaf in zip(grads, along, strict=True)]
@@ -317,7 +301,7 @@ class Steps:
         return self._expected.validation
 
     def _validated(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Tree]:
-        with moved(self.params.leaves, leaves):
+        with Problem(self.losses, self.params, None).at(leaves):
             return self.validation()
 
     def _second_pass(self, part: _Part, along: Tree) -> Tensor:
@@ -333,13 +317,13 @@ class Steps:
     def _elsewhere(self) -> list[str]:
         """The parameters that are not where the last step was to end."""
         assert self._expected is not None
-        found = []
-        expected = zip(self.params.names, self.params.leaves, self._expected.leaves, self._expected.moves, strict=True)
-        for name, leaf, end, move in expected:
-            off = (leaf.detach() - end).norm()
-            if not bool(off <= OFF * move + 4 * torch.finfo(leaf.dtype).eps * end.norm()):
-                found.append(name)
-        return found
+        ends = zip(self.params.leaves, self._expected.leaves, self._expected.moves, strict=True)
+        near = [
+            (leaf.detach() - end).norm() <= OFF * move + 4 * torch.finfo(leaf.dtype).eps * end.norm()
+            for leaf, end, move in ends
+        ]
+        there = zip(self.params.names, torch.stack(near).tolist(), strict=True)  # one wait for the device
+        return [name for name, is_near in there if not is_near]
 
 
 def _is_rounding(gradient: Tensor) -> Tensor:
@@ -374,16 +358,3 @@ def _flat(scores: Tensor, ids: Tensor) -> Tensor:
     if scores.numel() != len(ids):
         raise InputError(f"the losses are of {list(scores.shape)} samples, and there are {len(ids)} ids.")
     return scores.reshape(-1)
-
-
-@contextmanager
-def moved(params: Sequence[Tensor], leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Parameters with other values for a moment."""
-    kept = [param.data for param in params]
-    try:
-        for param, leaf in zip(params, leaves, strict=True):
-            param.data = leaf
-        yield
-    finally:
-        for param, own in zip(params, kept, strict=True):
-            param.data = own

@@ -1,6 +1,5 @@
 """Why scores may not add up: what the graph of the losses, and its backward, say about it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from funcghost.dtypes import wide
 from funcghost.laws.draws import TOLERANCE, sample_weights
-from funcghost.problem import Problem, backward
+from funcghost.problem import Problem, backward, graph_nodes
 from funcghost.side_effects import untouched
 from funcghost.trees import as_whole
 
@@ -53,18 +52,6 @@ def causes(problem: Problem, precision: torch.dtype) -> str:
             "`out.index_add(0, row, value[:, None] * x[column])`, instead of a product with a sparse matrix."
         )
     return " ".join([*said, ANY if not said else "Or leave them out of params."])
-
-
-def graph_nodes(losses: Tensor) -> Iterator[Any]:
-    """All nodes of the graph of autograd."""
-    todo, seen = [losses.grad_fn], set[Any]()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        todo.extend(child for child, _ in node.next_functions)
 
 
 def _is_own(node: Any) -> bool:

@@ -22,7 +22,7 @@ from funcghost.planning.sites import (
 )
 from funcghost.planning.trace import Trace
 from funcghost.planning.ways import rehearse
-from funcghost.problem import Problem, backward, backwards, check_depends
+from funcghost.problem import Problem, backward, backwards, check_depends, graph_nodes
 from funcghost.side_effects import Changes
 from funcghost.trees import as_whole
 
@@ -161,15 +161,8 @@ def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool, any
 
 def _refuse_reentrant_checkpoints(losses: Tensor) -> None:
     """Their gradients flow in `.backward()` alone: `torch.autograd.grad` would give zero for what is inside."""
-    todo, seen = [losses.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise UnsupportedOpError(
-                "torch.utils.checkpoint with use_reentrant=True hides its region from torch.autograd.grad. Pass "
-                "use_reentrant=False and context_fn=fg.checkpoint_context."
-            )
-        todo.extend(child for child, _ in node.next_functions)
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(losses)):
+        raise UnsupportedOpError(
+            "torch.utils.checkpoint with use_reentrant=True hides its region from torch.autograd.grad. Pass "
+            "use_reentrant=False and context_fn=fg.checkpoint_context."
+        )

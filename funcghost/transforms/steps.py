@@ -30,7 +30,7 @@ from funcghost.reducers.requests import Answer, Request, requested
 from funcghost.side_effects import undone_on_failure, untouched
 from funcghost.transforms.compiling import Given, Replacing, read_losses, with_code_of_its_own
 from funcghost.transforms.lifting import lifted
-from funcghost.transforms.whole import Whole
+from funcghost.transforms.one_op import OneOp
 from funcghost.trees import Tree, in_short, split_params
 
 log = logging.getLogger("funcghost")
@@ -88,7 +88,7 @@ class Transform:
             )
         self.plans = [] if plan is None else [plan]
         by_default = replace(self.options, verify="first", memory_budget=DEFAULT_BUDGET, rates=None) == Options()
-        self.whole = Whole() if plan is None and by_default else None
+        self.one_op = OneOp() if plan is None and by_default else None
 
     def bound(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method as the function that a user gets: `torch.compile` keeps apart what it makes of each."""
@@ -240,19 +240,18 @@ class Transform:
     def _solved(self, problem: Problem, request: Request) -> Outcome:
         """As one op where the losses are many small ones, and no plan is needed; else along a plan."""
         waits = request.tasks and problem.params.leaves[0].device.type != "cpu"
-        other = request.empty or request.keep or request.positions or problem.in_parts or problem.in_step
-        if self.whole is None or other or waits:
+        if self.one_op is None or request.empty or request.keep or request.positions or waits:
             return self.planned(problem, request)
         ledger, budget = self._ledger(problem, request, None), self.options.memory_budget
         try:
-            if not self.whole.pays(problem):
+            if not self.one_op.pays(problem):
                 return self.planned(problem, request)
-            outcome = self.whole.run(problem, request.directions, self.reduction, ledger, budget, self._due)
+            outcome = self.one_op.run(problem, request.directions, self.reduction, ledger, budget, self._due)
         except (UnsupportedOpError, ConservationError, MismatchError, RuntimeError) as error:
             log.info("the losses are not taken as one op: %s", error)
             outcome = self.planned(problem, request)
             if not isinstance(error, MismatchError):
-                self.whole = None
+                self.one_op = None
             return outcome
         return self._with_results(outcome, ledger, problem)
 

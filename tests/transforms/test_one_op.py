@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import funcghost as fg
-from funcghost.transforms import whole
+from funcghost.transforms import one_op
 from tests.models.awkward import CASES, SEQUELS
 from tests.models.programs import Program, programs
 from tests.models.small import like
@@ -24,7 +24,7 @@ drawn = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 @pytest.fixture(autouse=True)
 def _any_losses_are_small(monkeypatch: pytest.MonkeyPatch, _along_plans: None) -> None:
-    monkeypatch.setattr(whole, "FEWEST_OPS", 1)
+    monkeypatch.setattr(one_op, "FEWEST_OPS", 1)
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_large_or_few_ops_are_planned(plans: Callable[[], int], monkeypatch: pyt
     p, x, direction = params(), normal(4, 5, 3), like(params())
     for limit, value in (("FEWEST_OPS", 200), ("MOST_FLOPS", 1), ("MOST_ENTRIES", 1), ("MOST_PARAMETERS", 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(whole, limit, value)
+            patch.setattr(one_op, limit, value)
             before = plans()
             fg.reduce(unrolled)(p, x, fg.dot(direction))
             assert plans() == before + 1

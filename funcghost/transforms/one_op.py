@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from funcghost.algebra.directions import Direction, as_dense
 from funcghost.algebra.factors import Dense
@@ -21,10 +19,10 @@ from funcghost.dtypes import score_dtype
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.run import Outcome
 from funcghost.errors import MismatchError, UnsupportedOpError
-from funcghost.laws.causes import graph_nodes
 from funcghost.laws.conservation import check_conservation, witness
 from funcghost.laws.draws import sample_weights
-from funcghost.problem import Problem, Reduction, backward, backwards, check_depends, cotangents, detached
+from funcghost.planning.ways import FlopCount
+from funcghost.problem import Problem, Reduction, backward, backwards, check_depends, cotangents, detached, graph_nodes
 from funcghost.side_effects import Memory, undone_on_failure, untouched
 from funcghost.trees import tensors
 
@@ -33,19 +31,16 @@ MOST_FLOPS, MOST_ENTRIES, FEWEST_OPS, MOST_PARAMETERS = 2**19, 2**14, 128, 2**22
 even looked at, in entries of parameters."""
 
 
-class _Count(TorchDispatchMode):
-    """Counts ops, the entries that they give and the FLOPs of products; notes numbers of less than so many bytes."""
+class _Count(FlopCount):
+    """Counts ops and the entries that they give, too; notes numbers of less than so many bytes."""
 
     def __init__(self, itemsize: int) -> None:
         super().__init__()
-        self.ops = self.entries = self.flops = 0
+        self.ops = self.entries = 0
         self.itemsize, self.narrow = itemsize, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         self.ops += 1
         if isinstance(out, Tensor):
             self.entries += out.numel()
@@ -53,7 +48,7 @@ class _Count(TorchDispatchMode):
         return out
 
 
-class Whole:
+class OneOp:
     """Losses as one op: whether that pays, and the sizes that it was verified for."""
 
     def __init__(self) -> None:
@@ -74,7 +69,7 @@ class Whole:
             with untouched(problem.devices()) as changes, _Count(itemsize) as count:
                 losses, _ = problem.evaluate(problem.leaves())
             check_depends(losses)
-            small = count.flops <= MOST_FLOPS * count.ops and count.entries <= MOST_ENTRIES * count.ops
+            small = count.total <= MOST_FLOPS * count.ops and count.entries <= MOST_ENTRIES * count.ops
             plain = not count.narrow and not any(leaf.is_complex() for leaf in problem.params.leaves)
             self.known = count.ops >= FEWEST_OPS and small and plain and _is_torchs_own(losses)
             self.written = changes.written
@@ -199,4 +194,4 @@ def _fill(ledger: Ledger, losses: Tensor, leaves: Sequence[Tensor], budget: int)
         raise MismatchError("gradients are not finite.")
     for number, row in enumerate(rows):
         if row is not None:
-            ledger.whole(number, Dense(row.detach()))
+            ledger.take(number, Dense(row.detach()))
