@@ -94,10 +94,15 @@ def is_distributed(leaf: Any) -> bool:
     )
 
 
-def as_whole(value: Tensor) -> Tensor:
-    """All of a tensor, dense: of a DTensor what its ranks have together, which takes them a message."""
-    whole: Tensor = value.full_tensor() if is_distributed(value) else value.to_dense()  # type: ignore[attr-defined]
+def gathered(value: Tensor) -> Tensor:
+    """Of a DTensor what its ranks have together, which takes them a message; any other tensor as it is."""
+    whole: Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
     return whole
+
+
+def as_whole(value: Tensor) -> Tensor:
+    """All of a tensor, dense."""
+    return gathered(value).to_dense()
 
 
 def check_whole(params: Params) -> None:

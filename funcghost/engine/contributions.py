@@ -29,7 +29,7 @@ from funcghost.ops.layout import Layout, Placed
 from funcghost.ops.products import Description
 from funcghost.ops.tangent import Pushforward, Way, pushforward
 from funcghost.ops.uses import find_uses
-from funcghost.trees import as_whole, is_distributed
+from funcghost.trees import gathered
 
 Tangents = tuple[Leaf | None, ...]
 """One tangent per direction, None for zero; that of a parameter may be low-rank."""
@@ -224,9 +224,7 @@ class ByFactors:
 
 def _rounded(leaf: Leaf, dtype: torch.dtype | None) -> Leaf:
     to = in_dtype(dtype)
-    if not isinstance(leaf, LowRank) and is_distributed(leaf):
-        leaf = as_whole(leaf)
-    return replace(leaf, rows=to(leaf.rows), cols=to(leaf.cols)) if isinstance(leaf, LowRank) else to(leaf)
+    return replace(leaf, rows=to(leaf.rows), cols=to(leaf.cols)) if isinstance(leaf, LowRank) else to(gathered(leaf))
 
 
 Term = ByTangents | ByFactors

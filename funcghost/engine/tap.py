@@ -26,7 +26,7 @@ from funcghost.ops.layout import Layout, Placed, Rows
 from funcghost.ops.moves import Maps
 from funcghost.ops.tangent import Pushforward
 from funcghost.side_effects import RandomState, replaying
-from funcghost.trees import as_whole, is_distributed
+from funcghost.trees import gathered, is_distributed
 
 
 class Planned(NamedTuple):
@@ -182,8 +182,8 @@ class EagerTap(torch.autograd.Function):
             saved = [there(value) for value in saved]
         # What ranks have together is computed with as a whole, on each of them: every sum is then that of one process.
         if any(map(is_distributed, (*saved, *gradients))):
-            saved = [_whole(value) for value in saved]
-            given = [None if g is None else _whole(g) for g in gradients]
+            saved = [gathered(value) for value in saved]
+            given = [None if g is None else gathered(g) for g in gradients]
             return (ctx.tapped.contribution(saved, given, probe), None, None, *gradients)
         return (ctx.tapped.contribution(saved, gradients, probe), None, None, *gradients)
 
@@ -201,10 +201,6 @@ def behind(probe: Tensor, tapped: Tapped, outputs: Sequence[Tensor], saved: Sequ
     else:
         found = Tap.apply(probe, tapped, len(outputs), *outputs, *saved)
     return found
-
-
-def _whole(value: Tensor) -> Tensor:
-    return as_whole(value) if is_distributed(value) else value
 
 
 def there(value: Tensor) -> Tensor:

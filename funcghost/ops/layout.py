@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcghost.trees import as_whole, is_distributed
+from funcghost.trees import gathered
 
 Fold = Literal["whole", "high", "low", "single"]
 DIGITS, HALF_DIGITS = 64, 8
@@ -160,7 +160,7 @@ class Meter:
         """Takes the gradient of the backward that is running."""
         if not self.wanted or not self.clock.started or self.clock.true or gradient is None:
             return
-        gradient = as_whole(gradient) if is_distributed(gradient) else gradient
+        gradient = gathered(gradient)
         if self.clock.code is None:
             self.base, self.coded = gradient, []
         else:

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 import funcghost as fg
 from funcghost.engine.unseen import Stretch, edge_of
+from tests.models.small import Product
 
 Losses = Callable[[Any, Any], Tensor]
 
@@ -83,18 +84,6 @@ class Window(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * (ctx.saved_tensors[0].abs() <= 1)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return a @ b
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return gradient @ b.mT, a.flatten(0, -2).mT @ gradient.flatten(0, -2)
 
 
 class Once(Product):

@@ -65,3 +65,18 @@ def rows(size: int = 4, length: int = 12, vocabulary: int = 32) -> tuple[Tensor]
 def like(params: Mapping[str, Tensor]) -> Params:
     """A random direction."""
     return {k: torch.randn_like(p, requires_grad=False) for k, p in params.items()}
+
+
+class Product(torch.autograd.Function):
+    """A product that no mode sees, in forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        gradient = gradient.to(w.dtype)
+        return gradient @ w.mT, x.flatten(0, -2).mT @ gradient.flatten(0, -2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.trees import Tree
+from tests.models.small import Product
 
 
 def case() -> tuple[Any, dict[str, Tensor], Tensor]:
@@ -91,21 +92,6 @@ def test_losses_that_leave_the_callers_autocast_are_in_float32_all_along() -> No
     with torch.autocast("cpu", torch.bfloat16):
         found = fg.grad_and_reduce(plain)(params, x, reducers)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-
-
-class Product(torch.autograd.Function):
-    """A product that no mode sees, in forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        gradient = gradient.to(w.dtype)
-        return gradient @ w.T, x.flatten(0, -2).T @ gradient.flatten(0, -2)
 
 
 @pytest.mark.parametrize("carried", [False, True])
