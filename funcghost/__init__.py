@@ -159,19 +159,19 @@ from funcghost.reducers.quadratic import (
 from funcghost.reducers.quadratic import (
     squared_norm as squared_norm,
 )
-from funcghost.transforms.functions import (
+from funcghost.transforms.halves import (
     apply as apply,
 )
-from funcghost.transforms.functions import (
-    grad_and_reduce as grad_and_reduce,
-)
-from funcghost.transforms.functions import (
-    pairs as pairs,
-)
-from funcghost.transforms.functions import (
+from funcghost.transforms.halves import (
     plan as plan,
 )
-from funcghost.transforms.functions import (
+from funcghost.transforms.steps import Step as Step
+from funcghost.transforms.steps import (
+    grad_and_reduce as grad_and_reduce,
+)
+from funcghost.transforms.steps import (
+    pairs as pairs,
+)
+from funcghost.transforms.steps import (
     reduce as reduce,
 )
-from funcghost.transforms.steps import Step as Step

@@ -440,8 +440,8 @@ MUTATIONS: dict[str, Mutation] = {
     "no law of factors": Mutation("laws/factored.py", "if wrong:", "if False:", (REDUCERS, "-k", "law_of_factors")),
     "factors of other sizes are trusted": Mutation(
         "transforms/steps.py",
-        "self._due(outcome.sizes not in checked.factored)",
-        "self._due(not checked.factored)",
+        "self.due(outcome.sizes not in checked.factored)",
+        "self.due(not checked.factored)",
         (PAIRS, "-k", "verified_once"),
     ),
     # compiled steps

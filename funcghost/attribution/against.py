@@ -9,7 +9,7 @@ from funcghost.engine.plans import Plan
 from funcghost.options import Options
 from funcghost.problem import Losses
 from funcghost.reducers.many import ManyDots
-from funcghost.transforms.functions import reduce
+from funcghost.transforms.steps import reduce
 from funcghost.trees import Tree, split_params
 
 

@@ -27,7 +27,8 @@ from funcghost.options import Options
 from funcghost.problem import Losses
 from funcghost.reducers.many import ManyDots
 from funcghost.reducers.quadratic import squared_norm
-from funcghost.transforms.functions import apply, pairs, reduce
+from funcghost.transforms.halves import apply
+from funcghost.transforms.steps import pairs, reduce
 from funcghost.trees import Tree, match_direction, split_params
 
 Score = Callable[[Tree, Iterable[Tree], Iterable[Tree]], Tensor]

@@ -38,8 +38,7 @@ from funcghost.ops.tangent import differentiable_kernels
 from funcghost.options import Options
 from funcghost.problem import Losses, Problem, Reduction, backward
 from funcghost.reducers.dots import dot
-from funcghost.transforms.functions import grad_and_reduce, reduce
-from funcghost.transforms.steps import Step
+from funcghost.transforms.steps import Step, grad_and_reduce, reduce
 from funcghost.trees import Params, Tree, in_short, match_direction, split_params
 
 __all__ = [

@@ -18,7 +18,8 @@ from funcghost.problem import Losses, Problem, Reduction
 from funcghost.reducers.bases import Directional, split_reducers
 from funcghost.reducers.dots import dot
 from funcghost.side_effects import Snapshot, restore, snapshot, untouched
-from funcghost.transforms.functions import apply, pairs_and_losses, reduce
+from funcghost.transforms.halves import apply
+from funcghost.transforms.steps import pairs_and_losses, reduce
 from funcghost.trees import Params, Tree
 
 

@@ -23,7 +23,7 @@ from funcghost.options import Options
 from funcghost.problem import Losses
 from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.projections import Kind, Project, project
-from funcghost.transforms.functions import pairs, reduce
+from funcghost.transforms.steps import pairs, reduce
 from funcghost.trees import Tree, match_direction, split_params
 
 

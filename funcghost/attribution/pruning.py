@@ -14,7 +14,7 @@ from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
 from funcghost.reducers.quadratic import squared_norm
-from funcghost.transforms.functions import reduce
+from funcghost.transforms.steps import reduce
 from funcghost.trees import Tree
 
 

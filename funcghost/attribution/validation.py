@@ -14,7 +14,7 @@ from funcghost.engine.run import run_plain
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses, Problem
-from funcghost.transforms.functions import pairs_and_losses
+from funcghost.transforms.steps import pairs_and_losses
 from funcghost.trees import Params, Tree, split_params
 
 Batches = Sequence[Tree]

@@ -17,7 +17,7 @@ from funcghost.options import Options, check_options
 from funcghost.planning.planner import make_plan
 from funcghost.problem import Losses, Problem
 from funcghost.reducers.bases import Additive, Directional, split_reducers
-from funcghost.transforms.steps import uncompiled
+from funcghost.transforms.compiling import uncompiled
 from funcghost.trees import Tree, split_params
 
 FEW = 16

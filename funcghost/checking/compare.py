@@ -21,7 +21,7 @@ from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.dots import dot
 from funcghost.reducers.quadratic import squared_norm
 from funcghost.side_effects import untouched
-from funcghost.transforms.functions import grad_and_reduce, reduce
+from funcghost.transforms.steps import grad_and_reduce, reduce
 from funcghost.trees import Tree
 
 TOGETHER = 8

@@ -11,7 +11,7 @@ from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
 from funcghost.reducers.bases import Reducer
-from funcghost.transforms.functions import reduce
+from funcghost.transforms.steps import reduce
 from funcghost.trees import Tree
 
 

@@ -21,7 +21,7 @@ from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses, Reduction
-from funcghost.transforms import functions
+from funcghost.transforms import steps
 from funcghost.transforms.steps import Step
 from funcghost.trees import Params, Tree, check_whole, named_leaves, split_params
 
@@ -69,7 +69,7 @@ def grad_and_reduce(
         >>> step({"w": torch.zeros(2)}, torch.eye(2), fg.squared_norm()).grads["w"]
         tensor([0.5000, 0.5000])
     """
-    local = functions.grad_and_reduce(losses, reduction=reduction, has_aux=has_aux, options=options, plan=plan)
+    local = steps.grad_and_reduce(losses, reduction=reduction, has_aux=has_aux, options=options, plan=plan)
     agreed: set[tuple[tuple[str, ...], tuple[torch.Size, ...]]] = set()
 
     def step(params: Tree, batch: Tree, reducers: Tree = None) -> Step:

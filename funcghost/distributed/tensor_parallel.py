@@ -27,7 +27,8 @@ from funcghost.laws.draws import repeated, sample_weights
 from funcghost.options import Options
 from funcghost.problem import Losses, Problem, Reduction, backward
 from funcghost.side_effects import untouched
-from funcghost.transforms.steps import Step, Transform, uncompiled
+from funcghost.transforms.compiling import uncompiled
+from funcghost.transforms.steps import Step, Transform
 from funcghost.trees import Params, Tree, is_distributed, split_params, tensors
 
 

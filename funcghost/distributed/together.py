@@ -30,7 +30,8 @@ from funcghost.problem import Losses, Problem, Reduction
 from funcghost.reducers.bases import split_reducers
 from funcghost.reducers.requests import Answer, Request, requested
 from funcghost.side_effects import undone_on_failure, untouched
-from funcghost.transforms.steps import Step, Transform, uncompiled
+from funcghost.transforms.compiling import uncompiled
+from funcghost.transforms.steps import Step, Transform
 from funcghost.trees import Params, Tree, split_params
 
 

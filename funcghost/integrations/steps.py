@@ -26,7 +26,8 @@ from funcghost.reducers.positions import per_segment
 from funcghost.side_effects import Snapshot, restore, snapshot, untouched
 from funcghost.training import updates
 from funcghost.training.path_average import inner
-from funcghost.transforms.functions import apply, grad_and_reduce, pairs_and_losses, plan, reduce
+from funcghost.transforms.halves import apply, plan
+from funcghost.transforms.steps import grad_and_reduce, pairs_and_losses, reduce
 from funcghost.trees import Params, Tree, match_direction, split_params
 
 Kind = Literal["path", "score"]

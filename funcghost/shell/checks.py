@@ -7,7 +7,7 @@ from pathlib import Path
 from funcghost.checking.checker import check as check_losses
 from funcghost.errors import GhostError, InputError
 from funcghost.shell.targets import UsageError, load
-from funcghost.transforms.functions import plan as make_plan
+from funcghost.transforms.halves import plan as make_plan
 
 OK, FAILED = 0, 1
 

@@ -19,7 +19,7 @@ from funcghost.reducers.projections import project
 from funcghost.shell.targets import CHECKED, MAY_BE_CHECKED, MAY_BE_SCORED, SCORED, UsageError, called, load, named
 from funcghost.store.manifest import read_manifest
 from funcghost.store.record import open_record
-from funcghost.transforms.functions import reduce
+from funcghost.transforms.steps import reduce
 
 OK = 0
 NOT_OF_VERIFY = ("batch_size", "ids", "part", "dtype", "origin", "plan", "texts")

@@ -21,7 +21,8 @@ from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.dots import dot
 from funcghost.reducers.quadratic import cross, gram, squared_norm
 from funcghost.side_effects import untouched
-from funcghost.transforms.functions import apply, grad_and_reduce, pairs, plan
+from funcghost.transforms.halves import apply, plan
+from funcghost.transforms.steps import grad_and_reduce, pairs
 from funcghost.trees import Params, Tree, split_params
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}

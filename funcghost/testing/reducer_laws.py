@@ -21,7 +21,8 @@ from funcghost.reducers.quadratic import squared_norm
 from funcghost.testing.naive import naive_pairs
 from funcghost.testing.strategies import Model, models
 from funcghost.testing.strategies import pairs as drawn_pairs
-from funcghost.transforms.functions import apply, pairs, plan, reduce
+from funcghost.transforms.halves import apply, plan
+from funcghost.transforms.steps import pairs, reduce
 from funcghost.trees import Tree
 
 Make = Callable[[Tree, int], Reducer]

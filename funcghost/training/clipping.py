@@ -22,8 +22,9 @@ from funcghost.problem import Losses, Problem
 from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.quadratic import squared_norm
 from funcghost.side_effects import undone_on_failure
-from funcghost.transforms.functions import apply
-from funcghost.transforms.steps import Transform, uncompiled
+from funcghost.transforms.compiling import uncompiled
+from funcghost.transforms.halves import apply
+from funcghost.transforms.steps import Transform
 from funcghost.trees import Tree, split_params
 
 Groups = Callable[[str], str]

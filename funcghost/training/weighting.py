@@ -15,7 +15,8 @@ from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
-from funcghost.transforms.functions import apply, pairs_and_losses
+from funcghost.transforms.halves import apply
+from funcghost.transforms.steps import pairs_and_losses
 from funcghost.trees import Tree
 
 

@@ -18,7 +18,7 @@ from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 
 from funcghost.errors import PlanError
-from funcghost.transforms.compiling import Compiled, Given
+from funcghost.transforms.compiling import Compilable, Given
 
 BY_ARGUMENT = "Hand it in with the batch, as a tensor or a number, or do without torch.compile here."
 ANEW: Any = object()
@@ -36,7 +36,7 @@ def read_losses(ctx: ComptimeContext) -> None:
     """
     tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     local = tx.symbolic_locals
-    step: Compiled | None = _known(tx, local["self"])
+    step: Compilable | None = _known(tx, local["self"])
     if step is None:
         raise PlanError("a step must be made outside of what is compiled: call fg.grad_and_reduce or fg.reduce there.")
     leaves = [leaf.realize() for leaf in local["leaves"].unpack_var_sequence(tx)]
@@ -87,7 +87,7 @@ def _fix_sizes(leaves: Sequence[VariableTracker], values: Sequence[Any]) -> None
                 int(size)
 
 
-def _traced(step: Compiled, given: Given) -> Callable[..., Any]:
+def _traced(step: Compilable, given: Given) -> Callable[..., Any]:
     def along_plan(leaves: Sequence[Any], captured: Sequence[Tensor]) -> tuple[Any, ...]:
         return step.along_plan(given, leaves, captured)
 

@@ -1,8 +1,10 @@
-"""A loss with the plans made for it: a call runs along one that fits, and has one made where none does."""
+"""The transforms: pure functions of parameters, batch and reducers, made from a loss, with the plans made for it.
+
+A call runs along a plan that fits, and has one made where none does.
+"""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -20,23 +22,19 @@ from funcghost.engine.positions import Positions
 from funcghost.engine.run import Outcome, run, run_plain
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.factored import verify_factors
-from funcghost.ops.moves import by_chance
 from funcghost.options import DEFAULT_BUDGET, Options, Rates, check_options
 from funcghost.planning.planner import make_plan
 from funcghost.planning.ways import verify_plan
 from funcghost.problem import Losses, Problem, Reduction
 from funcghost.reducers.bases import split_reducers
 from funcghost.reducers.requests import Answer, Request, requested
-from funcghost.side_effects import undone_on_failure, untouched
-from funcghost.transforms.compiling import Given, Replacing, read_losses, with_code_of_its_own
+from funcghost.side_effects import undone_on_failure
+from funcghost.transforms.compiling import Compilable, Replacing, Standins, read_losses, uncompiled
 from funcghost.transforms.lifting import lifted
 from funcghost.transforms.one_op import OneOp
 from funcghost.trees import Tree, in_short, split_params
 
 log = logging.getLogger("funcghost")
-
-Standins = dict[int, Tensor]
-"""What takes the place of the tensors that the losses close over, by their id, while a compiler traces."""
 
 MOST_PLANS = 16
 """How many plans a transform keeps; each is a short list of names and numbers."""
@@ -55,22 +53,105 @@ class Step(NamedTuple):
         return in_short(self)
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """What the losses call runs as plain Python where it was given to `torch.compile`, so that a mode sees its ops.
+def grad_and_reduce(
+    losses: Losses,
+    *,
+    reduction: Reduction = "mean",
+    has_aux: bool = False,
+    options: Options | None = None,
+    plan: Plan | None = None,
+) -> Callable[..., Step]:
+    """A training gradient and reduced per-sample gradients, from one forward and one backward.
 
-    Gradients are taken also where the caller has inference mode on.
+    `step(params, batch, reducers)`, also without reducers, gives a `Step`: `grads` is the gradient of `losses.mean()`
+    or `losses.sum()`, a tree like params, equal to autograd's to rounding (zeros for parameters the losses do not
+    depend on); `losses` is [b]; `reduced` has the structure of `reducers`; `aux` is the second value of the losses with
+    `has_aux=True`. All come detached, but for scores along directions that require gradients, or under
+    `torch.func.grad`. With sample i's gradient meaning that of `losses[i]`, whatever the model does.
+
+    Units: `reduced` is about the gradients of the losses as the user's function returned them; `reduction` has no
+    effect on it.
+
+    Args:
+        losses: `losses(params, batch) -> Tensor[b]`, any function that autograd can differentiate. `params` is any tree
+            of floating tensors, `batch` any object.
+        reduction: what `grads` is the gradient of.
+        has_aux: whether the losses return `(losses, aux)`.
+        options: see `Options`.
+        plan: a plan from `fg.plan`; without one, the first call makes it (the FLOPs of three steps), and so
+            does a later call that runs other ops. A call with sizes not seen before verifies it. Losses of very many
+            very small ops, such as a loop over positions, need none. Needed on the meta device, and under
+            `torch.compile` where the batch is made inside what is compiled.
+
+    Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
+
+    Raises:
+        InputError: params, losses, reducers or a direction are not what they must be; before anything is computed.
+        UnsupportedOpError: a parameter is used in a way that cannot be followed.
+        ConservationError: the scores do not add up to what autograd says, on the first call with new ops.
+        PlanError: a plan is needed and there is none that fits.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> def losses(params, x):
+        ...     return (x @ params["w"]).square()
+        >>> params, x = {"w": torch.tensor([1.0, 2.0])}, torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> step = fg.grad_and_reduce(losses, reduction="sum")
+        >>> out = step(params, x, {"score": fg.dot({"w": torch.tensor([1.0, 1.0])})})
+        >>> out.grads["w"], out.losses, out.reduced["score"]
+        (tensor([2., 4.]), tensor([1., 4.]), tensor([2., 4.]))
     """
-    enabled = torch.is_grad_enabled()
-    with torch.compiler.set_stance("force_eager"):
-        if not torch.is_inference_mode_enabled():
-            yield
-            return
-        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-            yield
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"grad_and_reduce: reduction must be 'mean' or 'sum', found {reduction!r}.")
+    transform = Transform(losses, reduction, has_aux, options, plan)
+    return transform.bound(Transform.step)
 
 
-class Transform:
+def reduce(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[..., Tree]:
+    """Reduced per-sample gradients alone: no gradient of a parameter is computed.
+
+    `score(params, batch, reducers)` has the structure of `reducers`. Arguments, units and errors as in
+    `grad_and_reduce`. Cost of `fg.dot`: a forward, the gradients of the activations, and one more product per weight:
+    as many FLOPs as a plain training step.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> score = fg.reduce(lambda params, x: x @ params["w"])
+        >>> score({"w": torch.zeros(2)}, torch.eye(2), fg.dot({"w": torch.tensor([3.0, 4.0])}))
+        tensor([3., 4.])
+    """
+    transform = Transform(losses, None, False, options, plan)
+    return transform.bound(Transform.score)
+
+
+def pairs(losses: Losses, *, options: Options | None = None, plan: Plan | None = None) -> Callable[[Tree, Tree], Pairs]:
+    """The per-sample gradients of a batch in factored form: `fg.pairs(losses)(params, batch)` gives `Pairs`.
+
+    One forward and one backward, without any weight gradient; memory for the inputs and output gradients of all uses of
+    parameters. Factors share memory with activations and with the batch: do not write to these while pairs are kept.
+    Arguments and errors as in `grad_and_reduce`.
+
+    Law: `fg.materialize` of it is the tree of the gradients of `losses[i]`, [b, *shape].
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> pairs = fg.pairs(lambda params, x: x @ params["w"])({"w": torch.zeros(2)}, torch.eye(2))
+        >>> fg.cross_dots(pairs, pairs)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    kept = pairs_and_losses(losses, options=options, plan=plan)
+    return lambda params, batch: kept(params, batch)[0]
+
+
+def pairs_and_losses(
+    losses: Losses, *, options: Options | None = None, plan: Plan | None = None
+) -> Callable[[Tree, Tree], tuple[Pairs, Tensor]]:
+    """As `pairs`, along with the losses [b], detached."""
+    return Transform(losses, None, False, options, plan).pairs
+
+
+class Transform(Compilable):
     """A loss with its options, and the plans made for it so far, the latest used first."""
 
     def __init__(
@@ -90,11 +171,6 @@ class Transform:
         by_default = replace(self.options, verify="first", memory_budget=DEFAULT_BUDGET, rates=None) == Options()
         self.one_op = OneOp() if plan is None and by_default else None
 
-    def bound(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A method as the function that a user gets: `torch.compile` keeps apart what it makes of each."""
-        bound: Callable[..., Any] = with_code_of_its_own(method).__get__(self)
-        return bound
-
     def problem(self, params: Tree, batch: Tree) -> Problem:
         """The losses at these parameters, on this batch."""
         return Problem(self.losses, split_params(params), batch, self.has_aux)
@@ -104,7 +180,7 @@ class Transform:
         if torch.compiler.is_compiling():
             return self._read(params, batch, reducers)
         with uncompiled():
-            return self._solve(params, batch, reducers, None)
+            return self.solve(params, batch, reducers, None)
 
     def score(self, params: Tree, batch: Tree, reducers: Tree = None) -> Tree:
         """The function that `reduce` returns."""
@@ -118,29 +194,6 @@ class Transform:
         grads, values, reduced, aux = traced(given, captured)
         return Step(grads if self.reduction else None, values, reduced, aux if self.has_aux else None)
 
-    def prepare(self, params: Tree, batch: Tree, reducers: Tree) -> bool:
-        """Sees to it that the first of the plans is verified for these arguments, with nothing changed by that.
-
-        Says whether a graph may be for other sizes, too: if the plan was right for two.
-        """
-        problem = Problem(self.losses, split_params(params), batch, self.has_aux)
-        request = requested(split_reducers(reducers)[0], problem.params)
-        if request.empty or problem.is_meta():
-            return True
-        with torch._guards.tracing(None), uncompiled(), untouched(problem.devices()):
-            self.planned(problem, request)
-            if any(map(by_chance, self.plans[0].moves)):
-                self._attempt(problem, request, make_plan(problem, self.options, any_order=True), new=True)
-        return self.options.verify == "never" or len(self.plans[0].sizes) > 1
-
-    def along_plan(self, given: Given, leaves: Sequence[Any], captured: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The step as a compiler traces it: what the losses close over comes in as arguments, tensors alone go out."""
-        standins = {id(own): value for own, value in zip(given.captured, captured, strict=True)}
-        with torch.compiler.set_stance("force_eager"):
-            params, batch, reducers = given.tree(leaves)
-            found = self._solve(params, batch, reducers, standins if torch.compiler.is_compiling() else None)
-            return tuple(() if value is None else value for value in found)
-
     def pairs(self, params: Tree, batch: Tree) -> tuple[Pairs, Tensor]:
         """The per-sample gradients in factored form, and the losses [b]."""
         problem = self.problem(params, batch)
@@ -152,7 +205,8 @@ class Transform:
         )
         return Pairs(outcome.pairs, shapes, problem.params.spec), outcome.losses
 
-    def _solve(self, params: Tree, batch: Tree, reducers: Tree, standins: Standins | None) -> Step:
+    def solve(self, params: Tree, batch: Tree, reducers: Tree, standins: Standins | None) -> Step:
+        """The step, planned or along a plan; `standins` while a compiler traces."""
         problem = self.problem(params, batch)
         wanted, spec = split_reducers(reducers)
         request = requested(wanted, problem.params)
@@ -167,7 +221,7 @@ class Transform:
                 return run_plain(problem, self.reduction)
         traced = standins is not None or torch.compiler.is_compiling() or get_proxy_mode() is not None
         if not request.empty and traced:
-            return self._along_a_plan(problem, request, standins or {})
+            return self.traced(problem, request, standins or {})
         if request.positions and torch._C._functorch.maybe_current_level() is not None:
             raise InputError("per_token and per_segment cannot be vmapped over directions: use fg.stack.")
         return lifted(
@@ -213,30 +267,6 @@ class Transform:
         kept = ledger.pairs(outcome.losses, problem.params.leaves) if ledger.keep else {}
         return replace(outcome, parts=ledger.results(outcome.losses, outcome.scores.dtype), pairs=kept)
 
-    def _along_a_plan(self, problem: Problem, request: Request, standins: Standins) -> Outcome:
-        """Runs along a plan that was passed or prepared, and only that, while a compiler traces."""
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise InputError("while a compiler traces, a step cannot run inside torch.func transforms: use fg.stack.")
-        if not self.plans:
-            raise PlanError(
-                "while a compiler traces, nothing can be measured: make plan = fg.plan(...), and pass plan=plan."
-            )
-        reasons = []
-        for plan in self.plans:
-            try:
-                outcome = self.run(problem, request, plan, self.reduction, standins)
-            except MismatchError as reason:
-                reasons.append(reason)
-                continue
-            new = outcome.sizes not in plan.sizes
-            if not len(outcome.losses) or not self._due(new or not plan.verified):
-                return outcome
-            reasons.append(MismatchError("it has not been verified for these sizes and numbers"))
-        raise PlanError(
-            f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...) for what is compiled, or "
-            "call the step once uncompiled with these arguments: it keeps what it planned and verified."
-        ) from None
-
     def _solved(self, problem: Problem, request: Request) -> Outcome:
         """As one op where the losses are many small ones, and no plan is needed; else along a plan."""
         waits = request.tasks and problem.params.leaves[0].device.type != "cpu"
@@ -246,7 +276,7 @@ class Transform:
         try:
             if not self.one_op.pays(problem):
                 return self.planned(problem, request)
-            outcome = self.one_op.run(problem, request.directions, self.reduction, ledger, budget, self._due)
+            outcome = self.one_op.run(problem, request.directions, self.reduction, ledger, budget, self.due)
         except (UnsupportedOpError, ConservationError, MismatchError, RuntimeError) as error:
             log.info("the losses are not taken as one op: %s", error)
             outcome = self.planned(problem, request)
@@ -262,7 +292,7 @@ class Transform:
         reasons = []
         for plan in list(self.plans):
             try:
-                return self._attempt(problem, request, plan)
+                return self.attempt(problem, request, plan)
             except MismatchError as reason:
                 log.info("a plan does not fit this call: %s", reason)
                 reasons.append(reason)
@@ -270,18 +300,18 @@ class Transform:
             raise PlanError(f"the plan passed is not for these losses: {reasons[0]} Make it with fg.plan(...).")
         plan = make_plan(problem, self.options)
         try:
-            return self._attempt(problem, request, plan, new=True)
+            return self.attempt(problem, request, plan, new=True)
         except MismatchError:
-            return self._attempt(problem, request, make_plan(problem, self.options, exactly=True), new=True)
+            return self.attempt(problem, request, make_plan(problem, self.options, exactly=True), new=True)
 
-    def _attempt(self, problem: Problem, request: Request, plan: Plan, new: bool = False) -> Outcome:
+    def attempt(self, problem: Problem, request: Request, plan: Plan, new: bool = False) -> Outcome:
         """Runs along a plan, known or just made (`new`); if that fails in any way, leaves no trace."""
         with undone_on_failure(problem.devices(), plan.written) as changes:
             outcome, checked = self.run(problem, request, plan, self.reduction), plan
             if not new:
                 known = plan if plan.written is not None else replace(plan, written=changes.written)
                 checked = self._verified(problem, known, outcome)
-            if request.factored and len(outcome.losses) and self._due(outcome.sizes not in checked.factored):
+            if request.factored and len(outcome.losses) and self.due(outcome.sizes not in checked.factored):
                 checked = verify_factors(problem, checked, self.options)
             self._remember(checked, instead_of=plan)
         return outcome
@@ -289,7 +319,7 @@ class Transform:
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
         """The plan, verified for this call if that is due: with `verify="first"` once for new sizes."""
         new = outcome.sizes not in plan.sizes
-        if not outcome.losses.shape[0] or not self._due(new or not plan.verified):
+        if not outcome.losses.shape[0] or not self.due(new or not plan.verified):
             return plan
         try:
             checked = verify_plan(problem, plan)
@@ -299,7 +329,7 @@ class Transform:
             raise MismatchError(f"it does not hold for these sizes: {error}") from error
         return replace(checked, sizes=plan.sizes | {outcome.sizes}) if checked.verified else plan
 
-    def _due(self, new: bool) -> bool:
+    def due(self, new: bool) -> bool:
         """Whether something is to be verified that is new, or is not."""
         return self.options.verify == "always" or (new and self.options.verify == "first")
 

@@ -15,7 +15,7 @@ import funcghost as fg
 from funcghost.checking import compare
 from funcghost.ops.layout import Layout
 from funcghost.options import Options
-from funcghost.transforms.functions import grad_and_reduce
+from funcghost.transforms.steps import grad_and_reduce
 from tests.models.checked import Params, all_but_the_first, named, net, normal
 
 
