@@ -169,7 +169,7 @@ def test_the_models_reach_every_kind_of_layout() -> None:
 ELSEWHERE = """
 import sys
 import funcghost as fg
-from funcghost.transforms import functions, steps
+from funcghost.transforms import halves, steps
 from tests.naive import assert_scores, expected
 from tests.models.small import like
 from tests.engine.test_plan_json import MODELS
@@ -182,7 +182,7 @@ name, text = sys.argv[1], sys.stdin.read()
 torch.manual_seed(0)
 losses, params, batch = MODELS[name]()
 assert fg.plan(losses, params, batch).to_json() == text
-steps.make_plan = steps.verify_plan = functions.make_plan = refuse
+steps.make_plan = steps.verify_plan = halves.make_plan = refuse
 direction = like(params)
 score = fg.reduce(losses, plan=fg.Plan.from_json(text))
 assert_scores(score(params, batch, fg.dot(direction)), expected(losses, params, batch, direction))
