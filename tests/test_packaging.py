@@ -14,7 +14,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 import funcghost as fg
-from tests.mutation import MUTATIONS
+from tests.mutation import mutations
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "funcghost"
@@ -201,8 +201,8 @@ def test_help_is_an_index_of_every_name() -> None:
     assert not any(isinstance(getattr(fg, name), ModuleType) for name in public - {"functional"})
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations())
 def test_every_mutation_finds_its_text_once(name: str) -> None:
-    mutation = MUTATIONS[name]
+    mutation = mutations()[name]
     assert (PACKAGE / mutation.file).read_text(encoding="utf-8").count(mutation.text) == 1
     assert all((PACKAGE.parent / path).exists() for path in mutation.tests if path.startswith("tests/"))

@@ -13,10 +13,11 @@ from torch import Tensor
 import funcghost as fg
 from tests.models.architectures import (
     ARCHITECTURES,
-    EXPERT_DECODERS,
+    TRAINED_ALONE,
+)
+from tests.models.building import (
     SINGLE,
     SPEECH,
-    TRAINED_ALONE,
     Architecture,
     B,
     Params,
@@ -35,6 +36,9 @@ from tests.models.huggingface import (
     full_product,
     main,
     parameters,
+)
+from tests.models.text_models import (
+    EXPERT_DECODERS,
 )
 
 CASES = full_product(ARCHITECTURES) if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else covering(ARCHITECTURES)

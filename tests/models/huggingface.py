@@ -17,7 +17,19 @@ from torch import Tensor, nn
 
 import funcghost as fg
 from funcghost.laws.oracle import per_sample_gradients
-from tests.models.architectures import ARCHITECTURES, Architecture, B, Batch, Padding, Params, T, hf, padded
+from tests.models.architectures import (
+    ARCHITECTURES,
+)
+from tests.models.building import (
+    Architecture,
+    B,
+    Batch,
+    Padding,
+    Params,
+    T,
+    hf,
+    padded,
+)
 
 Losses = Callable[[Params, Batch], Tensor]
 

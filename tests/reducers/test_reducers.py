@@ -22,7 +22,9 @@ from funcghost.laws.oracle import per_sample_gradients
 from funcghost.ops.known import _KNOWN
 from funcghost.testing import assert_matches_naive
 from tests.engine.test_nn_layers import LAYERS, REPARAMETRISED, Layer, prepared
-from tests.models.architectures import ARCHITECTURES
+from tests.models.architectures import (
+    ARCHITECTURES,
+)
 from tests.models.awkward import CASES
 from tests.models.huggingface import covering, parameters
 from tests.models.small import like, rows, small_gpt

@@ -1,0 +1,187 @@
+"""What the tests of this wing must notice."""
+
+from tests.mutation import Mutation
+
+AUTOCAST = "tests/engine/test_mixed_precision.py"
+AWKWARD = "tests/engine/test_awkward.py"
+CHECKPOINTS = "tests/engine/test_checkpointing.py"
+COMPILED = "tests/transforms/test_compiled.py"
+LAYERS = "tests/engine/test_nn_layers.py"
+MODES = "tests/engine/test_modes.py"
+MOVES = "tests/ops/test_moves.py"
+PAIRS = "tests/algebra/test_pairs.py"
+POSITIONS = "tests/reducers/test_positions.py"
+REDUCERS = "tests/reducers/test_reducers.py"
+UNSEEN = "tests/engine/test_unseen.py"
+
+MUTATIONS: dict[str, Mutation] = {
+    "positions among the channels": Mutation(
+        "engine/positions.py", "2 if op in CHANNELS_FIRST else 1", "1", (POSITIONS,)
+    ),
+    "positions by the length of a few": Mutation(
+        "engine/positions.py", "return axes if 2 * others < len(axes) else None", "return axes", (POSITIONS,)
+    ),
+    "no conjugate": Mutation(
+        "engine/contributions.py",
+        "slope.to(wide_dtype(slope.dtype)) * gradient.conj()",
+        "slope.to(wide_dtype(slope.dtype)) * gradient",
+        (AWKWARD, "-k", "complex"),
+    ),
+    "first output alone": Mutation(
+        "engine/contributions.py",
+        "torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]",
+        "parts[0]",
+        (AWKWARD, LAYERS, "-k", "LSTM or several"),
+    ),
+    "columns in their own order": Mutation(
+        "engine/contributions.py",
+        "in zip(self.columns, ",
+        "in zip(range(len(self.columns)), ",
+        (AWKWARD, "-k", "tied or norms"),
+    ),
+    "used after all": Mutation(
+        "engine/contributions.py",
+        'layout == "unused"',
+        'layout == "never"',
+        (AWKWARD, "-k", "used_after_all"),
+    ),
+    "an eager tap that is a view": Mutation(
+        "engine/tap.py",
+        "tuple([value.detach() for",
+        "tuple([value.view_as(value) for",
+        (AWKWARD, "-k", "written or convolutions"),
+    ),
+    "random numbers repeated once": Mutation(
+        "engine/contributions.py",
+        "with tapped.around():\n                slope",
+        "with tapped.around() if start == needed else torch.no_grad():\n                slope",
+        (MODES, "-k", "every_direction"),
+    ),
+    "low-rank leaves of another form": Mutation(
+        "engine/tap.py",
+        "tuple([tuple(map(type, known)) for known in tangents])",
+        "tuple([(object,) * len(known) for known in tangents])",
+        ("tests/engine/test_floor.py", "tests/engine/test_flops.py"),
+    ),
+    "positions forgotten for factors": Mutation(
+        "engine/contributions.py", "if k not in wanted.apart and (low[k] or", "if (low[k] or", (POSITIONS,)
+    ),
+    "a wide product by its output": Mutation(
+        "engine/contributions.py",
+        "not smaller.isdisjoint(along)",
+        "False",
+        ("tests/engine/test_floor.py", "-k", "wide"),
+    ),
+    "a use that is by no product": Mutation(
+        "engine/contributions.py", "cheap.issuperset(along)", "True", ("tests/engine/test_floor.py", "-k", "wide")
+    ),
+    "a sum that is of the last": Mutation(
+        "engine/ledger.py",
+        "total[key] = value if known is None else known + value",
+        "total[key] = value",
+        (REDUCERS, "-k", "added_up"),
+    ),
+    "zero is not one": Mutation(
+        "engine/ledger.py", "scaled.get(name, zero)", "scaled.get(name, zero + 1)", (REDUCERS,)
+    ),
+    "vmapped axis left where it is": Mutation(
+        "engine/tap.py",
+        "values = [v if d is None else v.movedim(d, 0)",
+        "values = [v if d is None else v",
+        (AWKWARD, "-k", "second_of_equal"),
+    ),
+    "taps alone": Mutation(
+        "engine/run.py",
+        "scores = scores + torch.stack(tails, -1)",
+        "scores = scores + 0 * torch.stack(tails, -1)",
+        (AWKWARD, "-k", "contrastive or decay"),
+    ),
+    "carried alone": Mutation(
+        "engine/run.py",
+        "scores = scores + torch.stack(tails, -1)",
+        "scores = 0 * scores + torch.stack(tails, -1)",
+        (AWKWARD, "-k", "carried_to_the_end"),
+    ),
+    "units of the reduction": Mutation(
+        "engine/run.py",
+        "scores = scores / cotangent.to(scores.dtype).unsqueeze(1)",
+        "scores = scores * 1",
+        (AWKWARD, "-k", "tied_in"),
+    ),
+    "the site after a checkpoint": Mutation(
+        "engine/capture.py",
+        "again.position, again.moving, again.maps = self.position, self.moving, self.maps",
+        "again.maps = self.maps",
+        (AWKWARD, CHECKPOINTS, "-k", "checkpoint"),
+    ),
+    "other draws where carried": Mutation(
+        "engine/capture.py",
+        "with torch.no_grad(), replaying(drawn):",
+        "with torch.no_grad():",
+        (AWKWARD, "-k", "noise or dropout"),
+    ),
+    "other draws in the backward": Mutation(
+        "engine/tap.py",
+        "enabled=autocast), replaying(drawn):",
+        "enabled=autocast):",
+        (AWKWARD, LAYERS, "-k", "noise or dropout"),
+    ),
+    "full precision in the backward": Mutation(
+        "engine/tap.py",
+        "torch.autocast(device, dtype, enabled=autocast)",
+        "torch.autocast(device, dtype, enabled=False)",
+        (MODES, AUTOCAST, "-k", "autocast"),
+    ),
+    "other ops between sites": Mutation(
+        "engine/capture.py",
+        "if self.digest.ops != self.plan.digest:",
+        "if False:",
+        (AWKWARD, "-k", "by_a_flag"),
+    ),
+    "zero is one": Mutation(
+        "engine/contributions.py",
+        "torch.zeros_like(call.leaves[slot]) if leaf is None",
+        "torch.ones_like(call.leaves[slot]) if leaf is None",
+        (AWKWARD, "-k", "tied or norms or recursion"),
+    ),
+    "moved to other places": Mutation(
+        "engine/capture.py",
+        "fine = torch.stack(self.as_planned).all()",
+        "fine = torch.tensor(True)",
+        (MOVES, AWKWARD, "-k", "anew or packed or added"),
+    ),
+    "gradients past an end": Mutation(
+        "engine/unseen.py", "if torch._C._current_graph_task_id() == outer:", "if True:", (UNSEEN,)
+    ),
+    "hooks without a say": Mutation("engine/capture.py", "if is_hooked(param):", "if False:", (UNSEEN, "-k", "hook")),
+    "a graph of any program": Mutation(
+        "engine/capture.py",
+        "if self.digest.ops != self.plan.digest:",
+        "if not self.traced and self.digest.ops != self.plan.digest:",
+        (COMPILED, "-k", "made_in_the_graph"),
+    ),
+    "reduced at the first use": Mutation(
+        "engine/ledger.py",
+        "if not self.pending[number] and not self.keep",
+        "if not self.keep",
+        (PAIRS, "-k", "quadratic"),
+    ),
+    "scaled as if linear": Mutation(
+        "engine/ledger.py", "self.scale**task.degree", "self.scale", (PAIRS, "-k", "quadratic")
+    ),
+    "axes the other way round": Mutation(
+        "engine/shadows.py",
+        "tuple(axes[i] for i in part)",
+        "tuple(back[i] for i in part)",
+        (REDUCERS, "-k", "test_op and cycled"),
+    ),
+    "dense axes the other way round": Mutation(
+        "engine/shadows.py",
+        "permute(0, *(1 + i for i in back))",
+        "permute(0, *(1 + i for i in axes))",
+        (REDUCERS, "-k", "test_op and cycled"),
+    ),
+    "activations among the sources": Mutation(
+        "engine/shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "a_weight_meets")
+    ),
+}
