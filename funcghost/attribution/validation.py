@@ -59,13 +59,14 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -
 
 def summed_gradient(losses: Losses, params: Params, batches: Batches) -> tuple[list[Tensor], Tensor]:
     """The gradient of the sum of the losses of all batches, and these losses [n], of which there may be none."""
-    total = [torch.zeros_like(leaf, requires_grad=False) for leaf in params.leaves]
-    found = []
+    total, found = list[Tensor](), list[Tensor]()
     for batch in batches:
         outcome = run_plain(Problem(losses, params, batch), "sum")
-        total = [a + b for a, b in zip(total, outcome.gradients, strict=True)]
+        total = [a + b for a, b in zip(total, outcome.gradients, strict=True)] if found else outcome.gradients
         found.append(outcome.losses)
-    return total, torch.cat(found) if found else params.leaves[0].new_zeros(0)
+    if not found:
+        return [torch.zeros_like(leaf, requires_grad=False) for leaf in params.leaves], params.leaves[0].new_zeros(0)
+    return total, torch.cat(found)
 
 
 def validation_at(losses: Losses, params: Tree, validation: Sets) -> Validation:

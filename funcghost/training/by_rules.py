@@ -40,7 +40,7 @@ class ByRules:
         for places in _together(rows):
             row = _joined([rows[place] for place in places])
             columns = [_flat([leaves[place] for place in places]) for leaves in cotangents]
-            found, own = _shared(*row, columns, credit, tolerance)
+            found, own = _in_pieces(*row, columns, credit, tolerance)
             for k, value in enumerate(found):
                 parts[k].append(own[k])
                 for place, leaf in zip(places, _apart(value, [params.leaves[p] for p in places]), strict=True):
@@ -93,6 +93,8 @@ def _check_slots(name: str, param: Tensor, slots: Any, wanted: Slots) -> None:
 
 SMALL = 1 << 16
 """Entries of a parameter up to which the time of an op is that of calling it."""
+PIECE = 1 << 17
+"""Entries of which all that an update makes stays in a CPU's cache."""
 
 Row = tuple[str, Tensor, Tensor, Rule, Slots]
 
@@ -125,6 +127,33 @@ def _apart(value: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
         return [value]
     parts = value.split([leaf.numel() for leaf in like])
     return [part.view(leaf.shape) for part, leaf in zip(parts, like, strict=True)]
+
+
+def _in_pieces(
+    name: str,
+    param: Tensor,
+    grad: Tensor,
+    rule: Rule,
+    slots: Slots,
+    cotangents: Sequence[Tensor],
+    credit: Credit,
+    tolerance: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `_shared`; of a large parameter whose entries go by themselves, in pieces that stay in a cache."""
+    if not rule.elementwise or param.numel() <= PIECE or param.device.type != "cpu":
+        return _shared(name, param, grad, rule, slots, cotangents, credit, tolerance)
+    found = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in cotangents]
+    parts = [list[Tensor]() for _ in cotangents]
+    whole = [param, grad, *(value for value in slots.values() if value.dim()), *cotangents, *found]
+    for piece in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole), strict=True):
+        own_param, own_grad, *rest = piece
+        own_slots = {name: rest.pop(0) if value.dim() else value for name, value in slots.items()}
+        columns, places = rest[: len(cotangents)], rest[len(cotangents) :]
+        values, sums = _shared(name, own_param, own_grad, rule, own_slots, columns, credit, tolerance)
+        for place, value, part, total in zip(places, values, parts, sums, strict=True):
+            place.copy_(value)
+            part.append(total)
+    return found, [torch.stack(part).sum() for part in parts]
 
 
 def _shared(

@@ -14,7 +14,7 @@ import funcghost as fg
 from funcghost.training import updates
 from funcghost.training.update_kinds import Clipped, Update
 from funcghost.trees import split_params
-from tests.naive import assert_trees_close
+from tests.naive import assert_close, assert_trees_close
 
 Params = dict[str, Tensor]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -267,6 +267,24 @@ def test_parts_add_up_to_what_the_gradient_moves(which: str, before: int, how: s
             size += float((value * (there - here)).abs().sum())
         assert part == pytest.approx(moved, abs=tolerance * size)
         assert float(total) == pytest.approx(moved, abs=1e-12 * size)
+
+
+@pytest.mark.parametrize("credit", ["step", "impulse"])
+@pytest.mark.parametrize("which", SMOOTH)
+def test_pieces_share_as_the_whole(which: str, credit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = begun(which, 2)
+    update, state = updates.of(optimizer, params)
+    grads, split = list(gradients(params, 20).values()), split_params(detached(params))
+    # As of a transposed weight: in another order in memory.
+    cotangents = [[v.mT.contiguous().mT for v in gradients(params, number).values()] for number in (30, 31)]
+    whole, totals = update.share(split, grads, state, cotangents, credit, 1e-6)
+    monkeypatch.setattr("funcghost.training.by_rules.SMALL", 0)
+    monkeypatch.setattr("funcghost.training.by_rules.PIECE", 4)
+    found, parts = update.share(split, grads, state, cotangents, credit, 1e-6)
+    assert_close(torch.stack(parts), torch.stack(totals), 1e-12)
+    for one, other in zip(found, whole, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert_close(a, b, 1e-14)
 
 
 @given(
