@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcghost.algebra.directions import as_dense
-from funcghost.checking.compare import Column, Factored, Named, Truth, by_autograd, by_funcghost, direction, factored
+from funcghost.checking.compare import CallersStep, Column, Factored, Named, Truth, by_autograd, by_funcghost, direction
 from funcghost.checking.judge import NOT_COMPARED, NOT_FINITE, OUT_OF_RANGE, Judge, blank_rows
 from funcghost.checking.mixing import evaluated, mixing, repeats
 from funcghost.checking.report import Report, Row
@@ -18,6 +18,7 @@ from funcghost.planning.planner import make_plan
 from funcghost.problem import Losses, Problem
 from funcghost.reducers.bases import Additive, Directional, split_reducers
 from funcghost.transforms.compiling import uncompiled
+from funcghost.transforms.steps import Transform
 from funcghost.trees import Tree, split_params
 
 FEW = 16
@@ -98,6 +99,8 @@ def check(
         batch_size = len(first.values)
         if not batch_size:
             raise InputError("check: the batch has no samples. Pass a batch of two or more.")
+        # What a caller gets: along the plan passed, or made; or as one op, where losses are many small ones.
+        alone = plan is None and Transform(losses, None, has_aux, options, None).needs_no_plan(problem)
         plan, failures, options = (plan, [], options) if plan else _planned(problem, options)
         precision, eps = lowest_precision(plan, first.values.dtype, problem.devices())
         if options.compute_dtype is not None and (own := float(torch.finfo(options.compute_dtype).eps)) > eps:
@@ -110,14 +113,15 @@ def check(
         rows, truth = blank_rows(problem, plan, named), by_autograd(problem, chosen, named)
         norms_note = "there is no plan"
         if plan is not None:
+            step = CallersStep(problem, None if alone else plan, options, directional)
             judge = Judge(problem, chosen, named, eps, tolerance)
             try:
-                found = by_funcghost(problem, plan, chosen, named, options, directional)
+                found = by_funcghost(problem, plan, chosen, named, step)
             except GhostError as error:
                 failures.append(f"The step raises {type(error).__name__}: {error}")
                 norms_note = "the step raises an error"
             else:
-                whole, norms_note, said = _factored(problem, plan, chosen, named, options)
+                whole, norms_note, said = _factored(step, chosen, named)
                 judge.judge(rows, truth, replace(found, factored=whole))
                 failures += [*_complaints(rows, judge.same_losses(truth, found)), *(said or _missed(rows))]
     facts = {
@@ -175,15 +179,13 @@ def _reducers(
     return directional, columns, tasks
 
 
-def _factored(
-    problem: Problem, plan: Plan, chosen: list[int], named: Named, options: Options
-) -> tuple[Factored | None, str, list[str]]:
+def _factored(step: CallersStep, chosen: list[int], named: Named) -> tuple[Factored | None, str, list[str]]:
     """What is made of factored gradients; or why it is not to be had, and whether that is a failure.
 
     It is one where the caller asks for such reducers, or where the reason is none that is known beforehand.
     """
     try:
-        return factored(problem, plan, chosen, named, options), "", []
+        return step.factored(chosen, named), "", []
     except InputError:
         raise
     except GhostError as error:

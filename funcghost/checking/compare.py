@@ -151,9 +151,54 @@ def by_autograd(problem: Problem, chosen: list[int], named: Named, what: str = "
     )
 
 
-def by_funcghost(
-    problem: Problem, plan: Plan, chosen: list[int], named: Named, options: Options, reducers: Sequence[Directional]
-) -> Numbers:
+@dataclass(frozen=True, eq=False)
+class CallersStep:
+    """The step as a caller gets it, along a plan if there is one, with the caller's reducers that have directions."""
+
+    problem: Problem
+    plan: Plan | None
+    options: Options
+    reducers: Sequence[Directional]
+
+    def scores(self, along: list[Tensor]) -> Numbers:
+        """One step by the public function, with scores [b] in the whole direction."""
+        problem, options = self.problem, self.options
+        rebuild = problem.params.rebuild
+        params, asked = rebuild(problem.params.leaves), (dot(rebuild(along)), list(self.reducers))
+        with untouched(problem.devices()):
+            if options.route == "forward":
+                scores = reduce(_bare(problem), options=options, plan=self.plan)(params, problem.batch, asked)[0]
+                return Numbers(scores, None, problem.evaluate(problem.leaves())[0].detach(), None)
+            made = grad_and_reduce(
+                problem.losses, reduction="sum", has_aux=problem.has_aux, options=options, plan=self.plan
+            )
+            out = made(params, problem.batch, asked)
+        return Numbers(out.reduced[0], [leaf.to_dense() for leaf in optree.tree_leaves(out.grads)], out.losses, None)
+
+    def factored(self, chosen: list[int], named: Named) -> Factored:
+        """What funcghost says of per-sample gradients as a whole.
+
+        The law of factors is not checked on the way: here is what shows where they are wrong.
+
+        Raises:
+            GhostError: there are none to be had.
+        """
+        problem, unverified = self.problem, replace(self.options, verify="never")
+        names = problem.params.names
+        along = Along(dict(zip(names, named.along, strict=True)))
+        asked = (per_param(squared_norm()), per_param(along), [task for _, task in named.tasks])
+        with untouched(problem.devices()):
+            score = reduce(_bare(problem), options=unverified, plan=self.plan)
+            found, scores, reduced = score(problem.params.rebuild(problem.params.leaves), problem.batch, asked)
+
+        def of_samples(parts: Mapping[str, Tensor]) -> Tensor:
+            values = torch.stack([parts[name][chosen].double().cpu() for name in names], 1)
+            return _with_total(values, len(names))
+
+        return Factored(of_samples(found), of_samples(scores), [_flat(numbers) for numbers in reduced])
+
+
+def by_funcghost(problem: Problem, plan: Plan, chosen: list[int], named: Named, step: CallersStep) -> Numbers:
     """What the engine says along the plan, and the whole step as a caller gets it.
 
     Raises:
@@ -170,47 +215,10 @@ def by_funcghost(
         with untouched(problem.devices()):
             found = run(problem, plan, [columns[k] for k in group], reduction=None).scores
         scores[:, group] = found[chosen].double().cpu()
-    step = _step(problem, plan, named.along, options, reducers)
-    assert step.scores.dim() == 1
-    whole = step.scores[chosen].double().cpu()
-    return replace(step, scores=_with_total(scores, count, whole))
-
-
-def _step(
-    problem: Problem, plan: Plan, along: list[Tensor], options: Options, reducers: Sequence[Directional]
-) -> Numbers:
-    """One step by the public function, with scores [b] in the whole direction."""
-    rebuild, losses = problem.params.rebuild, problem.losses
-    params, asked = rebuild(problem.params.leaves), (dot(rebuild(along)), list(reducers))
-    with untouched(problem.devices()):
-        if options.route == "forward":
-            scores = reduce(_bare(problem), options=options, plan=plan)(params, problem.batch, asked)[0]
-            return Numbers(scores, None, problem.evaluate(problem.leaves())[0].detach(), None)
-        step = grad_and_reduce(losses, reduction="sum", has_aux=problem.has_aux, options=options, plan=plan)
-        out = step(params, problem.batch, asked)
-    return Numbers(out.reduced[0], [leaf.to_dense() for leaf in optree.tree_leaves(out.grads)], out.losses, None)
-
-
-def factored(problem: Problem, plan: Plan, chosen: list[int], named: Named, options: Options) -> Factored:
-    """What funcghost says of per-sample gradients as a whole, in a step as a caller gets it.
-
-    The law of factors is not checked on the way: here is what shows where they are wrong.
-
-    Raises:
-        GhostError: there are none to be had.
-    """
-    names, unverified = problem.params.names, replace(options, verify="never")
-    along = Along(dict(zip(names, named.along, strict=True)))
-    asked = (per_param(squared_norm()), per_param(along), [task for _, task in named.tasks])
-    with untouched(problem.devices()):
-        score = reduce(_bare(problem), options=unverified, plan=plan)
-        found, scores, reduced = score(problem.params.rebuild(problem.params.leaves), problem.batch, asked)
-
-    def of_samples(parts: Mapping[str, Tensor]) -> Tensor:
-        values = torch.stack([parts[name][chosen].double().cpu() for name in names], 1)
-        return _with_total(values, len(names))
-
-    return Factored(of_samples(found), of_samples(scores), [_flat(numbers) for numbers in reduced])
+    taken = step.scores(named.along)
+    assert taken.scores.dim() == 1
+    whole = taken.scores[chosen].double().cpu()
+    return replace(taken, scores=_with_total(scores, count, whole))
 
 
 def _by_definition(

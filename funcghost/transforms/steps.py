@@ -267,6 +267,10 @@ class Transform(Compilable):
         kept = ledger.pairs(outcome.losses, problem.params.leaves) if ledger.keep else {}
         return replace(outcome, parts=ledger.results(outcome.losses, outcome.scores.dtype), pairs=kept)
 
+    def needs_no_plan(self, problem: Problem) -> bool:
+        """Whether the losses are many small ops, which are taken as one."""
+        return self.one_op is not None and self.one_op.pays(problem)
+
     def _solved(self, problem: Problem, request: Request) -> Outcome:
         """As one op where the losses are many small ones, and no plan is needed; else along a plan."""
         waits = request.tasks and problem.params.leaves[0].device.type != "cpu"
@@ -274,7 +278,7 @@ class Transform(Compilable):
             return self.planned(problem, request)
         ledger, budget = self._ledger(problem, request, None), self.options.memory_budget
         try:
-            if not self.one_op.pays(problem):
+            if not self.needs_no_plan(problem):
                 return self.planned(problem, request)
             outcome = self.one_op.run(problem, request.directions, self.reduction, ledger, budget, self.due)
         except (UnsupportedOpError, ConservationError, MismatchError, RuntimeError) as error:

@@ -312,3 +312,18 @@ def test_losses_with_fewer_digits_inside_keep_those_of_the_gradients(plans: Call
     on["cpu"] = True
     step(single, x.float(), fg.dot(way))
     assert plans() == 2
+
+
+def test_check_compares_the_step_that_a_caller_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, x = params(), normal(3, 5, 3)
+    fg.check(unrolled, p, x, fg.gram()).raise_if_failed()
+    fill = one_op._fill
+    with monkeypatch.context() as patch:
+        patch.setattr(one_op._Transpose, "scores", lambda self, directions: self.losses.new_ones((3, len(directions))))
+        patch.setattr(one_op._Transpose, "verify", lambda self, problem: None)
+        assert "disagree" in "".join(fg.check(unrolled, p, x).failures)
+        fg.check(unrolled, p, x, plan=fg.plan(unrolled, p, x)).raise_if_failed()
+    monkeypatch.setattr(
+        one_op, "_fill", lambda ledger, losses, leaves, budget: fill(ledger, 2 * losses, leaves, budget)
+    )
+    assert "factored gradients is wrong" in "".join(fg.check(unrolled, p, x, fg.gram()).failures)
