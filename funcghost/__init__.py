@@ -51,7 +51,7 @@ Over pairs
 
 Errors, all of them GhostError
     InputError, UnsupportedOpError, ConservationError, SampleAxisError, MemoryBudgetError, PlanError, CheckError,
-    ReplayError, StoreError
+    ReplayError, StoreError, VersionError
 
 Packages on top, each with a docstring that says where to start
     attribution             in-run values, TracIn, EK-FAC influence, TRAK, LESS, unrolled, pruning
@@ -122,6 +122,9 @@ from funcghost.errors import (
 )
 from funcghost.errors import (
     UnsupportedOpError as UnsupportedOpError,
+)
+from funcghost.errors import (
+    VersionError as VersionError,
 )
 from funcghost.losses.examples import per_example as per_example
 from funcghost.losses.modules import (

@@ -40,6 +40,10 @@ class SampleAxisError(GhostError, RuntimeError):
     """An axis of samples, positions or segments is not where a reducer needs it."""
 
 
+class VersionError(GhostError, RuntimeError):
+    """The installed version of a library lacks what is asked for."""
+
+
 class StoreError(GhostError, RuntimeError):
     """What is on the disk is damaged, belongs to something else, or cannot be written."""
 

@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from funcghost.dtypes import wide_dtype
 from funcghost.errors import InputError
 from funcghost.losses import head
+from funcghost.versions import is_autocast
 
 ENTRIES = 2**23
 """How many logits a chunk has by default: 32 MiB in float32."""
@@ -130,19 +131,14 @@ def _check(x: Any, weight: Any, targets: Any, bias: Any, chunk: Any, reduction: 
             f"{where}: reduction={reduction!r} leaves the first axis, and targets have none. Use reduction='none'."
         )
     dtypes = {name: value.dtype for name, value in named.items() if name != "targets"}
-    if len(set(dtypes.values())) > 1 and not _is_autocast(x):
+    if len(set(dtypes.values())) > 1 and not is_autocast(x.device):
         raise InputError(f"{where}: dtypes differ: {dtypes}. Cast them to one, or use torch.autocast.")
-
-
-def _is_autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(operands: tuple[Tensor, ...]) -> tuple[torch.dtype, tuple[Tensor, ...]]:
     """The dtype of the losses, and the operands as `F.linear` would cast them, which leaves float64 as it is."""
     x = operands[0]
-    if not _is_autocast(x):
+    if not is_autocast(x.device):
         return x.dtype, operands
     low = torch.get_autocast_dtype(x.device.type)
     return wide_dtype(x.dtype), tuple(value if value.dtype == torch.float64 else value.to(low) for value in operands)

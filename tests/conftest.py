@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import register_random, settings
 
 from funcghost.ops import rules
 from funcghost.transforms import one_op
+from tests.versions import refused_on_older
 
 # `dev` and `ci` draw the same examples in every run, and so pass in every run or in none; `deep` draws anew.
 settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True, print_blob=True)
@@ -51,6 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    with refused_on_older(pyfuncitem):
+        yield
+    return True
 
 
 @pytest.fixture(autouse=True)

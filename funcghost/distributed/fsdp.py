@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._common_utils import collect_grad_tensors
+from torch.distributed.fsdp import FSDPModule, _common_utils
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.tensor import DTensor
 
@@ -24,7 +23,9 @@ from funcghost.algebra.directions import Direction, Leaf, LowRank
 from funcghost.engine.checkpoints import active
 from funcghost.errors import InputError, UnsupportedOpError
 from funcghost.trees import Params
+from funcghost.versions import groups_of, leaves_with_gradients
 
+collect_grad_tensors = getattr(_common_utils, "collect_grad_tensors", leaves_with_gradients)
 NONE = -1
 """The number of no backward."""
 
@@ -89,7 +90,7 @@ class Sharded:
         self.root: Any = model._get_fsdp_state()
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self.states: list[Any] = list(dict.fromkeys(part._get_fsdp_state() for part in parts))
-        self.every = [group for state in self.states for group in state._fsdp_param_groups]
+        self.every = [group for state in self.states for group in groups_of(state)]
         places = {id(own.sharded_param): (group, own) for group in self.every for own in group.fsdp_params}
         found: dict[int, Group] = {}
         for number, (name, leaf) in enumerate(zip(params.names, params.leaves, strict=True)):

@@ -33,6 +33,7 @@ from funcghost.reducers.bases import split_reducers
 from funcghost.reducers.requests import Request, requested
 from funcghost.side_effects import untouched
 from funcghost.trees import Tree, split_params
+from funcghost.versions import COMPILED_STEPS, need
 
 _numbers = count()
 
@@ -86,6 +87,7 @@ def with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def read_losses(ctx: Any) -> None:
     """Called by Dynamo while it reads a step; see `funcghost.transforms.reading`, which is imported when it is."""
+    need(COMPILED_STEPS, "torch.compile of a step", "leave the step uncompiled (the model may be compiled).")
     import_module("funcghost.transforms.reading").read_losses(ctx)
 
 

@@ -14,6 +14,7 @@ import funcghost as fg
 from tests.models.small import like
 from tests.models.wrapped import Mlp, Net, Params, assert_exact, made, normal, squares
 from tests.naive import assert_scores, assert_trees_close, expected, gradient
+from tests.versions import compiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # transformers, of itself
@@ -127,6 +128,7 @@ def plain_act(h: Tensor) -> Tensor:
     return F.gelu(h) * torch.sigmoid(h)
 
 
+@compiles
 def test_compiled_step_of_a_model_with_compiled_parts() -> None:
     torch._dynamo.reset()
     net = Net(Disguised()).double()

@@ -30,6 +30,7 @@ from tests.engine.test_flops import (
 )
 from tests.models.small import like, rows, small_gpt
 from tests.naive import assert_close, assert_scores, expected
+from tests.versions import compiles
 
 WIDTHS = (20, 24, 28, 16)
 BATCH = 3
@@ -273,6 +274,7 @@ def test_a_wide_product_beside_what_is_none_costs_one_product() -> None:
 # -- compilers ---------------------------------------------------------------------------------------------------------
 
 
+@compiles
 def test_nothing_is_compiled_again_when_directions_and_values_change() -> None:
     torch._dynamo.reset()
     _, losses, params = small_gpt(layers=1)

@@ -13,10 +13,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import funcghost as fg
 from tests.models.small import GPT, like, next_token, rows, small_gpt
 from tests.naive import assert_close, assert_scores, assert_trees_close, expected, gradient
+from tests.versions import compiles
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@compiles
 def test_compiled_step_equals_eager(backend: str) -> None:
     torch._dynamo.reset()
     model, losses, params = small_gpt(layers=1)
@@ -37,6 +39,7 @@ def test_compiled_step_equals_eager(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@compiles
 def test_every_reducer_compiled_for_other_sizes() -> None:
     torch._dynamo.reset()
     model, losses, params = small_gpt(layers=1)
@@ -53,6 +56,7 @@ def test_every_reducer_compiled_for_other_sizes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["disguises", "per example", "carried", "scoring"])
+@compiles
 def test_compiled_where_identity_matters(kind: str) -> None:
     torch._dynamo.reset()
     params = {"w": torch.randn(3, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}

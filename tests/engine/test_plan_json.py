@@ -28,6 +28,7 @@ from funcghost.transforms import steps
 from tests.models.small import like, next_token, rows, small_gpt
 from tests.naive import assert_scores, expected
 from tests.ops.test_moves import cut_and_joined, masked, mixture, scattered, sorted_and_back, twice
+from tests.versions import compiles
 
 Made = tuple[Any, dict[str, Tensor], Any]
 hf: Any = transformers
@@ -276,6 +277,7 @@ def test_a_raising_run_leaves_no_trace() -> None:
     assert not bool(module.running_mean.any())  # type: ignore[union-attr]
 
 
+@compiles
 def test_compiling_finds_the_tensors_that_a_text_does_not_hold() -> None:
     torch._dynamo.reset()
     losses, params, batch = tied_embedding()  # closes over a buffer
@@ -286,6 +288,7 @@ def test_compiling_finds_the_tensors_that_a_text_does_not_hold() -> None:
     assert_scores(compiled(params, batch, fg.dot(direction)), expected(losses, params, batch, direction))
 
 
+@compiles
 def test_a_plan_without_captured_tensors_compiles() -> None:
     torch._dynamo.reset()
     losses, params, batch = mlp()

@@ -17,6 +17,7 @@ from funcghost.attribution import in_run
 from funcghost.functional import linear_cross_entropy
 from tests.models.small import Params, like
 from tests.naive import assert_close, assert_scores, assert_trees_close, expected, gradient
+from tests.versions import compiles
 
 D = torch.float64
 IGNORED = -100
@@ -333,6 +334,7 @@ def test_vmap_of_grad_and_of_batched_weights() -> None:
     [("aot_eager", "sample first"), ("aot_eager", "per example"), ("inductor", "sample first")],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@compiles
 def test_compiled_step_equals_eager(backend: str, kind: str) -> None:
     torch._dynamo.reset()
     (params, tokens), losses = tied(), model(linear_cross_entropy, kind)

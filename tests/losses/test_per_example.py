@@ -23,6 +23,7 @@ from funcghost.laws.oracle import per_sample_gradients
 from funcghost.testing import assert_matches_naive
 from tests.models.small import like, next_token, rows, small_gpt
 from tests.naive import assert_close, assert_scores, assert_trees_close, dots, expected, gradient
+from tests.versions import compiles
 
 hf: Any = transformers  # typed for literal arguments, not for sizes handed on from one place
 hf.logging.set_verbosity_error()
@@ -393,6 +394,7 @@ def test_aux_comes_with_the_examples_in_front() -> None:
 # -- compilers -----------------------------------------------------------------------------------
 
 
+@compiles
 def test_compiled_step() -> None:
     torch._dynamo.reset()
     batched, loss, params = small(layers=1)

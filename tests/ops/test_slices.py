@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcghost as fg
+from funcghost import versions
 from funcghost.ops.call import Call, flatten_call
 from funcghost.ops.known import _KNOWN, slices_of
 from funcghost.testing import assert_matches_naive
@@ -44,7 +45,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "conv_transpose3d": lambda: call(F.conv_transpose3d, normal(B, 3, 2, 2, 3), normal(3, 2, 2, 1, 1)),
     **(
         {"head": lambda: call(F.linear_cross_entropy, normal(B, 3), normal(7, 3), torch.arange(B), reduction="none")}
-        if hasattr(F, "linear_cross_entropy")
+        if versions.LINEAR_CROSS_ENTROPY is not None
         else {}
     ),
     "instance_norm": lambda: call(F.instance_norm, normal(B, 3, 5), weight=normal(3), bias=normal(3)),

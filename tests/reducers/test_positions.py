@@ -16,6 +16,7 @@ from funcghost.laws.oracle import per_sample_gradients
 from funcghost.testing import Model, models
 from tests.models.small import like
 from tests.naive import assert_close, assert_scores, dots, expected
+from tests.versions import compiles
 
 Params = dict[str, Tensor]
 
@@ -116,7 +117,7 @@ def test_where_positions_do_not_meet_each_score_is_that_of_its_own_loss(sequence
     assert_close(out.reduced, alone.view(4, 4), 1e-10)
 
 
-@pytest.mark.parametrize("how", ["per_example", "compiled"])
+@pytest.mark.parametrize("how", ["per_example", pytest.param("compiled", marks=compiles)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_in_other_ways_to_run_a_step(how: str) -> None:
     torch._dynamo.reset()

@@ -28,6 +28,7 @@ from tests.models.architectures import (
 from tests.models.awkward import CASES
 from tests.models.huggingface import covering, parameters
 from tests.models.small import like, rows, small_gpt
+from tests.versions import compiles
 
 Params = dict[str, Tensor]
 FAMILIES = (*("gpt2", "llama", "bert", "t5", "vit", "convnext", "mamba", "mixtral", "albert", "bloom", "gpt_neo"),)
@@ -404,7 +405,7 @@ def test_per_example_with_a_table_and_nested_vmaps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("how", ["compiled", "make_fx"])
+@pytest.mark.parametrize("how", [pytest.param("compiled", marks=compiles), "make_fx"])
 def test_compiled_along_a_plan(how: str) -> None:
     torch._dynamo.reset()
     _, losses, params = double_gpt(layers=1)

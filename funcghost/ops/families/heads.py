@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
-
+from funcghost import versions
 from funcghost.ops.known import Slices, know
 
 
@@ -16,9 +15,9 @@ def _rows(slots: Mapping[str, Any], leaves: Sequence[Any]) -> Slices | None:
     return Slices({hidden: 0, target: 0}, (0,))
 
 
-if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
+if versions.LINEAR_CROSS_ENTROPY is not None:
     # In chunks (`options=`) it has neither a forward nor a second derivative, but a backward for the rows of each
     # sample costs what one for all costs. `fg.functional.linear_cross_entropy` has both derivatives, so that tangents
     # can be carried to it and second-order values taken, and its factors are products of rows: no gradient of the whole
     # vocabulary for each sample. So it does not give way to this.
-    know(F.linear_cross_entropy, samples=_rows)
+    know(versions.LINEAR_CROSS_ENTROPY, samples=_rows)
