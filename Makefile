@@ -10,11 +10,12 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 WORKERS ?= 2
+RANGE ?= 2.11.0 2.14.1
 BENCH ?= --quick
 PROFILE := $(if $(CI),ci,dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run docs test test-deep lint types bench
+.PHONY: help setup run docs test test-deep test-range lint types bench
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -42,6 +43,9 @@ test: $(STAMP) ## run the tests, the same drawn examples every time (ARGS="-k na
 
 test-deep: $(STAMP) ## run the tests with many more examples, drawn anew
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-range: ## run the tests on the oldest and the newest torch, in scratch environments (RANGE="2.12.1" to choose)
+	ARGS="$(ARGS)" WORKERS=$(WORKERS) tests/range.sh $(RANGE)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

@@ -8,6 +8,9 @@ import pytest
 import funcghost as fg
 from funcghost.versions import COMPILED_STEPS, TORCH
 
+GRID_SAMPLE_FORWARD = TORCH >= (2, 13)
+"""Whether `F.grid_sample` has a forward derivative, so that tangents can be carried through it."""
+
 compiles = pytest.mark.since(COMPILED_STEPS)
 """Marks a test that compiles a step."""
 

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from tests.models.awkward_cases import Case, Params, case, graph, inputs, normal, row, rows, segments, squares, tokens
+from tests.versions import GRID_SAMPLE_FORWARD
 
 # -- other layouts ------------------------------------------------------------------------------------
 
@@ -215,7 +216,12 @@ def learned_fourier_features(p: Params, x: Tensor) -> Tensor:
     return squares(torch.cat([angle.sin(), angle.cos()], -1) @ p["w"])
 
 
-@row(theta=(2, 3), kernel=(4, 2, 3, 3), batch=lambda: normal(4, 2, 6, 6))
+@row(
+    theta=(2, 3),
+    kernel=(4, 2, 3, 3),
+    batch=lambda: normal(4, 2, 6, 6),
+    forward_route=GRID_SAMPLE_FORWARD,
+)
 def spatial_transformer(p: Params, x: Tensor) -> Tensor:
     grid = F.affine_grid(p["theta"].expand(len(x), 2, 3), list(x.shape), align_corners=False)
     h = F.pixel_shuffle(F.conv2d(F.grid_sample(x, grid, align_corners=False), p["kernel"], padding=1), 2)

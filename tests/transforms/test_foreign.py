@@ -154,6 +154,7 @@ def test_an_expanded_parameter_in_an_op_without_a_rule() -> None:
     assert_matches_naive(losses, {"q": drawn(4), "g": drawn(4), "w": drawn(4, 4)}, drawn(3, 5, 4))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # said until torch 2.12
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_sparse_tensor_whose_rows_are_moved(apart: bool) -> None:
     index = torch.tensor([[0, 0, 1, 2, 2], [0, 1, 1, 0, 2]])
