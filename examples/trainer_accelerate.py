@@ -1,8 +1,10 @@
 """Values samples in a loop with accelerate: accumulation, clipping, a schedule, and the optimizer's own step.
 
 What is added to the loop are three calls: `take` in place of the backward, `settle` before the step, `settled` after.
+They are the same in several processes, which have the values of the samples of all.
 
     python examples/trainer_accelerate.py
+    torchrun --nproc-per-node 2 examples/trainer_accelerate.py
 """
 
 import torch
@@ -26,7 +28,7 @@ def main() -> list[tuple[float, float, float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    prepared, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
 
     def losses(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:  # their sum over a step is its loss
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / len(batch[0]) / ACCUMULATED
@@ -37,11 +39,11 @@ def main() -> list[tuple[float, float, float]]:
 
     steps, accounts = Steps(losses, fg.trainable(model), validation, rule="simpson"), []
     for inputs, labels, ids in loader:
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(prepared):
             steps.take((inputs, labels), ids)  # in place of accelerator.backward(loss)
             if accelerator.sync_gradients:
                 steps.settle(optimizer.optimizer, max_norm=1.0)
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -50,7 +52,7 @@ def main() -> list[tuple[float, float, float]]:
             assert found.rest is not None
             assert found.change is not None
             accounts.append((float(found.values.sum()), float(found.rest), float(found.change)))
-            print("values {:+.6f}  rest {:+.6f}  change {:+.6f}".format(*accounts[-1]))
+            accelerator.print("values {:+.6f}  rest {:+.6f}  change {:+.6f}".format(*accounts[-1]))
     return accounts
 
 

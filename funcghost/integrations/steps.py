@@ -7,27 +7,22 @@ to that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.pair_algebra import combine
-from funcghost.algebra.pairs import Pairs
 from funcghost.attribution.path import RULES, Rule, mixed
-from funcghost.engine.run import run_plain
-from funcghost.errors import GhostError, InputError, SampleAxisError
+from funcghost.distributed.collectives import Group
+from funcghost.errors import GhostError, InputError
+from funcghost.integrations.passes import Part, Passes
+from funcghost.integrations.ranks import Ranks
 from funcghost.options import Options
-from funcghost.problem import Losses, Problem, graph_nodes
-from funcghost.reducers.dots import dot
-from funcghost.reducers.positions import per_segment
-from funcghost.side_effects import Snapshot, restore, snapshot, untouched
+from funcghost.problem import Losses, Problem
 from funcghost.training import updates
 from funcghost.training.path_average import inner
-from funcghost.transforms.halves import apply, plan
-from funcghost.transforms.steps import grad_and_reduce, pairs_and_losses, reduce
 from funcghost.trees import Params, Tree, match_direction, split_params
 
 Kind = Literal["path", "score"]
@@ -51,18 +46,6 @@ class Settled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A batch whose gradient is in `.grad`: what it takes to know its samples' values, or the values."""
-
-    batch: Tree
-    ids: Tensor
-    segments: Tensor | None
-    pairs: Pairs | None
-    before: Snapshot | None
-    scores: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class _Expected:
     """Where the step is to end, how far that is for each parameter, and what is known there."""
 
@@ -83,6 +66,11 @@ class Steps:
     parameter whose gradient is more than rounding beside the largest; with "score", `<grad losses[i], V>` with the
     validation gradient V at the start of the step, or of one up to `renew` steps before.
 
+    Where there are several processes (a `group`, all by default), the step is of the mean over them of their sums, as
+    `DistributedDataParallel` makes it: `settle` averages `.grad`, and `settled` gives the samples of all ranks on each,
+    with their shares of the mean. Every rank takes batches of its own, as many as it likes; the validation loss is that
+    of all. Let the losses call the module inside `DistributedDataParallel`, which has its own ideas of a backward.
+
     Args:
         losses: `losses(params, batch) -> [b]` whose sum over the batches of a step is what the step is made of. They
             may use the module as it is: `params` are its own tensors.
@@ -93,6 +81,7 @@ class Steps:
         renew: after how many steps the direction of "score" is taken anew.
         pairs_memory: bytes of pairs that a step may keep with "path"; the batches that do not fit are seen twice.
         options: as in `fg.grad_and_reduce`.
+        group: see above.
 
     Cost: with "path" 4/3 of a plain step where pairs are kept, 2 plain steps where not; with "score" 4/3; and a
     validation gradient a step (with "score", every `renew` steps).
@@ -129,6 +118,7 @@ class Steps:
         renew: int = 1,
         pairs_memory: int | None = None,
         options: Options | None = None,
+        group: Group = None,
     ) -> None:
         if kind not in ("path", "score"):
             raise InputError(f"kind must be 'path' or 'score', found {kind!r}.")
@@ -138,22 +128,16 @@ class Steps:
             if type(count) is not int or count < least:
                 raise InputError(f"{name} must be a whole number of {least} or more, found {count!r}.")
         self.losses, self.params, self.validation = losses, split_params(dict(params)), validation
-        self.kind, self.rule, self.renew, self.limit = kind, rule, renew, pairs_memory
-        self._step = grad_and_reduce(losses, reduction="sum", options=options)
-        self._score = reduce(losses, options=options)
-        self._pairs = pairs_and_losses(losses, options=options)
-        self._options = options
-        self._of_one_row: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self._parts: list[_Part] = []
-        self._held = self._largest = self._age = 0
+        if kind == "path":
+            _check_fine(self.params)
+        self.kind, self.rule, self.renew = kind, rule, renew
+        self._passes = Passes(losses, self.params, pairs_memory, options)
+        self._ranks = Ranks(group)
+        self._parts: list[Part] = []
+        self._age = 0
         self._direction: Tree = None
         self._expected: _Expected | None = None
         self._found: Settled | None = None
-
-    @property
-    def tree(self) -> Tree:
-        """The parameters, as the losses take them."""
-        return self.params.rebuild(self.params.leaves)
 
     def take(self, batch: Tree, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """A batch of samples `ids` [n]; its gradient is added to `.grad`. Gives its losses, detached.
@@ -165,23 +149,10 @@ class Steps:
         """
         self._found = None
         if self.kind == "score":
-            reducer = self._reducer(self._scored_along(), segments, len(ids))
-            step = self._step if segments is None else self._packed(batch)[0]
-            out = step(self.tree, batch, reducer)
-            gradients: Sequence[Tensor] = optree.tree_leaves(out.grads)
-            losses = out.losses
-            part = _Part(batch, ids, segments, None, None, _flat(out.reduced, ids))
+            part, losses = self._passes.scored(batch, ids, segments, self._scored_along())
         else:
-            part, gradients, losses = self._first_pass(batch, ids, segments)
+            part, losses = self._passes.first(batch, ids, segments)
         self._parts.append(part)
-        fresh = [g for p, g in zip(self.params.leaves, gradients, strict=True) if p.grad is None]
-        still = fresh and not all(torch.stack([g.any() for g in fresh]).tolist())
-        reached = self._reached(batch) if still else None
-        for leaf, gradient in zip(self.params.leaves, gradients, strict=True):
-            if leaf.grad is not None:
-                leaf.grad.add_(gradient)
-            elif reached is None or id(leaf) in reached:  # an optimizer passes over what has no gradient
-                leaf.grad = gradient
         return losses
 
     def settle(self, optimizer: Any, max_norm: float | None = None) -> None:
@@ -194,13 +165,14 @@ class Steps:
         """
         if not self._parts:
             raise InputError("settle: no batch was taken.")
-        ids = torch.cat([part.ids for part in self._parts])
+        self._ranks.average(self.params)
         if self.kind == "score":
-            self._found = Settled(ids, torch.cat([part.scores for part in self._parts if part.scores is not None]))
+            self._found = Settled(*self._samples([part.scores for part in self._parts if part.scores is not None]))
         else:
-            self._found = self._account(optimizer, max_norm, ids)
+            self._found = self._account(optimizer, max_norm)
         self._age += 1
-        self._parts, self._held = [], 0
+        self._parts = []
+        self._passes.forget()
 
     def settled(self) -> Settled:
         """The samples and values of the step that has just been made.
@@ -219,57 +191,21 @@ class Steps:
         found, self._found = self._found, None
         return found
 
-    def _first_pass(self, batch: Tree, ids: Tensor, segments: Tensor | None) -> tuple[_Part, Sequence[Tensor], Tensor]:
-        problem = Problem(self.losses, self.params, batch)
-        before = snapshot(problem.devices())
-        room = self.limit is None or (self.limit > 0 and self._held + self._largest <= self.limit)
-        if segments is not None or not room:  # scores by position are those of a step
-            outcome = run_plain(problem, "sum")
-            return _Part(batch, ids, segments, None, before), outcome.gradients, outcome.losses
-        pairs, losses = self._pairs(self.tree, batch)
-        gradients = optree.tree_leaves(combine(pairs, torch.ones_like(losses)))
-        self._largest = pairs.nbytes
-        kept = self.limit is None or self._held + pairs.nbytes <= self.limit
-        self._held += pairs.nbytes if kept else 0
-        return _Part(batch, ids, segments, pairs if kept else None, before), gradients, losses
-
-    def _reached(self, batch: Tree) -> set[int]:
-        """The parameters that the losses depend on, by identity."""
-        problem = Problem(self.losses, self.params, batch)
-        with untouched(problem.devices()):
-            losses, _ = problem.evaluate(problem.leaves())
-        return {id(node.variable) for node in graph_nodes(losses) if hasattr(node, "variable")}
+    def _samples(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The samples of the step, of all ranks, with their values."""
+        return self._ranks.samples(torch.cat([part.ids for part in self._parts]), torch.cat(values))
 
     def _scored_along(self) -> Tree:
         if self._direction is None or (self._age >= self.renew and not self._parts):
-            self._direction, self._age = self.validation()[1], 0
+            loss, self._direction = self.validation()
+            self._ranks.check_one_validation([loss])
+            self._age = 0
         return self._direction
 
-    def _packed(self, batch: Tree) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Step and scores for one packed row.
-
-        Which axis has the positions is seen with two rows, on first use. One row runs the same ops, but that some of
-        them have nothing to copy, which the checksum of ops counts: it is that of one row.
-        """
-        if self._of_one_row is None:
-            twice = optree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if _is_row(leaf) else leaf, batch)
-            two, one = (plan(self.losses, self.tree, rows, options=self._options) for rows in (twice, batch))
-            if [site.op for site in two.sites] != [site.op for site in one.sites]:
-                raise SampleAxisError("packed rows: the losses run other ops with two rows than with one.")
-            made = replace(two, digest=one.digest)
-            self._of_one_row = (
-                grad_and_reduce(self.losses, reduction="sum", options=self._options, plan=made),
-                reduce(self.losses, options=self._options, plan=made),
-            )
-        return self._of_one_row
-
-    def _reducer(self, along: Tree, segments: Tensor | None, count: int) -> Any:
-        return dot(along) if segments is None else per_segment(dot(along), segments, count)
-
-    def _account(self, optimizer: Any, max_norm: float | None, ids: Tensor) -> Settled:
+    def _account(self, optimizer: Any, max_norm: float | None) -> Settled:
         still = Params(self.params.names, tuple(leaf.detach() for leaf in self.params.leaves), self.params.spec)
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.params.leaves]
-        rule, state = updates.of(optimizer, self.tree)
+        rule, state = updates.of(optimizer, self.params.rebuild(self.params.leaves))
         update: Any = rule if max_norm is None else updates.clipped(rule, max_norm)
         with torch.no_grad():
             after, _ = update(still.rebuild(still.leaves), still.rebuild(grads), state)
@@ -282,6 +218,7 @@ class Steps:
         points = [self._here(), self._validated(there)]
         if self.rule == "simpson":
             points.insert(1, self._validated([old + move / 2 for old, move in zip(still.leaves, moves, strict=True)]))
+        self._ranks.check_one_validation([loss for loss, _ in points])
         columns = zip(*(match_direction(tree, still, "validation") for _, tree in points), strict=True)
         slopes = [mixed(column, RULES[self.rule]) for column in columns]
         with torch.no_grad():
@@ -290,30 +227,20 @@ class Steps:
             by_gradient = inner(along, grads)
             rest = inner(slopes, moves) - by_gradient
         along = still.rebuild(along)
-        values = torch.cat([self._second_pass(part, along) for part in self._parts])
+        ids, values = self._samples([self._passes.again(part, along) for part in self._parts])
         _check_sum(values, by_gradient, slopes, moves)
         self._expected = _Expected(there, [move.norm() for move in moves], points[-1])
         return Settled(ids, values, rest, points[-1][0] - points[0][0])
 
     def _here(self) -> tuple[Tensor, Tree]:
         """The validation loss and gradient where the parameters are: known, if they are where the last step ended."""
-        if self._expected is None or self._elsewhere():
+        if self._expected is None or self._ranks.any(bool(self._elsewhere())):
             return self.validation()
         return self._expected.validation
 
     def _validated(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Tree]:
         with Problem(self.losses, self.params, None).at(leaves):
             return self.validation()
-
-    def _second_pass(self, part: _Part, along: Tree) -> Tensor:
-        if part.pairs is not None:
-            return _flat(apply(dot(along), part.pairs, options=self._options), part.ids)
-        assert part.before is not None
-        reducer = self._reducer(along, part.segments, len(part.ids))
-        with untouched(Problem(self.losses, self.params, part.batch).devices()):
-            restore(part.before)
-            score = self._score if part.segments is None else self._packed(part.batch)[1]
-            return _flat(score(self.tree, part.batch, reducer), part.ids)
 
     def _elsewhere(self) -> list[str]:
         """The parameters that are not where the last step was to end."""
@@ -334,6 +261,23 @@ def _is_rounding(gradient: Tensor) -> Tensor:
     return gradient.abs() <= 4 * torch.finfo(gradient.dtype).eps * gradient.abs().amax()
 
 
+def _check_fine(params: Params) -> None:
+    """Parameters are of a dtype whose steps can be accounted for.
+
+    Raises:
+        InputError: they are not.
+    """
+    coarse = [name for name, leaf in zip(params.names, params.leaves, strict=True) if torch.finfo(leaf.dtype).bits < 32]
+    if coarse:
+        raise InputError(
+            f"kind='path': the parameters {coarse[:3]} are of 16 bits or fewer, where the gradient of a step is "
+            "rounded so far that its samples do not add up to it. Train float32 master weights with products in "
+            "bfloat16: model.float(), or from_pretrained(..., dtype=torch.float32), and bf16=True in the trainer's "
+            "arguments (torch.autocast in a loop). Adapters (LoRA) are float32 on a bfloat16 base already. Or take "
+            "kind='score', which adds nothing up."
+        )
+
+
 def _check_sum(values: Tensor, wanted: Tensor, slopes: list[Tensor], moves: list[Tensor]) -> None:
     """Values add up to what the gradient did, but for rounding.
 
@@ -344,18 +288,6 @@ def _check_sum(values: Tensor, wanted: Tensor, slopes: list[Tensor], moves: list
     if not bool((values.sum() - wanted).abs() <= 10 * OFF * torch.maximum(wanted.abs(), size / 100)):
         raise GhostError(
             f"the values of the step add up to {float(values.sum()):.3g}, where its gradient did {float(wanted):.3g}. "
-            "The gradients of samples do not add up to the gradient that is stepped along: it is rounded (bfloat16), "
-            "and Adam's denominators magnify what is left where samples cancel. Keep parameters in float32 (with "
-            "bf16=True the products alone are rounded) and pairs_memory=None; or use kind='score'."
+            "The gradients of samples do not add up to the gradient that is stepped along: it is rounded, and Adam's "
+            "denominators magnify what is left where samples cancel. Take pairs_memory=None, or kind='score'."
         )
-
-
-def _is_row(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == 1
-
-
-def _flat(scores: Tensor, ids: Tensor) -> Tensor:
-    """[n] of [n], or of packed samples [1, n]."""
-    if scores.numel() != len(ids):
-        raise InputError(f"the losses are of {list(scores.shape)} samples, and there are {len(ids)} ids.")
-    return scores.reshape(-1)

@@ -69,12 +69,12 @@ class Seen(transformers.TrainerCallback):
 def train(kind: Any, made: Any, folder: Path, rows: Any, valuation: Any = None, **settings: Any) -> tuple[Any, Seen]:
     extra = {} if valuation is None else {"valuation": Valuation(folder / "values", **valuation)}
     extra |= {name: settings.pop(name) for name in ("data_collator", "compute_loss_func") if name in settings}
-    resumed = settings.pop("resume", None)
+    resumed, held = settings.pop("resume", None), settings.pop("validation", 2)
     default = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1, "seed": 3}
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "logging_steps": 1, "save_strategy": "no"}
     given: dict[str, Any] = {**default, **quiet, "learning_rate": 1e-3, **settings}
     args = transformers.TrainingArguments(str(folder / "out"), **given)
-    trainer, seen = kind(made, args, train_dataset=rows[2:], eval_dataset=rows[:2], **extra), Seen()
+    trainer, seen = kind(made, args, train_dataset=rows[held:], eval_dataset=rows[:held], **extra), Seen()
     trainer.add_callback(seen)
     trainer.train(resume_from_checkpoint=resumed)
     return trainer, seen
@@ -258,6 +258,6 @@ def test_what_cannot_be_valued_is_told_before_it_trains(tmp_path: Path, monkeypa
     wrong: Any = "runs"
     with pytest.raises(fg.InputError, match="valuation: must be a Valuation"):
         Trainer(model(), valuation=wrong)
-    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
-    with pytest.raises(fg.InputError, match="several processes"):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(fg.InputError, match="several devices in one process"):
         train(Trainer, model(), tmp_path / "c", texts(6), {}, **settings)

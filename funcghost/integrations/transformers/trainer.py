@@ -6,74 +6,30 @@ number or by none of these included. It is taken apart into samples (`funcghost.
 filled with the same gradient, and clipping, optimizer, schedule, logging and callbacks go on as before.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
 import transformers
 from torch import Tensor
 from transformers.trainer_utils import TrainOutput
 
-from funcghost.attribution.path import Rule
 from funcghost.engine.checkpoints import checkpoint_context
 from funcghost.errors import InputError
 from funcghost.integrations.identity import KEY, Identified, Identifying
-from funcghost.integrations.steps import Kind, Steps
+from funcghost.integrations.steps import Steps
 from funcghost.integrations.taken_apart import outputs_in, taken_apart
 from funcghost.integrations.transformers.packing import check_documents_apart, segments_of
+from funcghost.integrations.transformers.processes import alone, gathering, told_processes
+from funcghost.integrations.transformers.validation import ValidationSet
+from funcghost.integrations.transformers.valuation import StepAccount, Valuation
 from funcghost.losses.modules import trainable
-from funcghost.options import Options
 from funcghost.side_effects import random_state, set_random_state
-from funcghost.store.manifest import JSON
 from funcghost.store.record import Recorder, record
 
 CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 """The names that the arguments of checkpoints go by, the present one and the deprecated one."""
-
-
-@dataclass(frozen=True)
-class Valuation:
-    """What is recorded of a run, and where to.
-
-    Args:
-        path: the folder of the record: rows of step, sample and value, see `store.record`. A sample is told by its
-            place in `trainer.train_dataset`.
-        validation: the data set whose loss the values are about, or the name of one of the trainer's; by default the
-            trainer's `eval_dataset`. Its loss is what the trainer would optimise on it, in evaluation mode: the mean
-            over all its items where the trainer counts them, otherwise the mean over its samples.
-        kind: "path" writes the column `value`, the change of the validation loss by the very step that was made which
-            the sample is responsible for (negative: it helped). "score" writes `score`, the inner product of the
-            sample's part of the training gradient with the validation gradient (positive: it helps), which needs no
-            particular optimizer.
-        rule: see `in_run.along_path`.
-        renew: with "score", after how many steps the validation gradient is taken anew.
-        pairs_memory: bytes of per-sample gradients in factored form that a step may keep; what does not fit is seen
-            twice.
-        options: as in `fg.grad_and_reduce`.
-        origin: what the run follows from, kept in the record.
-    """
-
-    path: str | Path
-    validation: Any = None
-    kind: Kind = "path"
-    rule: Rule = "trapezoid"
-    renew: int = 1
-    pairs_memory: int | None = None
-    options: Options | None = None
-    origin: Mapping[str, JSON] = field(default_factory=dict)
-
-
-class StepAccount(NamedTuple):
-    """What a step did to the validation loss: `values + rest == change`, up to quadrature."""
-
-    step: int
-    values: float
-    rest: float
-    change: float
 
 
 class Valued(transformers.Trainer):
@@ -103,6 +59,8 @@ class Valued(transformers.Trainer):
     """Rows of the model's outputs for each sample of the batch, in blocks."""
     counted: ClassVar[tuple[str, ...]] = ()
     """Attributes that a training step adds to for its logs. It runs more than once here, and is to count once."""
+    gathers_for_logs: ClassVar[bool] = False
+    """What a training step gathers over processes goes to the logs alone, which are then the first process's own."""
 
     def __init__(self, *args: Any, valuation: Valuation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,7 +70,7 @@ class Valued(transformers.Trainer):
         self.accounts: list[StepAccount] = []
         self._steps: Steps | None = None
         self._recorder: Recorder | None = None
-        self._batches: list[Any] = []
+        self._validation: ValidationSet | None = None
         self._runs: list[tuple[Tensor, dict[str, Any]]] = []
         self._model: Any = None
         self._apart = False
@@ -145,7 +103,7 @@ class Valued(transformers.Trainer):
                 "call super().get_train_dataloader()."
             )
         inputs, samples = self._prepare_inputs(dict(inputs)), self._prepare_inputs(dict(samples))
-        self._model, self._runs = model, []
+        self._model, self._runs = alone(model), []
         segments = segments_of(inputs, samples)
         rows = samples["ids"] if segments is None else samples["ids"][:1]
         batch = {"inputs": inputs, "items": num_items_in_batch, "rows": rows}
@@ -189,7 +147,8 @@ class Valued(transformers.Trainer):
         """What is counted for the logs is not counted."""
         kept = {name: deepcopy(getattr(self, name)) for name in self.counted}
         try:
-            yield
+            with gathering(self.accelerator, refused=not self.gathers_for_logs):
+                yield
         finally:
             for name, value in kept.items():
                 setattr(self, name, value)
@@ -226,9 +185,7 @@ class Valued(transformers.Trainer):
                 "valuation: pass validation=, the data set whose loss the values are about, or give the trainer one "
                 "eval_dataset."
             )
-        drawn = random_state([self.args.device])  # a loader draws a seed
-        self._batches = [self._prepare_inputs(dict(batch)) for batch in self.get_eval_dataloader(valuation.validation)]
-        set_random_state(drawn)
+        self._validation = ValidationSet(self, valuation.validation)
         self._steps = Steps(
             self.sample_losses,
             trainable(self._net),
@@ -240,58 +197,26 @@ class Valued(transformers.Trainer):
             options=valuation.options,
         )
         column = "value" if valuation.kind == "path" else "score"
-        self._recorder = record(valuation.path, [column], origin=valuation.origin, resume=begun or None)
+        if self.is_world_process_zero():
+            self._recorder = record(valuation.path, [column], origin=valuation.origin, resume=begun or None)
 
     def end_step(self, save: bool) -> None:
         """Writes the values of the step that has been made."""
         assert self._steps is not None
-        assert self._recorder is not None
         found, step = self._steps.settled(), self.state.global_step - 1
         column = "value" if self.valuation.kind == "path" else "score"
-        self._recorder.add(step, found.ids, {column: found.values})
+        if self._recorder is not None:
+            self._recorder.add(step, found.ids, {column: found.values})
         if found.rest is not None and found.change is not None:
             account = StepAccount(step, float(found.values.sum()), float(found.rest), float(found.change))
             self.accounts.append(account)
-        if save:
+        if save and self._recorder is not None:
             self._recorder.flush()
 
     def validate(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The validation loss and its gradient, in evaluation mode."""
-        leaves = trainable(self._net)
-        items = self._get_num_items_in_batch(self._batches, self.args.device)
-        sizes = [len(next(value for value in batch.values() if isinstance(value, Tensor))) for batch in self._batches]
-        weights = [1.0 if self._is_scaled(items) else size / sum(sizes) for size in sizes]
-        total = torch.zeros((), dtype=torch.float64)
-        gradients = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in leaves.items()}
-        with self._evaluating(), torch.enable_grad():
-            for batch, weight in zip(self._batches, weights, strict=True):
-                with self.compute_loss_context_manager():
-                    whole: Any = self.compute_loss(self.model_wrapped, dict(batch), num_items_in_batch=items)
-                    loss = weight * whole
-                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                for gradient, part in zip(gradients.values(), found, strict=True):
-                    if part is not None:
-                        gradient.add_(part)
-                total = total + loss.detach().cpu().double()
-        return total, gradients
-
-    def _is_scaled(self, items: Any) -> bool:
-        """Whether the loss of a batch is its part of the loss of all batches, as in `Trainer.training_step`."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode; what is drawn and counted in it is put back."""
-        drawn, mode = random_state([self.args.device]), self._net.training
-        self._net.eval()
-        try:
-            with self._unseen():
-                yield
-        finally:
-            self._net.train(mode)
-            set_random_state(drawn)
+        assert self._validation is not None
+        return self._validation(alone(self.model_wrapped), self._unseen())
 
     def check_values(self) -> None:
         """Refuses what the values would not be right for.
@@ -300,8 +225,7 @@ class Valued(transformers.Trainer):
             InputError: there is such a thing.
         """
         found = {
-            "several processes or devices": self.args.world_size > 1 or self.args.n_gpu > 1,
-            "DeepSpeed or FSDP": self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            **told_processes(self),
             "fp16, whose loss scale changes from step to step (use bf16)": self.accelerator.scaler is not None,
         }
         if wrong := [what for what, there in found.items() if there]:

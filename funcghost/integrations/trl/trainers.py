@@ -16,6 +16,7 @@ class _WithHead(Valued):
     """Runs training steps with the model's own head."""
 
     counted: ClassVar[tuple[str, ...]] = COUNTED
+    gathers_for_logs: ClassVar[bool] = True
 
     def check_values(self) -> None:
         """Refuses values, besides, of losses whose gradient is not that of their value."""
