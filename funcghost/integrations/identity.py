@@ -1,6 +1,7 @@
 """Which sample is which, through shuffling, workers, collation and resumption: by its place in the data set."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from funcghost.errors import InputError
 
 KEY = "funcghost_samples"
 """What a batch has its samples under."""
+DOCUMENTS = "funcghost_documents"
+"""The column of a set of packs [t] that says which document each token is of."""
 
 
 class Sample(NamedTuple):
@@ -43,7 +46,11 @@ class Identified(Dataset[Sample]):
 
 
 class Identifying:
-    """A collator that hands on the numbers of the samples, and their lengths where they have `input_ids`."""
+    """A collator that hands on the numbers of the samples, and their lengths where they have `input_ids`.
+
+    A row that is a pack, with `seq_lengths`, has a sample for each of its documents if the collator makes one row of
+    all: by its number in the column `DOCUMENTS`, or by that of the pack.
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -51,9 +58,24 @@ class Identifying:
     def __call__(self, samples: list[Sample]) -> Any:
         """The batch, with `{"ids": [n], "lengths": [n]}` under `KEY`."""
         values = [sample.value for sample in samples]
-        found = {"ids": torch.tensor([sample.id for sample in samples], dtype=torch.int64)}
-        if all(isinstance(value, dict) and "input_ids" in value for value in values):
-            found["lengths"] = torch.tensor([len(value["input_ids"]) for value in values], dtype=torch.int64)
         batch = self.collate(values)
-        batch[KEY] = found
+        ids: list[int] = [sample.id for sample in samples]
+        lengths: list[int] | None = None
+        if all(isinstance(value, dict) and "input_ids" in value for value in values):
+            lengths = [len(value["input_ids"]) for value in values]
+            if all("seq_lengths" in value for value in values) and len(batch["input_ids"]) == 1:
+                ids = [number for sample in samples for number in _documents(sample)]
+                lengths = [int(length) for value in values for length in value["seq_lengths"]]
+        batch[KEY] = {"ids": torch.tensor(ids, dtype=torch.int64)}
+        if lengths is not None:
+            batch[KEY]["lengths"] = torch.tensor(lengths, dtype=torch.int64)
         return batch
+
+
+def _documents(pack: Sample) -> list[int]:
+    """The numbers of a pack's documents, one after the other."""
+    lengths = [int(length) for length in pack.value["seq_lengths"]]
+    if DOCUMENTS not in pack.value:
+        return [pack.id] * len(lengths)
+    starts = accumulate([0, *lengths[:-1]])
+    return [int(pack.value[DOCUMENTS][start]) for start in starts]

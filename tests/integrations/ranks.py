@@ -18,7 +18,7 @@ import funcghost as fg
 import trainer_accelerate
 from funcghost import store
 from funcghost.attribution import in_run
-from funcghost.integrations.steps import Steps
+from funcghost.integrations.steps import Kind, Steps
 from funcghost.integrations.transformers import Trainer, Valuation, Valued
 from funcghost.training import updates
 from tests.integrations.test_transformers import Own, OwnValued, Seen, assert_adds_up, model, texts
@@ -56,7 +56,8 @@ class World:
 
 def steps_are_those_of_one_process(rank: int) -> None:
     """Seven samples on the one rank and one on the other make the step that one process makes of all."""
-    for optimizer, kind in (("sgd", "path"), ("adamw", "path"), ("sgd", "score")):
+    cases: list[tuple[str, Kind]] = [("sgd", "path"), ("adamw", "path"), ("sgd", "score")]
+    for optimizer, kind in cases:
         world = World(optimizer)
         update, state = updates.of(world.optimizer, world.params)
         clipped = updates.clipped(update, 0.05)

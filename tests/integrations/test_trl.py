@@ -95,6 +95,7 @@ def train(kind: str, mine: bool, folder: Path, data: Any, valuation: Any = None,
         ("sft", {"label_smoothing_factor": 0.1}),
         ("sft", {"padding_free": True, "max_length": None}),
         ("sft", {"packing": True, "max_length": 12}),
+        ("sft", {"packing": True, "max_length": 4, "packing_strategy": "bfd_split", "shuffle_dataset": True}),
         ("dpo", {}),
         ("dpo", {"gradient_checkpointing": False, "loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
         ("dpo", {"loss_type": "aot"}),
@@ -113,7 +114,32 @@ def test_a_step_is_the_trainers_and_its_account_adds_up(kind: str, settings: Any
         missing = step.change - step.values - step.rest
         assert abs(missing) < 1e-2 * (abs(step.values) + abs(step.rest)) + 2e-6, step
     table = store.open_record(tmp_path / "b" / "values").table()
-    assert sorted(table["sample_id"].to_pylist()) == list(range(len(valued.train_dataset)))
+    kept = list(zip(table["step"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
+    assert len(set(kept)) == len(kept)
+    assert {sample for _, sample in kept} == set(range(5))  # documents, also where they are packed
+    if settings.get("packing"):
+        columns = ["input_ids", "labels", "seq_lengths"]
+        assert [valued.train_dataset[name][:] for name in columns] == [plain.train_dataset[name][:] for name in columns]
+
+
+def test_packed_documents_have_the_scores_of_rows(tmp_path: Path) -> None:
+    data, found = rows("sft"), []
+    for name, settings in (("rows", {}), ("packs", {"packing": True, "max_length": 12})):
+        one = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1, "max_steps": 1}
+        train("sft", True, tmp_path / name, data, {"kind": "score"}, **one, **settings)
+        table = store.open_record(tmp_path / name / "values").table()
+        found.append(dict(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True)))
+    assert set(found[0]) == set(range(5))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
+
+
+def test_documents_that_attend_to_one_another_are_told(tmp_path: Path) -> None:
+    settings = {"packing": True, "max_length": 12, "packing_strategy": "wrapped", "max_steps": 1}
+    with pytest.warns(UserWarning, match="attend to one another"):
+        valued, _ = train("sft", True, tmp_path, rows("sft"), {"kind": "score"}, **settings)
+    assert len(valued.train_dataset) < 5
+    found = store.open_record(tmp_path / "values").table()["sample_id"].to_pylist()
+    assert set(found) <= set(range(len(valued.train_dataset)))
 
 
 def test_a_loss_whose_gradient_is_another_is_scored_alone(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """TRL's trainers with values of their samples."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import trl
 
 from funcghost.errors import InputError
+from funcghost.integrations.identity import DOCUMENTS
 from funcghost.integrations.transformers.trainer import Valued
 from funcghost.integrations.trl.head import visible_head
+from funcghost.integrations.trl.packs import packed
 
 COUNTED = ("_metrics", "_total_train_tokens")
 
@@ -44,7 +47,11 @@ class SFTTrainer(_WithHead, trl.SFTTrainer):
 
     Arguments, record and law are those of `funcghost.integrations.transformers.Valued`. Losses "nll" and "dft", label
     smoothing, losses of completions or assistants alone. With `padding_free=True` the rows of a batch are told apart by
-    their lengths, with `packing=True` a sample is a pack. Memory: the logits are made in full.
+    their lengths. With `packing=True` a sample is a document, told by its place in the set that was given; where a pack
+    has a part of it ("bfd_split"), parts in one step are added up. With `packing_strategy="wrapped"` documents attend
+    to one another, so that a sample is a pack, and there is a warning. Memory: the logits are made in full.
+
+    In several processes (DDP), metrics beside the loss are logged as the first of them has them.
 
     Raises:
         InputError: the balance of experts is part of the loss, which is of no sample: pass `router_aux_loss_coef=0.0`;
@@ -52,6 +59,32 @@ class SFTTrainer(_WithHead, trl.SFTTrainer):
 
     Example: `examples/trainer_trl.py`.
     """
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        def prepare(rows: Any, given: Any, packs: bool = False) -> Any:
+            return super(SFTTrainer, self)._prepare_dataset(
+                rows, processing_class, given, packs, formatting_func, dataset_name
+            )
+
+        if not packing or dataset_name != "train" or not hasattr(dataset, "__len__"):
+            return prepare(dataset, args, packing)
+        if args.packing_strategy == "wrapped":
+            warnings.warn(
+                "packing_strategy='wrapped': documents of a pack attend to one another and are cut anywhere, so that a "
+                "value is of a pack, told by its place in trainer.train_dataset. With 'bfd' it is of a document.",
+                stacklevel=2,
+            )
+            return prepare(dataset, args, packing)
+        if args.max_length is None:
+            raise InputError("packing=True: max_length must be the length of a pack, found None.")
+        return packed(prepare, dataset, args)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if DOCUMENTS not in self._signature_columns:
+            self._signature_columns.append(DOCUMENTS)
 
 
 class DPOTrainer(_WithHead, trl.DPOTrainer):
