@@ -9,10 +9,13 @@ import optree
 import torch
 from torch import Tensor
 
+from funcghost.errors import InputError
 from funcghost.problem import Problem
 from funcghost.side_effects import random_state, untouched
 from funcghost.trees import Tree, tensors
 
+NO_GROUPED_PRODUCT = "Expected mat_a to be"
+"""How torch refuses a dtype in `grouped_mm`."""
 Mixing = Literal["yes", "no", "unknown"]
 
 
@@ -24,9 +27,23 @@ class Evaluated(NamedTuple):
 
 
 def evaluated(problem: Problem) -> Evaluated:
-    """The losses with the random numbers that the caller would get, who is left with all streams as they were."""
+    """The losses with the random numbers that the caller would get, who is left with all streams as they were.
+
+    Raises:
+        InputError: they have products of groups in a dtype that torch has none for; what else they raise is theirs.
+    """
     with untouched(problem.devices()):
-        values = problem.evaluate(problem.leaves())[0].detach()
+        try:
+            values = problem.evaluate(problem.leaves())[0].detach()
+        except RuntimeError as error:
+            if NO_GROUPED_PRODUCT not in str(error):
+                raise
+            raise InputError(
+                f"the losses raise by themselves: {error}. These are experts multiplied by torch's grouped_mm, the "
+                "default of transformers, which takes float32, bfloat16 and float16 alone. Set "
+                "model.set_experts_implementation('batched_mm'), which takes float64 and forward derivatives, or check "
+                "in float32, where the default is exact."
+            ) from error
         return Evaluated(values, [state for _, state in random_state(problem.devices())])
 
 

@@ -21,6 +21,13 @@ def test_steps_add_up(library: str) -> None:
         assert abs(values + rest - change) < 1e-4 * abs(change)
 
 
+def test_trainer_adds_up() -> None:
+    accounts = example("trainer_transformers", "transformers").main()
+    assert len(accounts) == 2
+    for step in accounts:
+        assert abs(step.values + step.rest - step.change) < 1e-2 * abs(step.change) + 1e-6
+
+
 def test_trl_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     example("trainer_trl", "trl").main()
     printed = capsys.readouterr().out

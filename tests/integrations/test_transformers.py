@@ -190,6 +190,27 @@ def test_adapters_checkpoints_and_dropout(tmp_path: Path) -> None:
     assert_adds_up(valued, 1e-2)
 
 
+def test_a_compiled_model(tmp_path: Path) -> None:
+    """The compiler's products are those of the plain model, which is what is differentiated."""
+    rows = texts(4)
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "gradient_accumulation_steps": 1}
+    _, wanted = train(transformers.Trainer, model(), tmp_path / "a", rows, **settings)
+    valued, found = train(Trainer, model(), tmp_path / "b", rows, {"rule": "simpson"}, **settings)
+    torch.testing.assert_close(found.gradients, wanted.gradients)
+    assert_adds_up(valued, 1e-5)
+
+
+def test_weights_of_16_bits_are_told_what_to_do_and_scored(tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "max_grad_norm": 0.1}
+    with pytest.raises(fg.InputError, match=r"float32 master weights .* bf16=True"):
+        train(Trainer, model().bfloat16(), tmp_path / "a", texts(6), {}, **settings)
+    train(Trainer, model().bfloat16(), tmp_path / "b", texts(6), {"kind": "score"}, **settings)
+    settings |= {"bf16": True, "learning_rate": 0.02}  # a change that is more than the rounding of the losses
+    valued, _ = train(Trainer, model().float(), tmp_path / "c", texts(6), {"rule": "simpson"}, **settings)
+    step = valued.accounts[0]
+    assert abs(step.change - step.values - step.rest) < 0.1 * abs(step.values)
+
+
 def test_packed_documents_have_the_values_of_padded_ones(tmp_path: Path) -> None:
     rows = [{"input_ids": row["input_ids"][: 3 + n % 4].tolist()} for n, row in enumerate(texts(4))]
 
@@ -220,12 +241,27 @@ def test_packed_documents_have_the_values_of_padded_ones(tmp_path: Path) -> None
         train(Trainer, model(), tmp_path / "joined", rows, {}, data_collator=joined)
 
 
-def test_a_mixture_of_experts_adds_up_in_float32(tmp_path: Path) -> None:
-    def experts(**config: Any) -> Any:
-        torch.manual_seed(0)
-        sizes = {**SIZES, "num_local_experts": 3, "num_key_value_heads": 1, **config}
-        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+def experts(**config: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_local_experts": 3, "num_key_value_heads": 1, **config}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
 
+
+def test_experts_in_float64_are_told_what_takes_it() -> None:
+    made, batch = experts().double(), {"input_ids": torch.randint(VOCABULARY, (2, 4))}
+
+    def next_token(output: Any, batch: Any) -> Tensor:
+        logits = output.logits[:, :-1].transpose(1, 2)
+        return F.cross_entropy(logits, batch["input_ids"][:, 1:], reduction="none").mean(1)
+
+    losses, params = fg.module_losses(made, next_token), fg.trainable(made)
+    with pytest.raises(fg.InputError, match=r"set_experts_implementation\('batched_mm'\)"):
+        fg.check(losses, params, batch)
+    made.set_experts_implementation("batched_mm")
+    fg.check(losses, params, batch).raise_if_failed()
+
+
+def test_a_mixture_of_experts_adds_up_in_float32(tmp_path: Path) -> None:
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     _, wanted = train(transformers.Trainer, experts(), tmp_path / "a", texts(9), **settings)
     valued, found = train(Trainer, experts(), tmp_path / "b", texts(9), {}, **settings)
