@@ -51,7 +51,7 @@ Over pairs
 
 Errors, all of them GhostError
     InputError, UnsupportedOpError, ConservationError, SampleAxisError, MemoryBudgetError, PlanError, CheckError,
-    ReplayError, StoreError, VersionError
+    RankError, ReplayError, StoreError, VersionError
 
 Packages on top, each with a docstring that says where to start
     attribution             in-run values, TracIn, EK-FAC influence, TRAK, LESS, unrolled, pruning
@@ -110,6 +110,9 @@ from funcghost.errors import (
 )
 from funcghost.errors import (
     PlanError as PlanError,
+)
+from funcghost.errors import (
+    RankError as RankError,
 )
 from funcghost.errors import (
     ReplayError as ReplayError,

@@ -50,3 +50,7 @@ class StoreError(GhostError, RuntimeError):
 
 class ReplayError(GhostError, RuntimeError):
     """A training that was run again did not do what it did the first time."""
+
+
+class RankError(GhostError, RuntimeError):
+    """Another process did not take its part in a step that all take together."""

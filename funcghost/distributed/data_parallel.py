@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from funcghost.attribution.validation import summed_gradient
-from funcghost.distributed.collectives import Group, check_replicated, several, summed_over_ranks
+from funcghost.distributed.collectives import Group, check_replicated, several, summed_over_ranks, told_by_all
+from funcghost.distributed.faults import named
 from funcghost.engine.plans import Plan
-from funcghost.errors import InputError
+from funcghost.errors import InputError, PlanError
 from funcghost.options import Options
 from funcghost.problem import Losses, Reduction
 from funcghost.transforms import steps
@@ -47,7 +48,8 @@ def grad_and_reduce(
     Reducers of several samples (`fg.gram`, `fg.cross`) are of the rank's own.
 
     Every rank must call it in the same order. On the first call, and as often as params have other names or shapes,
-    the ranks compare their parameters. Without a process group it is `fg.grad_and_reduce`.
+    the ranks compare their parameters, and say whether the step went well: if it failed on one, all raise. Without a
+    process group it is `fg.grad_and_reduce`.
 
     Args:
         losses: as in `fg.grad_and_reduce`.
@@ -61,6 +63,8 @@ def grad_and_reduce(
 
     Raises:
         InputError: the parameters are not the same on all ranks, or sharded, or have sparse gradients.
+        PlanError: another rank failed in its first step.
+        RankError: another rank ended or hangs.
 
     Example:
         >>> import funcghost as fg, torch
@@ -72,14 +76,32 @@ def grad_and_reduce(
     local = steps.grad_and_reduce(losses, reduction=reduction, has_aux=has_aux, options=options, plan=plan)
     agreed: set[tuple[tuple[str, ...], tuple[torch.Size, ...]]] = set()
 
+    def first(params: Tree, batch: Tree, reducers: Tree, split: Params) -> Step:
+        """Plans: what may fail on one rank alone, while the others wait for its gradient."""
+        check_replicated(split, group)
+        failed: Exception | None = None
+        try:
+            out = local(params, batch, reducers)
+        except Exception as error:
+            failed = error
+        told = told_by_all(failed and f"{type(failed).__name__}: {failed}", group)
+        if failed is not None:
+            raise failed
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise PlanError(f"rank {rank} failed in its first step, so that no rank goes on: {text}")
+        return out
+
     def step(params: Tree, batch: Tree, reducers: Tree = None) -> Step:
+        with named("data_parallel", group):
+            return together(params, batch, reducers)
+
+    def together(params: Tree, batch: Tree, reducers: Tree) -> Step:
         split = split_params(params)
         check_whole(split)
         known = split.names, tuple(leaf.shape for leaf in split.leaves)
-        if known not in agreed:
-            check_replicated(split, group)
-            agreed.add(known)
-        out = local(params, batch, reducers)
+        out = local(params, batch, reducers) if known in agreed else first(params, batch, reducers, split)
+        agreed.add(known)
         if not several(group):
             return out
         own = _dense_leaves(out.grads, split)
@@ -111,11 +133,12 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree], g
     """
     split = split_params(params)
     check_whole(split)
-    total, found = summed_gradient(losses, split, batches)
-    everyone = _total(len(found), total[0].device, group)
-    if not int(everyone):
-        raise InputError("validation_gradient: no rank has a validation sample. Pass batches to at least one.")
-    return split.rebuild([leaf / everyone.to(leaf.dtype) for leaf in summed_over_ranks(total, group)])
+    with named("validation_gradient", group):
+        total, found = summed_gradient(losses, split, batches)
+        everyone = _total(len(found), total[0].device, group)
+        if not int(everyone):
+            raise InputError("validation_gradient: no rank has a validation sample. Pass batches to at least one.")
+        return split.rebuild([leaf / everyone.to(leaf.dtype) for leaf in summed_over_ranks(total, group)])
 
 
 def _total(count: int, device: torch.device, group: Group) -> Tensor:

@@ -1,17 +1,16 @@
 """A model under `fully_shard` (FSDP2) as it is used here: its groups of parameters, and what they are unsharded to.
 
 What a layer reads is, in every forward, the same tensor, a leaf of autograd's graph: the whole parameter, whose memory
-is there only while its group is unsharded. The engine is given these leaves as parameters. Directions are kept
-in the same way: a tensor of the whole shape, whose memory comes and goes with that of the parameters of its group.
+is there only while its group is unsharded. The engine is given these leaves as parameters.
 
 FSDP2 has no interface for any of this: the names of `torch.distributed.fsdp._fully_shard` stand in this file alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule, _common_utils
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.tensor import DTensor
 
-from funcghost.algebra.directions import Direction, Leaf, LowRank
 from funcghost.engine.checkpoints import active
 from funcghost.errors import InputError, UnsupportedOpError
 from funcghost.trees import Params
@@ -45,11 +43,14 @@ class Part:
         return leaf
 
     @property
-    def pieces(self) -> tuple[int, ...]:
-        """The shape of a rank's share, padded so that all ranks have as much."""
-        shape, axis = list(self.own._orig_size), self.own.fsdp_placement.dim
-        shape[axis] = -(-shape[axis] // self.own.mesh_info.shard_mesh_size)
-        return tuple(shape)
+    def shape(self) -> torch.Size:
+        """The shape of what layers read."""
+        return torch.Size(self.own._orig_size)
+
+    @property
+    def axis(self) -> int:
+        """The axis that it is sharded along."""
+        return int(self.own.fsdp_placement.dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +67,36 @@ class Group:
         return int(info.shard_mesh_size * getattr(info, "replicate_mesh_size", 1))
 
     @property
+    def shards(self) -> int:
+        """How many ranks have a share each."""
+        return int(self.own.mesh_info.shard_mesh_size)
+
+    @property
+    def members(self) -> distributed.ProcessGroup:
+        """These ranks."""
+        members: distributed.ProcessGroup = self.own.mesh_info.shard_process_group
+        return members
+
+    @property
     def divisor(self) -> float:
         """What a sum of gradients over ranks is divided by in a backward."""
         factor: float | None = self.own.gradient_divide_factor
         return self.ranks if factor is None else factor
+
+
+class Companion(Protocol):
+    """What is gathered along with the parameters of a group; `early` if it is wanted from the forward on."""
+
+    early: bool
+
+    def start(self) -> None:
+        """The parameters are sent for."""
+
+    def finish(self) -> None:
+        """They have come."""
+
+    def free(self) -> None:
+        """They are freed."""
 
 
 class Sharded:
@@ -100,6 +127,7 @@ class Sharded:
             group, own = place
             found.setdefault(id(group), Group(group)).parts.append(Part(number, own.sharded_param, own))
         self.params, self.groups, self.backward = params, list(found.values()), NONE
+        self.visited: list[int] = []
         self.root._lazy_init()
         if not self.root._is_root:
             raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
@@ -141,6 +169,11 @@ class Sharded:
     def ready(self) -> bool:
         """Whether there are leaves: FSDP2 makes them when it gathers for the first time."""
         return all(hasattr(part.own, "_unsharded_param") for group in self.groups for part in group.parts)
+
+    @property
+    def way(self) -> int:
+        """A checksum of the groups that a forward went through, in their order: in it ranks gather parameters."""
+        return int.from_bytes(sha256(repr(self.visited).encode()).digest()[:7])
 
     def leaves(self) -> list[Tensor]:
         """What layers read, in the order of the params."""
@@ -187,13 +220,24 @@ class Sharded:
 
         Every rank must come here. Memory: the whole model, and the gradients of what is differentiated inside.
         """
-        inert = {"pre_forward": lambda module, args, kwargs: (args, kwargs), "post_forward": _last}
+
+        def inert(number: int) -> dict[str, Callable[..., Any]]:
+            def pre_forward(module: nn.Module, args: Any, kwargs: Any) -> Any:
+                self.visited.append(number)
+                return args, kwargs
+
+            return {"pre_forward": pre_forward, "post_forward": _last}
+
+        self.visited = []
         try:
             for group in self.every:
                 group.unshard()
                 group.wait_for_unshard()
             with _standing(
-                [*((group, inert) for group in self.every), *((state, {_HOOK: _last}) for state in self.states)]
+                [
+                    *((group, inert(number)) for number, group in enumerate(self.every)),
+                    *((state, {_HOOK: _last}) for state in self.states),
+                ]
             ):
                 yield
         finally:
@@ -204,31 +248,21 @@ class Sharded:
         self.root._reset_iter_state()
 
     @contextmanager
-    def accompanied(self, directions: Sequence[Direction], early: set[str]) -> Iterator[list[list[Leaf | None]]]:
-        """The directions in the form of whole tensors, which are gathered with the parameters of their group.
+    def followed(self, companies: "Mapping[Group, Companion]") -> Iterator[None]:
+        """A step runs: what goes with the parameters of a group comes and goes with them, from FSDP2's own hooks.
 
-        They are there in a backward from where FSDP2 gathers the group to where it frees it; those of groups with
-        `early` parameters from the forward on, to the end. What FSDP2 runs to gather is not shown to any mode.
+        What FSDP2 runs to gather is not shown to any mode.
         """
-        whole: list[list[Leaf | None]] = [list(direction) for direction in directions]
-        companies = list[Company]()
+        known = {id(group.own): company for group, company in companies.items()}
+        groups = [(own, self._methods(number, own, known.get(id(own)))) for number, own in enumerate(self.every)]
+        self.visited = []
         try:
-            for group in self.groups:
-                company = Company(group, early=any(self.params.names[part.number] in early for part in group.parts))
-                for direction in whole:
-                    for part in group.parts:
-                        direction[part.number] = company.add(part, direction[part.number])
-                companies.append(company)
-            known = {id(company.group.own): company for company in companies}
-            groups = [(own, self._methods(own, known.get(id(own)))) for own in self.every]
             with _standing([*groups, *((state, {_HOOK: _unseen(getattr(state, _HOOK))}) for state in self.states)]):
-                yield whole
+                yield
         finally:
             self.backward = NONE
-            for company in companies:
-                company.free()
 
-    def _methods(self, own: Any, company: "Company | None") -> dict[str, Callable[..., Any]]:
+    def _methods(self, number: int, own: Any, company: "Companion | None") -> dict[str, Callable[..., Any]]:
         """What stands for the methods of a group while a step runs."""
 
         def wanted() -> bool:
@@ -246,6 +280,10 @@ class Sharded:
                 if company is not None and wanted():
                     with torch.no_grad():
                         company.finish()
+
+        def pre_forward(*args: Any) -> Any:
+            self.visited.append(number)
+            return kept["pre_forward"](*args)
 
         def pre_backward(*args: Any) -> None:
             self._check_going_back()
@@ -274,6 +312,7 @@ class Sharded:
             "unshard": unshard,
             "wait_for_unshard": wait_for_unshard,
             "reshard": _unseen(own.reshard),
+            "pre_forward": pre_forward,
             "pre_backward": pre_backward,
             "post_backward": post_backward,
             "_register_post_backward_hook": register,
@@ -316,79 +355,6 @@ def _not_own(leaf: Tensor) -> str:
         "is not sharded by fully_shard (it was ignored, or belongs to another model). Leave it out of params, or shard "
         "it."
     )
-
-
-class Company:
-    """Directions that are whole on a rank only while the parameters of their group are."""
-
-    def __init__(self, group: Group, *, early: bool) -> None:
-        """Without directions."""
-        self.group, self.early = group, early
-        self.given: list[tuple[Part, Tensor, Tensor]] = []
-        self.pending: tuple[Tensor, Any] | None = None
-        self.there = False
-
-    def add(self, part: Part, given: Leaf | None) -> Leaf | None:
-        """The form in which a run takes a leaf of a direction; of one that is sharded, a tensor without memory yet."""
-        like = part.leaf
-        if isinstance(given, LowRank):
-            rows, cols = (value.to(device=like.device, dtype=like.dtype) for value in (given.rows, given.cols))
-            return replace(given, rows=rows, cols=cols)
-        if not isinstance(given, DTensor):
-            return given if given is None else given.to(device=like.device, dtype=like.dtype)
-        whole = torch.empty(part.own._orig_size, dtype=like.dtype, device=like.device)
-        whole.untyped_storage().resize_(0)
-        self.given.append((part, given.to_local().detach(), whole))
-        if not isinstance(like, DTensor):
-            return whole
-        return DTensor.from_local(
-            whole, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-
-    def start(self) -> None:
-        """Sends for what is not there: one message for the group, in the dtype in which its layers compute."""
-        if not self.given or self.there or self.pending is not None:
-            return
-        info, (_, _, first) = self.group.own.mesh_info, self.given[0]
-        flat = torch.cat([_padded(part, local).to(first).reshape(-1) for part, local, _ in self.given])
-        gathered, work = flat, None
-        if info.shard_mesh_size > 1:
-            gathered = flat.new_empty(info.shard_mesh_size * len(flat))
-            work = distributed.all_gather_single(gathered, flat, group=info.shard_process_group, async_op=True)
-        self.pending = gathered, work
-
-    def finish(self) -> None:
-        """Puts what has come where it belongs."""
-        if self.pending is None:
-            return
-        (gathered, work), self.pending = self.pending, None
-        if work is not None:
-            work.wait()
-        shares, start = gathered.view(self.group.own.mesh_info.shard_mesh_size, -1), 0
-        for part, _, whole in self.given:
-            size = prod(part.pieces)
-            whole.untyped_storage().resize_(whole.numel() * whole.element_size())
-            axis = part.own.fsdp_placement.dim
-            pieces = shares[:, start : start + size].reshape(-1, *part.pieces)
-            joined = torch.cat(pieces.unbind(0), axis).narrow(axis, 0, whole.shape[axis])
-            whole.data.copy_(joined)  # past the version counter: to autograd it is the same value all the time
-            start += size
-        self.there = True
-
-    def free(self) -> None:
-        """Lets the memory go."""
-        for _, _, whole in self.given:
-            whole.untyped_storage().resize_(0)
-        self.there, self.pending = False, None
-
-
-def _padded(part: Part, local: Tensor) -> Tensor:
-    axis, size = part.own.fsdp_placement.dim, part.pieces[part.own.fsdp_placement.dim]
-    if local.shape[axis] == size:
-        return local
-    blank = local.new_zeros(part.pieces)
-    blank.narrow(axis, 0, local.shape[axis]).copy_(local)
-    return blank
 
 
 _HOOK = "_register_pre_backward_hook"

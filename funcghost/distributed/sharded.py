@@ -72,7 +72,7 @@ def grad_and_reduce(
 
     Cost: FLOPs as in `fg.grad_and_reduce`. Bytes that a rank receives, for P parameters of which it has 1/w, in units
     of (w - 1)/w P times the bytes of an entry: 3 in a plain step (gathered in the forward and in the backward, and
-    gradients scattered), and 1 for each direction; 16 bytes a rank for agreement, for which the host waits once.
+    gradients scattered), and 1 for each direction; 24 bytes a rank for agreement, for which the host waits once.
     Memory beside the plain step's: the directions of one group, or of two while the next is on its way. Where the
     tangent of a parameter is carried on in the forward (casts, views, sums of parameters) that of its group is there
     until the end. Planning takes the memory of the whole model and its gradients on every rank.
@@ -81,6 +81,7 @@ def grad_and_reduce(
         InputError: the model is not sharded by FSDP2; params are not its own parameters; a direction lies
             otherwise; gradients are being accumulated; ranks do not ask the same.
         PlanError: another rank could not plan, or the losses do something else each time they run.
+        RankError: another rank ended or hangs.
 
     Example:
         >>> import funcghost as fg, torch

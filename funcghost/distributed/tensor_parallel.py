@@ -12,15 +12,18 @@ once, and what is the same on all ranks is counted once.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.overrides import TorchFunctionMode
 
 from funcghost.algebra.pairs import Pairs
 from funcghost.distributed.collectives import told_by_all
+from funcghost.distributed.faults import named
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.laws.draws import repeated, sample_weights
@@ -64,6 +67,7 @@ def grad_and_reduce(
     Raises:
         InputError: the losses are DTensors, or ranks do not agree on them or on the gradient of an ordinary parameter;
             and as `fg.grad_and_reduce`.
+        RankError: another rank ended or hangs.
     """
     if reduction not in ("mean", "sum"):
         raise InputError(f"tensor_parallel.grad_and_reduce: reduction must be 'mean' or 'sum', found {reduction!r}.")
@@ -155,15 +159,22 @@ class InPartsTransform(Transform):
 
     def step(self, params: Tree, batch: Tree, reducers: Tree = None) -> Step:
         """As that of a transform."""
-        self._agree(params, batch)
-        with implicit_replication():  # what is not a DTensor is the same on all ranks
+        with self._together(params, batch):
             return super().step(params, batch, reducers)
 
     def pairs(self, params: Tree, batch: Tree) -> tuple[Pairs, Tensor]:
         """As that of a transform."""
-        self._agree(params, batch)
-        with implicit_replication():
+        with self._together(params, batch):
             return super().pairs(params, batch)
+
+    @contextmanager
+    def _together(self, params: Tree, batch: Tree) -> Iterator[None]:
+        """Ranks that agree on what they compute; what is not a DTensor is the same on all of them."""
+        groups = _groups(split_params(params))
+        with named("tensor_parallel", groups[0] if len(groups) == 1 else None):
+            self._agree(params, batch)
+            with implicit_replication():
+                yield
 
     def _agree(self, params: Tree, batch: Tree) -> None:
         """Ranks compare, where the structure of params is new, what must be the same on all of them.
@@ -180,14 +191,15 @@ class InPartsTransform(Transform):
 
 
 def check_agreement(problem: Problem) -> None:
-    """The batch, the losses, and the gradients of ordinary parameters are the same on all ranks of the meshes.
+    """The ops, the batch, the losses, and the gradients of ordinary parameters are the same on all ranks of the meshes.
 
     Raises:
         InputError: naming what is not.
     """
     with untouched(problem.devices()):
         leaves = problem.leaves()
-        losses, _ = problem.evaluate(leaves)
+        with _Ops() as ops:
+            losses, _ = problem.evaluate(leaves)
         gradients = problem.backward(losses, leaves, sample_weights(losses))
     own = {"the losses": _sketch(losses)}
     for number, given in enumerate(tensors(problem.batch)):
@@ -196,7 +208,13 @@ def check_agreement(problem: Problem) -> None:
         if not isinstance(leaf, DTensor):
             own[f"the gradient of params[{name!r}]"] = _sketch(gradient)
     for group in _groups(problem.params):
-        for rank, other in enumerate(told_by_all(own, group)):
+        for rank, (others, other) in enumerate(told_by_all((ops.names, own), group)):
+            if others != ops.names:
+                apart = [pair for pair in zip_longest(ops.names, others) if pair[0] != pair[1]]
+                raise InputError(
+                    f"tensor_parallel: the losses run other ops than those on rank {rank} of the mesh ({apart[0][0]} "
+                    f"here, {apart[0][1]} there), and ranks compute ops together. Let all run the same code."
+                )
             for what, numbers in own.items():
                 size = max(map(abs, (*numbers, *other[what])), default=0.0)
                 if not all(abs(a - b) <= 1e-3 * size for a, b in zip(numbers, other[what], strict=True)):
@@ -206,6 +224,18 @@ def check_agreement(problem: Problem) -> None:
                         "shares of activations (a norm of heads, a scale between column and row parallel layers) make "
                         "a DTensor, by SequenceParallel or distribute_tensor(..., [Replicate()])."
                     )
+
+
+class _Ops(TorchFunctionMode):
+    """The names of what is called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", type(func).__name__))
+        return func(*args, **(kwargs or {}))
 
 
 def _sketch(value: Tensor) -> list[float]:

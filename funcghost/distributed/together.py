@@ -20,6 +20,8 @@ from torch.distributed.tensor.experimental import implicit_replication
 from funcghost.algebra.directions import LowRank
 from funcghost.algebra.pairs import Pairs
 from funcghost.distributed.collectives import Group, several, told_by_all
+from funcghost.distributed.directions import accompanied
+from funcghost.distributed.faults import named
 from funcghost.distributed.fsdp import Sharded
 from funcghost.distributed.tensor_parallel import InParts, check_agreement
 from funcghost.engine.plans import Plan
@@ -111,7 +113,7 @@ class Together:
         self.model, self.reduction, self.group = model, reduction, group
         if self.scout.options.route == "forward":
             raise InputError("sharded: Options.route='forward' is not to be had under fully_shard. Leave it out.")
-        self.checked = False
+        self.checked, self.way = False, 0
         self.everyone, self.asked, self.early = 0, set[Any](), set[str]()
 
     def step(self, params: Tree, batch: Tree, reducers: Tree = None) -> Step:
@@ -138,6 +140,10 @@ class Together:
         return Pairs(outcome.pairs, shapes, split.spec)
 
     def _outcome(self, split: Params, batch: Tree, request: Request) -> tuple[Sharded, Outcome]:
+        with named("sharded", self.group):
+            return self._taken(split, batch, request)
+
+    def _taken(self, split: Params, batch: Tree, request: Request) -> tuple[Sharded, Outcome]:
         model = Sharded(self.model, split)
         model.check_idle()
         _check_placed(request, split)
@@ -161,8 +167,7 @@ class Together:
             return
         told = told_by_all((asked, self._carried()), self.group)
         self.early.update(*(names for _, names in told))
-        other = [rank for rank, (found, _) in enumerate(told) if found != told[0][0]]
-        if other:
+        if other := _unlike([found for found, _ in told]):
             raise InputError(
                 f"sharded: ranks {other} pass other parameters, reducers, reduction, or a plan where the others pass "
                 "none, than rank 0. All ranks take a step together: pass the same on every one."
@@ -209,7 +214,8 @@ class Together:
 
     def _plain(self, problem: InStep) -> Outcome:
         agree = partial(self._agree, problem)
-        return run_plain(replace(problem, agree=lambda unfit, sizes, count: agree(0, count)), self._reduction)
+        with problem.model.followed({}):
+            return run_plain(replace(problem, agree=lambda unfit, sizes, count: agree(0, count)), self._reduction)
 
     @property
     def _reduction(self) -> Reduction | None:
@@ -227,24 +233,26 @@ class Together:
 
         with (
             undone_on_failure(problem.devices(), plan.written or ()),
-            problem.model.accompanied(request.directions, self.early) as directions,
+            accompanied(problem.model, request.directions, self.early) as directions,
             _replicating(problem),
         ):
             along = replace(request, directions=tuple(directions))
             return self.scout.run(replace(problem, agree=agree), along, plan, self._reduction)
 
     def _agree(self, problem: InStep, code: int, count: int) -> None:
-        """Tells the others whether this rank can go on, and how many samples it has.
+        """Tells the others whether this rank can go on, how many samples it has, and what it gathered on the way.
 
         Raises:
             _UnfitError: on all ranks, if one cannot.
+            InputError: on all ranks, if one has gathered other parameters than another, or in another order.
         """
-        codes, counts = [code], [count]
+        codes, counts, ways = [code], [count], [problem.model.way]
         if several(self.group):
-            own = torch.tensor([code, count], device=problem.params.leaves[0].device)
-            told = own.new_empty(2 * distributed.get_world_size(self.group))
+            own = torch.tensor([code, count, *ways], device=problem.params.leaves[0].device)
+            told = own.new_empty(3 * distributed.get_world_size(self.group))
             distributed.all_gather_single(told, own, group=self.group)
-            codes, counts = told.view(-1, 2).T.tolist()
+            codes, counts, ways = told.view(-1, 3).T.tolist()
+        _check_ways(ways)
         self.everyone = sum(counts) * problem.model.ranks // len(counts)
         if any(codes):
             raise _UnfitError(f"ranks {[rank for rank, found in enumerate(codes) if found]} are to plan or to verify.")
@@ -252,7 +260,7 @@ class Together:
     def _plan(self, problem: InStep, request: Request) -> None:
         """Every rank plans, or verifies, on its own batch: with the whole model, so that none waits for another."""
         kind = InParts if problem.in_parts else Problem
-        local = kind(problem.losses, problem.params, problem.batch, problem.has_aux)
+        local = kind(self._seen(problem), problem.params, problem.batch, problem.has_aux)
         failed: Exception | None = None
         with problem.model.whole():
             blank = [
@@ -270,13 +278,27 @@ class Together:
                     self.scout.planned(local, replace(request, directions=tuple(blank)))
             except Exception as error:
                 failed = error
-        told = told_by_all((failed and f"{type(failed).__name__}: {failed}", self._carried()), self.group)
+        text = failed and f"{type(failed).__name__}: {failed}"
+        told = told_by_all((text, self._carried(), self.way), self.group)
         if failed is not None:
             raise failed
-        for rank, (text, _) in enumerate(told):
-            if text is not None:
-                raise PlanError(f"rank {rank} could not plan or verify its losses, so that no rank goes on: {text}")
-        self.early.update(*(names for _, names in told))
+        texts, carried, ways = zip(*told, strict=True)
+        for rank, said in enumerate(texts):
+            if said is not None:
+                raise PlanError(f"rank {rank} could not plan or verify its losses, so that no rank goes on: {said}")
+        _check_ways(ways)
+        self.early.update(*carried)
+
+    def _seen(self, problem: InStep) -> Losses:
+        """The losses, after which it is known which groups they go through."""
+
+        def losses(params: Tree, batch: Tree) -> Any:
+            problem.model.visited = []
+            found = problem.losses(params, batch)
+            self.way = problem.model.way
+            return found
+
+        return losses
 
     def _carried(self) -> set[str]:
         """The parameters of which a direction is needed in the forward."""
@@ -287,6 +309,26 @@ class Together:
 def _replicating(problem: InStep) -> AbstractContextManager[None]:
     """Where ops on DTensors take ordinary tensors, which are the same on all tensor parallel ranks."""
     return implicit_replication() if problem.in_parts else nullcontext()
+
+
+def _unlike(told: Sequence[Any]) -> list[int]:
+    """The ranks that say something else than rank 0."""
+    return [rank for rank, found in enumerate(told) if found != told[0]]
+
+
+def _check_ways(ways: Sequence[int]) -> None:
+    """Ranks wait for one another in the order in which they go through groups; out of it they take other parameters.
+
+    Raises:
+        InputError: some rank went another way.
+    """
+    if other := _unlike(ways):
+        raise InputError(
+            f"sharded: the losses of ranks {other} went through other layers of fully_shard than those of rank 0, or "
+            "in another order, so that ranks gather different parameters at the same time (FSDP2 says nothing, where "
+            "their sizes agree). Let all ranks call the same layers, or put layers that are called by choice into one "
+            "group, fully_shard([one, other])."
+        )
 
 
 def _check_placed(request: Request, params: Params) -> None:

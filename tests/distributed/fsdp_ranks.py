@@ -314,7 +314,7 @@ def bytes_are_as_stated(rank: int) -> None:
             body()
         return count.count
 
-    each, agreed = 8 // 2, 16
+    each, agreed = 8 // 2, 24
     base = each * (2 * size + inner)
     assert received(lambda: losses(params, batch).sum().backward()) == base
     for p in params.values():
@@ -410,19 +410,3 @@ def cases(rank: int) -> None:
     bytes_are_as_stated(rank)
     tensor_parallel_is_refused(rank)
     refused(rank)
-
-
-def fails_on_the_way(rank: int) -> None:
-    """One rank raises in the forward of a step that is planned already, while the other waits for its parameters."""
-    net = shard(model())
-    params, batch, faulty = dict(net.named_parameters()), drawn(8, 3), False
-
-    def losses(params: Any, batch: Tensor) -> Tensor:
-        if rank == 1 and faulty:
-            raise ValueError("a fault of rank 1")
-        return losses_of(net)(params, batch)
-
-    score = sharded.reduce(losses, net)
-    score(params, batch, fg.squared_norm())
-    faulty = True
-    score(params, batch, fg.squared_norm())

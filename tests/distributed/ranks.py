@@ -110,8 +110,6 @@ def a_corpus(folder: Path) -> None:
 def main() -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    if os.environ.get("FUNCGHOST_FAIL"):
-        fsdp_ranks.fails_on_the_way(rank)
     net = model()
     for split in SPLITS:
         for reduction in ("mean", "sum"):
