@@ -1,7 +1,7 @@
 """Leaving the user's world as it was: random streams, and tensors that a rehearsed loss would write to."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -48,22 +48,27 @@ def replaying(state: RandomState | None) -> Iterator[None]:
         set_random_state(present)
 
 
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+"""Where torch has the ops by which processes talk to one another."""
+
+
 @cache
-def _effects(op: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
-    """The arguments that an op writes to, by place and name, and whether it may return older memory.
+def _effects(op: Any) -> tuple[tuple[tuple[int, str], ...], bool, bool]:
+    """The arguments that an op writes to, by place and name, whether it may return older memory, and talks to ranks.
 
     By the schema; those of batch norm do not say that the running statistics are written to. What takes functions, as
     `torch.cond` does, has none: torch refuses such functions that write to what they are given.
     """
     schema = getattr(op, "_schema", None)
     if schema is None:
-        return (), True
+        return (), True, False
     written = tuple(
         (place, argument.name)
         for place, argument in enumerate(schema.arguments)
         if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in RUNNING
     )
-    return written, any(value.alias_info is not None for value in schema.returns)
+    aliases = any(value.alias_info is not None for value in schema.returns)
+    return written, aliases, op.namespace in COLLECTIVES
 
 
 Memory = torch.UntypedStorage | torch.Generator
@@ -78,10 +83,11 @@ def _copy(memory: Memory) -> Any:
 class _WriteLog(TorchDispatchMode):
     """Copies every tensor that existed before the mode was entered just before it is written to."""
 
-    def __init__(self) -> None:
+    def __init__(self, collective: Callable[[str], None] | None) -> None:
         super().__init__()
         self.originals: dict[Any, tuple[Memory, Any]] = {}
         self.born: set[int] = set()
+        self.collective = collective
 
     supports_higher_order_operators = True
 
@@ -92,7 +98,9 @@ class _WriteLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written, aliases = _effects(func)
+        written, aliases, talks = _effects(func)
+        if talks and self.collective is not None:
+            self.collective(str(func))
         for place, name in written:
             given = args[place] if place < len(args) else kwargs.get(name)
             for value in given if isinstance(given, list | tuple) else [given]:
@@ -138,12 +146,20 @@ def restore(state: Snapshot) -> None:
 
 
 class Changes:
-    """What a body changes: random streams, and the memory that it is known to write to, or is seen to (None)."""
+    """What a body changes: random streams, and the memory that it is known to write to, or is seen to (None).
 
-    def __init__(self, devices: Sequence[torch.device], written: Sequence[Memory] | None = None) -> None:
+    Where it is to be seen, `collective` hears of the ops by which processes talk to one another, before they run.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        written: Sequence[Memory] | None = None,
+        collective: Callable[[str], None] | None = None,
+    ) -> None:
         """Before the body runs."""
         self.before = snapshot(devices, written or ())
-        self.log = _WriteLog() if written is None else None
+        self.log = _WriteLog(collective) if written is None else None
 
     def watched(self) -> AbstractContextManager[Any]:
         """Where what is not known yet is found out, at a cost for each op."""
@@ -164,9 +180,13 @@ class Changes:
 
 
 @contextmanager
-def untouched(devices: Sequence[torch.device], written: Sequence[Memory] | None = None) -> Iterator[Changes]:
+def untouched(
+    devices: Sequence[torch.device],
+    written: Sequence[Memory] | None = None,
+    collective: Callable[[str], None] | None = None,
+) -> Iterator[Changes]:
     """Undoes what the body does to random streams and to tensors older than the body: `written`, if that is known."""
-    changes = Changes(devices, written)
+    changes = Changes(devices, written, collective)
     try:
         with changes.watched():
             yield changes

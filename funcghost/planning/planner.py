@@ -68,7 +68,8 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False, any_
 
 
 def _make_plan(problem: Problem, options: Options, drawn: bool, any_order: bool) -> Plan:
-    changes, carry_all = Changes(problem.devices()), options.route == "forward"
+    collective = None if problem.in_parts else refuse_collective
+    changes, carry_all = Changes(problem.devices(), collective=collective), options.route == "forward"
     try:
         trace, losses, gradients = _observe(problem, drawn, carry_all, changes)
     finally:
@@ -135,6 +136,20 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
     clock.true = True
     gradients = backward(losses, leaves, weights) if clock.batch else []
     return trace, losses.detach(), [as_whole(gradient) for gradient in gradients]
+
+
+def refuse_collective(name: str) -> None:
+    """What is measured here takes more runs on one rank than on another, which would wait for it in vain.
+
+    Raises:
+        UnsupportedOpError: the losses talk to other processes, and not by ops on DTensors.
+    """
+    raise UnsupportedOpError(
+        f"losses: talk to other processes ({name}): a sample's gradient would lie in part on other ranks (expert and "
+        "context parallel, batch norm over ranks, contrastive losses over ranks). Let the losses be of this rank's "
+        "samples and parameters, and compute what is no part of a gradient, such as a count over ranks, before, as a "
+        "part of the batch."
+    )
 
 
 def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool, any_order: bool) -> Plan:

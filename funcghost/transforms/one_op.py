@@ -21,6 +21,7 @@ from funcghost.engine.run import Outcome
 from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.laws.conservation import check_conservation, witness
 from funcghost.laws.draws import sample_weights
+from funcghost.planning.planner import refuse_collective
 from funcghost.planning.ways import FlopCount
 from funcghost.problem import Problem, Reduction, backward, backwards, check_depends, cotangents, detached, graph_nodes
 from funcghost.side_effects import Memory, undone_on_failure, untouched
@@ -66,7 +67,10 @@ class OneOp:
             self.known = False
         if self.known is None and not problem.is_meta():
             itemsize = max(4, *(leaf.itemsize for leaf in problem.params.leaves))
-            with untouched(problem.devices()) as changes, _Count(itemsize) as count:
+            with (
+                untouched(problem.devices(), collective=refuse_collective) as changes,
+                _Count(itemsize) as count,
+            ):
                 losses, _ = problem.evaluate(problem.leaves())
             check_depends(losses)
             small = count.total <= MOST_FLOPS * count.ops and count.entries <= MOST_ENTRIES * count.ops

@@ -144,8 +144,8 @@ def shard(net: Any, *, nested: bool = True, **how: Any) -> Any:
     return fully_shard(net, **how)
 
 
-def drawn(seed: int, count: int) -> Tensor:
-    return torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+def drawn(seed: int, count: int, length: int = LENGTH) -> Tensor:
+    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 def share(rank: int, counts: tuple[int, int]) -> slice:
@@ -153,10 +153,19 @@ def share(rank: int, counts: tuple[int, int]) -> slice:
 
 
 def held_to_one_process(
-    rank: int, counts: tuple[int, int], reduction: Any, *, checkpointed: bool = False, rtol: float = 1e-11, **how: Any
+    rank: int,
+    counts: tuple[int, int],
+    reduction: Any,
+    *,
+    checkpointed: bool = False,
+    compiled: bool = False,
+    rtol: float = 1e-11,
+    **how: Any,
 ) -> None:
     """Scores, norms, products and gradients of a rank's samples are those of one process on the samples of all."""
     plain, net = model(), shard(model(checkpointed=checkpointed), **how)
+    for block in net.blocks if compiled else ():
+        block.compile(backend="eager")
     batch, validation, own = drawn(1, sum(counts)), drawn(2, sum(counts)), share(rank, counts)
     params, alone, losses = dict(net.named_parameters()), dict(plain.named_parameters()), losses_of(net)
 
@@ -392,7 +401,7 @@ def cases(rank: int) -> None:
     def along_rows(leaf: nn.Parameter) -> Shard:
         return Shard(leaf.dim() - 1) if leaf.shape[-1] % 2 == 0 else Shard(0)
 
-    held_to_one_process(rank, (3, 2), "mean", checkpointed=True)
+    held_to_one_process(rank, (3, 2), "mean", compiled=True)
     held_to_one_process(rank, (0, 4), "sum", nested=False, mesh=hybrid, reshard_after_forward=False)
     held_to_one_process(
         rank, (2, 2), "mean", mp_policy=rounded, shard_placement_fn=along_rows, offload_policy=offloaded, rtol=2e-5

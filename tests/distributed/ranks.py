@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,7 +15,7 @@ import distributed_in_run
 import funcghost as fg
 from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
-from tests.distributed import fsdp_ranks, tp_ranks
+from tests.distributed import drawn_ranks, fsdp_ranks, tp_ranks
 from tests.models.corpora import COUNT, make
 
 SPLITS = ((3, 2), (1, 6), (0, 4), (5, 0), (1, 1))
@@ -85,6 +86,20 @@ def refused_where_ranks_differ(rank: int) -> None:
             step(params, torch.eye(2, dtype=params["w"].dtype), {})
 
 
+def refused_where_losses_talk(rank: int) -> None:
+    """Experts, keys or samples that lie on other ranks: before anything is sent that the others do not wait for."""
+
+    def losses(params: Any, x: torch.Tensor) -> torch.Tensor:
+        other = all_to_all_single_autograd(x @ params["w"], None, None, distributed.group.WORLD)
+        return (other @ params["v"]).square()
+
+    params = {"w": torch.eye(2), "v": torch.ones(2)}
+    for score in (fg.reduce(losses), data_parallel.grad_and_reduce(losses)):
+        for reducer in (fg.squared_norm(), fg.dot(params)):
+            with pytest.raises(fg.UnsupportedOpError, match=r"talk to other processes .*all_to_all_single"):
+                score(params, torch.ones(4, 2), reducer)
+
+
 def refused_where_sharded() -> None:
     mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
     params = {"w": distribute_tensor(torch.ones(2), mesh, [Shard(0)])}
@@ -118,7 +133,9 @@ def main() -> None:
     refused_where_ranks_differ(rank)
     refused_where_sharded()
     buckets_do_not_matter(rank)
+    refused_where_losses_talk(rank)
     fsdp_ranks.cases(rank)
+    drawn_ranks.cases(rank)
     tp_ranks.cases(rank)
     deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
     for strategy in distributed_in_run.STRATEGIES if deep else ("fsdp2+tp",):  # compares with one process

@@ -1,5 +1,6 @@
 """Steps of several processes against one process on all samples; `ranks.py` is what each of them runs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     assert all(found.stdout.count(f"rank {rank} agrees") == 1 for rank in range(2)), found.stdout
     make(tmp_path / "alone")
     assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="two ranks draw in every profile")
+def test_four_ranks_are_one_process() -> None:
+    found = torchrun("drawn_ranks.py", ranks=4)
+    assert found.returncode == 0, found.stderr[-3000:]
 
 
 def test_one_process_needs_no_group() -> None:
