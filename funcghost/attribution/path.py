@@ -27,7 +27,7 @@ from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses, Reduction
 from funcghost.training.by_rules import ByRules
-from funcghost.training.path_average import inner
+from funcghost.training.path_average import Leaves, inner
 from funcghost.training.update_kinds import Clipped, Credit, Function, Plain, Scheduled
 from funcghost.training.updates import plain
 from funcghost.trees import Params, Tree, match_direction, split_params, tensors
@@ -190,8 +190,16 @@ class Sees(Protocol):
 class Path:
     """The step of `along_path`; what it keeps between calls are plans, and that the update was seen to repeat."""
 
-    def __init__(self, update: Any, settings: Settings, lookout: Looks, passes: Sees) -> None:
+    def __init__(
+        self,
+        update: Any,
+        settings: Settings,
+        lookout: Looks,
+        passes: Sees,
+        product: Callable[[Leaves, Leaves], Tensor] = inner,
+    ) -> None:
         self.update, self.settings, self.lookout, self.passes = update, settings, lookout, passes
+        self.product = product
         self.repeats = not isinstance(update, Plain)
 
     def step(
@@ -212,7 +220,7 @@ class Path:
         with torch.no_grad():
             shared = self.update.share(split, grads, state, slopes, self.settings.credit, self.settings.tolerance)
             moves = [new - old for new, old in zip(after.leaves, split.leaves, strict=True)]
-            rest = torch.stack([inner(v, moves) - parts for v, parts in zip(slopes, shared.parts, strict=True)])
+            rest = torch.stack([self.product(v, moves) - parts for v, parts in zip(slopes, shared.parts, strict=True)])
             del slopes, moves
         along = self._directions(split, grads, shared.along, here.along)
         one = not isinstance(validation, Mapping)

@@ -36,6 +36,7 @@ def named(what: str, group: Group = None) -> Iterator[None]:
         yield
         return
     own = group or distributed.group.WORLD
+    assert own is not None
     _taken[own.group_name] += 1
     place, rank = f"funcghost/{_taken[own.group_name]}", distributed.get_rank(group)
     try:

@@ -1,7 +1,7 @@
 """In-run values of a sharded model: the account of a step, by the same law and from the same parts as in one process.
 
-Entries of the parameters go by themselves in all that an elementwise optimizer does. So every rank keeps the account of
-its shares, as if these were the parameters; what takes the losses runs on the model, on all ranks at once.
+Every rank keeps the account of its shares, as if these were the parameters, with inner products that are sums over
+ranks (`shares.py`); what takes the losses runs on the model, on all ranks at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from funcghost.attribution.path import Account, Path, Rule, Settings
 from funcghost.attribution.validation import Batches, Sets, Validation, some
 from funcghost.distributed.collectives import Group, summed_over_ranks, told_by_all
 from funcghost.distributed.fsdp import Sharded
+from funcghost.distributed.shares import Shares, check_rules, joined, local, over_ranks
 from funcghost.distributed.together import Together
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
@@ -26,20 +27,21 @@ from funcghost.problem import Losses, Reduction
 from funcghost.reducers.dots import dot
 from funcghost.side_effects import restore, snapshot
 from funcghost.training.by_rules import ByRules
-from funcghost.training.update_kinds import Credit, Scheduled
+from funcghost.training.update_kinds import Clipped, Credit, Scheduled
 from funcghost.trees import Params, Tree, split_params
 
 
 def along_path(
     losses: Losses,
     model: nn.Module,
-    update: ByRules | Scheduled,
+    update: ByRules | Clipped | Scheduled,
     *,
     rule: Rule = "trapezoid",
     credit: Credit = "step",
     reduction: Reduction = "mean",
     validation_losses: Losses | None = None,
     by: Callable[[Any], Any] | None = None,
+    tolerance: float = 1e-3,
     options: Options | None = None,
     plan: Plan | None = None,
     group: Group = None,
@@ -57,13 +59,13 @@ def along_path(
     Args:
         losses: as in `sharded.grad_and_reduce`, of the training batch; the model is called as it is.
         model: as in `sharded.grad_and_reduce`.
-        update: of `updates.of(optimizer, params)`, or that with a schedule, for an optimizer that treats every entry by
-            itself: SGD, Adam, AdamW, NAdam, RMSprop.
+        update: of `updates.of(optimizer, params)`, which may be clipped (by the norm over all ranks) and scheduled.
         rule: as in `in_run.along_path`.
         credit: as in `in_run.along_path`.
         reduction: over the samples of all ranks.
         validation_losses: if they differ from the losses (no dropout, say).
         by: `fg.per_param` or `fg.per_token`.
+        tolerance: as in `in_run.along_path`.
         options: as in `sharded.grad_and_reduce`.
         plan: as in `sharded.grad_and_reduce`.
         group: as in `sharded.grad_and_reduce`.
@@ -71,19 +73,14 @@ def along_path(
     Every rank has validation batches of its own, as many as the others.
 
     Units: those of the validation loss. Cost: two plain steps, since the batch is seen twice, on the same random
-    numbers; and a validation gradient, two with Simpson's rule. Memory: the rank's shares of the gradients.
+    numbers; and a validation gradient, two with Simpson's rule. Muon gathers what it steps, one parameter after
+    another, and every rank orthogonalizes all of them. Memory: the rank's shares of the gradients.
 
     Raises:
-        InputError: the update moves entries together (Muon, clipping by a norm, a function of one's own); and as
-            `in_run.along_path` and `sharded.grad_and_reduce`.
+        InputError: the update is a function of one's own, which takes whole parameters; and as `in_run.along_path` and
+            `sharded.grad_and_reduce`.
     """
-    rules = update.inner if isinstance(update, Scheduled) else update
-    if not isinstance(rules, ByRules) or not all(one.elementwise for one in rules.rules.values()):
-        raise InputError(
-            "sharded.along_path: takes an update of updates.of(optimizer, params) that moves every entry by itself "
-            "(SGD, Adam, AdamW, NAdam, RMSprop), with a schedule or without. Others (Muon, clipping by a norm, a "
-            "function) take whole parameters, of which a rank has a share."
-        )
+    check_rules(update)
     if rule not in ("trapezoid", "simpson") or credit not in ("step", "impulse") or reduction not in ("mean", "sum"):
         raise InputError(
             "sharded.along_path: rule must be 'trapezoid' or 'simpson', credit 'step' or 'impulse', reduction 'mean' "
@@ -95,20 +92,14 @@ def along_path(
 
     def step(params: Tree, batch: Tree, *, state: Tree, validation: Sets, before: Validation | None = None) -> Account:
         owned = split_params(params)
-        shares = Shares(Sharded(model, owned), owned, group)
-        if shares.model.in_parts:
-            raise InputError(
-                "sharded.along_path: no account is kept of a model that is tensor parallel as well. Take values to "
-                "first order, by sharded.grad_and_reduce."
-            )
+        placed, shares = Sharded(model, owned), Shares(owned, group)
         passes = _Passes(shares, gradient, score, by or (lambda reducer: reducer), reduction)
-        path = Path(update, Settings(rule, credit, 1e-3, None), _Lookout(shares, lookout), passes)
+        settings = Settings(rule, credit, tolerance, None)
+        path = Path(over_ranks(update, shares), settings, _Lookout(placed, shares, lookout), passes, shares.product)
         out = path.step(
-            _local(params), batch, state=_local(state), validation=validation, before=before and _local(before)
+            local(params), batch, state=local(state), validation=validation, before=before and local(before)
         )
-        (rest,) = summed_over_ranks([out.rest], group)
         return out._replace(
-            rest=rest / shares.copies,
             params=shares.joined(out.params),
             grads=shares.joined(out.grads),
             state=_like(state, out.state),
@@ -118,34 +109,8 @@ def along_path(
     return step
 
 
-class Shares:
-    """A rank's shares of sharded parameters, and of trees like them."""
-
-    def __init__(self, model: Sharded, owned: Params, group: Group) -> None:
-        """The parameters of the model."""
-        self.model, self.owned, self.group = model, owned, group
-        first = model.groups[0]
-        self.copies = first.ranks // first.own.mesh_info.shard_mesh_size
-
-    def joined(self, tree: Tree) -> Tree:
-        """The tree that these are the shares of."""
-        leaves = [_joined(share, own) for share, own in zip(optree.tree_leaves(tree), self.owned.leaves, strict=True)]
-        return self.owned.rebuild(leaves)
-
-
-def _local(tree: Tree) -> Tree:
-    return optree.tree_map(lambda leaf: leaf.to_local().detach() if isinstance(leaf, DTensor) else leaf, tree)
-
-
-def _joined(share: Tensor, own: Tensor) -> Tensor:
-    assert isinstance(own, DTensor)
-    return DTensor.from_local(
-        share, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-    )
-
-
 def _like(tree: Tree, shares: Tree) -> Tree:
-    return optree.tree_map(lambda own, new: _joined(new, own) if isinstance(own, DTensor) else new, tree, shares)
+    return optree.tree_map(lambda own, new: joined(new, own) if isinstance(own, DTensor) else new, tree, shares)
 
 
 class _Passes:
@@ -169,7 +134,7 @@ class _Passes:
         weight = some(self.gradient.everyone) if self.reduction == "mean" else 1
         part = Part(batch, None, before, out.losses)
         return Taken(
-            [part], optree.tree_leaves(_local(out.grads)), out.losses, weight, "two passes: the model is sharded"
+            [part], optree.tree_leaves(local(out.grads)), out.losses, weight, "two passes: the model is sharded"
         )
 
     def second(self, params: Params, taken: Taken, along: Tree) -> Tree:
@@ -194,12 +159,12 @@ class _Passes:
 class _Lookout:
     """Takes losses and gradients of the validation batches of all ranks."""
 
-    def __init__(self, shares: Shares, gradient: Together) -> None:
-        self.shares, self.gradient = shares, gradient
+    def __init__(self, model: Sharded, shares: Shares, gradient: Together) -> None:
+        self.model, self.shares, self.gradient = model, shares, gradient
 
     def at(self, params: Params, sets: Sequence[Batches], previous: Validation | None) -> Validation:
         """At these shares of the parameters."""
-        with self.shares.model.at(params.leaves):
+        with self.model.at(params.leaves):
             found = [self._of(batches) for batches in sets]
         return Validation(torch.stack([loss for loss, _ in found]), tuple(tree for _, tree in found), None)
 
@@ -211,10 +176,11 @@ class _Lookout:
         total, losses = list[Tensor](), list[Tensor]()
         for batch in batches:
             out = self.gradient.step(owned.rebuild(owned.leaves), batch)
-            leaves = optree.tree_leaves(_local(out.grads))
+            leaves = optree.tree_leaves(local(out.grads))
             total = [a + b for a, b in zip(total, leaves, strict=True)] if total else leaves
             losses.append(out.losses.double())
         own = torch.cat(losses)
         ((value, number),) = summed_over_ranks([torch.stack([own.sum(), own.new_tensor(float(len(own)))])], group)
-        count = some(int(number))
-        return value / count, owned.rebuild([leaf / count for leaf in total])
+        # Ranks that compute the same together have the same samples.
+        count = some(int(number) * self.model.ranks // self.shares.ranks)
+        return value / some(int(number)), owned.rebuild([leaf / count for leaf in total])

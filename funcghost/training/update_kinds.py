@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from funcghost.errors import InputError
-from funcghost.training.path_average import Leaves, adaptive_average, inner, pulled_back
+from funcghost.training.path_average import Leaves, adaptive_average, pulled_back
+from funcghost.training.path_average import inner as inner_product
 from funcghost.trees import Params, Tree, match_direction, split_params
 
 Credit = Literal["step", "impulse"]
@@ -51,16 +52,26 @@ class Update(Protocol):
         """`J^T V` for the derivative J of the step in its gradient at G."""
 
 
+def global_norm(leaves: Leaves) -> Tensor:
+    """The norm of all of them together, as `torch.nn.utils.clip_grad_norm_` has it."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
+
+
 @dataclass(frozen=True)
 class Clipped:
-    """An update after clipping the gradient to a global norm, see `clipped`."""
+    """An update after clipping the gradient to a global norm, see `clipped`.
+
+    `product` and `norm` are those of the gradients: over ranks, if leaves are shares of them.
+    """
 
     inner: Update
     max_norm: float
+    product: Callable[[Leaves, Leaves], Tensor] = inner_product
+    norm: Callable[[Leaves], Tensor] = global_norm
 
     def _scale(self, grads: Leaves) -> tuple[Tensor, Tensor]:
         """What the gradient is multiplied by, and its norm."""
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        norm = self.norm(grads)
         return (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0), norm
 
     def __call__(self, params: Tree, grads: Tree, state: Tree) -> tuple[Tree, Tree]:
@@ -87,7 +98,7 @@ class Clipped:
         if credit == "step":
             beyond = self.inner.pulled(params, at, state, cotangents)
             found = [
-                _where(scale < 1, _plus(leaves, _across(late, grads, norm), -scale * scale.log()), leaves)
+                _where(scale < 1, _plus(leaves, self._across(late, grads, norm), -scale * scale.log()), leaves)
                 for leaves, late in zip(found, beyond, strict=True)
             ]
         return Shared(found, parts)
@@ -96,14 +107,13 @@ class Clipped:
         """`J^T V`."""
         scale, norm = self._scale(grads)
         found = self.inner.pulled(params, [scale * grad for grad in grads], state, cotangents)
-        found = [_where(scale < 1, _across(leaves, grads, norm), leaves) for leaves in found]
+        found = [_where(scale < 1, self._across(leaves, grads, norm), leaves) for leaves in found]
         return [[scale * leaf for leaf in leaves] for leaves in found]
 
-
-def _across(leaves: Leaves, grads: Leaves, norm: Tensor) -> Leaves:
-    """Without the part along the gradient."""
-    along = inner(leaves, grads) / norm.square()
-    return [leaf - along.to(grad.dtype) * grad for leaf, grad in zip(leaves, grads, strict=True)]
+    def _across(self, leaves: Leaves, grads: Leaves, norm: Tensor) -> Leaves:
+        """Without the part along the gradient."""
+        along = self.product(leaves, grads) / norm.square()
+        return [leaf - along.to(grad.dtype) * grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
 def _where(clipped: Tensor, one: Leaves, other: Leaves) -> Leaves:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import funcghost as fg
 from funcghost.distributed import data_parallel, sharded
 from funcghost.distributed.collectives import told_by_all
+from funcghost.problem import Reduction
 from tests.distributed.fsdp_ranks import close, drawn, like, losses_of, model, whole
 
 
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     reshard: bool
     checkpointed: bool
     synchronized: bool
-    reduction: str
+    reduction: Reduction
     sizes: tuple[tuple[tuple[int, int], ...], ...]
 
 

@@ -122,8 +122,9 @@ def run(name: str, rank: int, folder: Path) -> None:
     """A rank in a fork: what it says goes to a file."""
     sys.stderr = (folder / f"{rank}").open("w")
     try:
-        meeting = distributed.FileStore(str(folder / "store"), RANKS)
-        distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=RANKS, timeout=TIMEOUT)
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS, timeout=TIMEOUT
+        )
         steps(name, folder)
     except BaseException:
         traceback.print_exc()

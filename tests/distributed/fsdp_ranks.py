@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.distributed import sharded
+from funcghost.distributed.collectives import summed_over_ranks
 from funcghost.training import updates
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 5
@@ -259,15 +260,26 @@ def other_ops_on_other_ranks(rank: int) -> None:
         close(whole(found.grads), {n: both[0].grads[n] + both[1].grads[n] for n in alone})
 
 
-def accounted(rank: int) -> None:
+def adamw(params: dict[str, Any]) -> Any:
+    return updates.of(torch.optim.AdamW(params.values(), lr=0.01), params)
+
+
+def clipped_muon(params: dict[str, Any]) -> Any:
+    """One matrix orthogonalized, the others by Adam; clipped by the norm of all, with a schedule around."""
+    matrix = params["blocks.0.output.weight"]
+    others = [p for p in params.values() if p is not matrix]
+    update, state = updates.of([torch.optim.Muon([matrix], lr=0.01), torch.optim.AdamW(others, lr=0.01)], params)
+    return updates.scheduled(updates.clipped(update, 0.5), state, lambda count: 0.5**count)
+
+
+def accounted(rank: int, optimizer: Callable[[dict[str, Any]], Any], **how: Any) -> None:
     """In-run values, their rest, and the parameters after some steps are those of one process; they add up."""
-    plain, net = model(), shard(model())
+    plain, net = model(), shard(model(), **how)
     params, alone = dict(net.named_parameters()), dict(plain.named_parameters())
     own = share(rank, (3, 2))
-    clipped: Any = updates.clipped
     found, single = list[in_run.Account](), list[in_run.Account]()
     for names, where, kept in ((params, found, own), (alone, single, slice(None))):
-        update, state = updates.of(torch.optim.AdamW(names.values(), lr=0.01), names)
+        update, state = optimizer(names)
         if names is params:
             step = sharded.along_path(losses_of(net), net, update)
         else:
@@ -287,8 +299,11 @@ def accounted(rank: int) -> None:
         close(whole(ours.params), whole_run.params, 1e-9)
         close(whole(ours.after.gradients[0]), whole_run.after.gradients[0], 1e-9)
         close(whole(ours.grads), whole_run.grads, 1e-9)
-    with pytest.raises(fg.InputError, match="moves every entry by itself"):
-        sharded.along_path(losses_of(net), net, clipped(update, 1.0))
+        # The values of all ranks and the rest are the change, up to the trapezoid's third order.
+        (values,) = summed_over_ranks([ours.values.sum().view(1)])
+        assert abs(float(values + ours.rest - ours.change)) < 0.02 * abs(float(ours.change))
+    with pytest.raises(fg.InputError, match="a function takes whole parameters"):
+        sharded.along_path(losses_of(net), net, updates.plain(lambda params, grads, state: (params, state)))  # type: ignore[arg-type]
 
 
 class Bytes(TorchDispatchMode):
@@ -415,7 +430,11 @@ def cases(rank: int) -> None:
     without_gradients(rank)
     carried(rank)
     other_ops_on_other_ranks(rank)
-    accounted(rank)
+    accounted(rank, adamw)
+    accounted(rank, clipped_muon, mesh=hybrid, nested=False)
+    if os.environ.get("HYPOTHESIS_PROFILE") == "deep":
+        accounted(rank, clipped_muon)
+        accounted(rank, adamw, mesh=hybrid)
     bytes_are_as_stated(rank)
     tensor_parallel_is_refused(rank)
     refused(rank)

@@ -88,9 +88,11 @@ def refused_where_ranks_differ(rank: int) -> None:
 
 def refused_where_losses_talk(rank: int) -> None:
     """Experts, keys or samples that lie on other ranks: before anything is sent that the others do not wait for."""
+    everyone = distributed.group.WORLD
+    assert everyone is not None
 
     def losses(params: Any, x: torch.Tensor) -> torch.Tensor:
-        other = all_to_all_single_autograd(x @ params["w"], None, None, distributed.group.WORLD)
+        other = all_to_all_single_autograd(x @ params["w"], None, None, everyone)
         return (other @ params["v"]).square()
 
     params = {"w": torch.eye(2), "v": torch.ones(2)}
