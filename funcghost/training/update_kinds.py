@@ -54,7 +54,8 @@ class Update(Protocol):
 
 def global_norm(leaves: Leaves) -> Tensor:
     """The norm of all of them together, as `torch.nn.utils.clip_grad_norm_` has it."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
+    return norm
 
 
 @dataclass(frozen=True)

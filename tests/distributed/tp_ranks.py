@@ -15,7 +15,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 
 import funcghost as fg
+from funcghost.attribution import in_run
 from funcghost.distributed import sharded, tensor_parallel
+from funcghost.training import updates
 
 VOCABULARY, WIDTH, LENGTH = 10, 6, 4
 
@@ -37,11 +39,14 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
-        self.first, self.second, self.norm = Layer(), Layer(), nn.RMSNorm(WIDTH)
+        self.first, self.second, self.norm, self.checkpointed = Layer(), Layer(), nn.RMSNorm(WIDTH), True
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.first(self.tokens(tokens))
-        x = checkpoint(self.second, x, use_reentrant=False, context_fn=fg.checkpoint_context)
+        if self.checkpointed:
+            x = checkpoint(self.second, x, use_reentrant=False, context_fn=fg.checkpoint_context)
+        else:
+            x = self.second(x)
         return self.head(self.norm(x))
 
 
@@ -51,12 +56,12 @@ def net() -> Any:
 
 
 def losses_of(net: nn.Module) -> Any:
-    def losses(params: Any, batch: Tensor) -> Tensor:
-        logits = net(batch)
-        each = F.cross_entropy(logits.flatten(0, 1), batch.roll(1, 1).flatten(), reduction="none")
-        return each.view(batch.shape).sum(1)
+    return lambda params, batch: losses_on(net(batch), batch)
 
-    return losses
+
+def losses_on(logits: Tensor, batch: Tensor) -> Tensor:
+    each = F.cross_entropy(logits.flatten(0, 1), batch.roll(1, 1).flatten(), reduction="none")
+    return each.view(batch.shape).sum(1)
 
 
 PLANS: dict[str, Any] = {
@@ -162,6 +167,36 @@ def sharded_as_well(shards: int, plans: Iterable[str]) -> None:
             close({n: g.full_tensor() for n, g in found.grads.items()}, wanted.grads)
 
 
+def accounted(shards: int) -> None:
+    """In-run values of a model that is tensor parallel as well, clipped by the norm of all its shares."""
+    ranks = distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (shards, ranks // shards), mesh_dim_names=("shard", "tensor"))
+    plain, split = net(), net()
+    plain.checkpointed = False
+    parallelize_module(split, mesh["tensor"], PLANS["columns and rows"]())
+    for part in (split.first, split.second, split):
+        fully_shard(part, mesh=mesh["shard"])
+    source, here = torch.Generator().manual_seed(0), mesh.get_local_rank("shard")
+    batch, validation = (torch.randint(VOCABULARY, (5, LENGTH), generator=source) for _ in range(2))
+    found = list[in_run.Account]()
+    for model, parts in ((plain, 1), (split, shards)):
+        params: dict[str, Any] = dict(model.named_parameters())
+        update, state = updates.of(torch.optim.Adam(params.values(), lr=0.01), params)
+        clipped, losses = updates.clipped(update, 0.1), losses_of(model)
+        given = [rows.tensor_split(parts)[here if parts > 1 else 0] for rows in (batch, validation)]
+        step = (
+            in_run.along_path(fg.module_losses(plain, losses_on), clipped)
+            if model is plain
+            else sharded.along_path(losses, split, clipped)
+        )
+        found.append(step(params, given[0], state=state, validation=[given[1]]))
+    one, ours = found
+    close(ours.values, one.values.tensor_split(shards)[here])
+    for own, wanted in ((ours.rest, one.rest), (ours.change, one.change)):
+        close(own, wanted.to(own.dtype))
+    close({n: p.full_tensor() for n, p in ours.params.items()}, one.params)
+
+
 class Scaled(nn.Module):
     """An ordinary parameter between a column and a row parallel layer."""
 
@@ -197,3 +232,4 @@ def cases(rank: int) -> None:
     refused(rank, mesh)
     for shards in {1, distributed.get_world_size() // 2}:
         sharded_as_well(shards, PLANS if deep else ("columns and rows",))
+        accounted(shards)
