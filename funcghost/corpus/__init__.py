@@ -7,9 +7,24 @@ a part is a function of its samples and the settings alone, so that ranks and re
 from funcghost.corpus import needs
 from funcghost.corpus.approximating import Index, approximate
 from funcghost.corpus.asking import Corpus, Hits, open
+from funcghost.corpus.keeping import keep, kept
 from funcghost.corpus.merging import merge
 from funcghost.corpus.rescoring import rescore
 from funcghost.corpus.score import Scored, score
 from funcghost.corpus.verifying import verify
 
-__all__ = ["Corpus", "Hits", "Index", "Scored", "approximate", "merge", "needs", "open", "rescore", "score", "verify"]
+__all__ = [
+    "Corpus",
+    "Hits",
+    "Index",
+    "Scored",
+    "approximate",
+    "keep",
+    "kept",
+    "merge",
+    "needs",
+    "open",
+    "rescore",
+    "score",
+    "verify",
+]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from funcghost.algebra.directions import LowRank
+from funcghost.attribution.features import Features
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Reducer
 from funcghost.store.manifest import JSON
-from funcghost.trees import Tree, named_leaves
+from funcghost.trees import Params, Tree, named_leaves
 
 SHORT = 16
 
@@ -41,6 +42,12 @@ def of_tree(tree: Tree) -> str:
     return of_tensors([name for name, _ in flat], [leaf for _, leaf in flat])
 
 
+def of_params(params: Params) -> JSON:
+    """Parameters: a digest, how many numbers, and in how many leaves."""
+    digest = of_tensors(params.names, params.leaves)
+    return {"digest": digest, "count": sum(leaf.numel() for leaf in params.leaves), "leaves": len(params.names)}
+
+
 def of_reducers(reducers: Tree) -> JSON:
     """For each reducer by its name what it is, seeds and all.
 
@@ -50,6 +57,15 @@ def of_reducers(reducers: Tree) -> JSON:
     leaves, spec = optree.tree_flatten(reducers, is_leaf=lambda node: isinstance(node, Reducer))
     names = [".".join(map(str, path)) or "value" for path in spec.paths()]
     return {name: _of_value(leaf, name) for name, leaf in zip(names, leaves, strict=True)}
+
+
+def of_features(features: Features) -> JSON:
+    """What features are, seeds and all.
+
+    Raises:
+        InputError: they hold something that is no number, name or tensor.
+    """
+    return _of_value(features, type(features).__name__)
 
 
 def _of_value(value: Any, where: str) -> JSON:

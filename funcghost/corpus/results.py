@@ -76,20 +76,29 @@ def results_of(reducers: Tree, reduced: Tree, batch: int) -> Results:
                     f"reducers[{name!r}]: must give a number or a vector for each sample, [b] or [b, k], found "
                     f"{tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__}."
                 )
-            value = _numpy(leaf)
+            value = as_numpy(leaf)
             if isinstance(project, Project):
                 vectors[own] = value
             elif value.ndim == 1:
                 columns[own] = value
             else:
                 columns |= {f"{own}_{k}": value[:, k] for k in range(value.shape[1])}
-    strange = [name for name in vectors if not is_plain(name)]
-    if strange or ID in columns or len(columns) > MOST_COLUMNS:
+    return checked(Results(batch, columns, vectors), "reducers")
+
+
+def checked(results: Results, what: str) -> Results:
+    """Results whose names a store can have.
+
+    Raises:
+        InputError: it cannot.
+    """
+    strange = [name for name in results.vectors if not is_plain(name)]
+    if strange or ID in results.columns or len(results.columns) > MOST_COLUMNS:
         raise InputError(
-            f"reducers: names of projections must be plain words and no column may be called {ID!r}, found {strange}; "
-            f"at most {MOST_COLUMNS} columns, found {len(columns)}."
+            f"{what}: names of vectors must be plain words and no column may be called {ID!r}, found {strange}; "
+            f"at most {MOST_COLUMNS} columns, found {len(results.columns)}."
         )
-    return Results(batch, columns, vectors)
+    return results
 
 
 def _by_reducer(reducers: Tree, reduced: Tree) -> Iterator[tuple[str, Reducer, Tree]]:
@@ -105,7 +114,8 @@ def _by_reducer(reducers: Tree, reduced: Tree) -> Iterator[tuple[str, Reducer, T
         yield name, reducer, result
 
 
-def _numpy(leaf: Tensor) -> NDArray[Any]:
+def as_numpy(leaf: Tensor) -> NDArray[Any]:
+    """On the host; bfloat16, which numpy has not, as float32."""
     found = leaf.detach().cpu()
     value: NDArray[Any] = (found.float() if found.dtype == torch.bfloat16 else found).numpy()
     return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import optree
 import torch
@@ -17,7 +17,7 @@ from funcghost._version import __version__
 from funcghost.algebra.cost import NOMINAL
 from funcghost.corpus.asking import Corpus
 from funcghost.corpus.asking import open as open_corpus
-from funcghost.corpus.describing import of_function, of_reducers, of_tree
+from funcghost.corpus.describing import of_function, of_params, of_reducers
 from funcghost.corpus.feeding import Cutting, Loaded, Source, describe, source_of
 from funcghost.corpus.results import Results, dtype_of, gathered, id_type, results_of
 from funcghost.corpus.verifying import check_first
@@ -48,6 +48,17 @@ class Scored:
     seconds: float
     plans: int
     sizes: int
+
+
+class Going(Protocol):
+    """What is computed of every batch, and how that went."""
+
+    def results(self, batch: Tree) -> Results:
+        """What is kept of a batch."""
+
+    @property
+    def note(self) -> str:
+        """A word on it, for those who watch."""
 
 
 @dataclass
@@ -149,11 +160,7 @@ def score(
     whole: dict[str, JSON] = {
         "versions": {"funcghost": __version__, "torch": torch.__version__},
         "losses": of_function(losses),
-        "params": {
-            "digest": of_tree(params),
-            "count": sum(leaf.numel() for leaf in split.leaves),
-            "leaves": len(split.names),
-        },
+        "params": of_params(split),
         "reducers": of_reducers(reducers),
         "data": describe(source),
         "dtype": dtype_of(dtype),
@@ -163,7 +170,7 @@ def score(
         lambda leaf: by_gradients(leaf, split), reducers, is_leaf=lambda node: isinstance(node, Reducer)
     )
     going = Pass(transform, params, cheaper)
-    samples, seconds = _go(source, going, Target(Path(out), whole, dtype, *_place()), progress)
+    samples, seconds = go_through(source, going, Target(Path(out), whole, dtype, *place()), progress)
     plans, sizes = going.counts
     log.info("scored %d samples in %.1f s, %s", samples, seconds, going.note)
     return Scored(open_corpus(out, partial=True), samples, seconds, plans, sizes)
@@ -192,7 +199,7 @@ class Target:
         return found
 
 
-def _go(source: Source, going: Pass, target: Target, progress: bool) -> tuple[int, float]:
+def go_through(source: Source, going: Going, target: Target, progress: bool) -> tuple[int, float]:
     """Computes the parts that are missing; how many samples these were, in how many seconds."""
     known = target.known()
     with ExitStack() as held:
@@ -246,7 +253,7 @@ def check_same(manifest: Manifest, found: Manifest) -> None:
         )
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
     """The rank of this process, and of how many: those of the process group, or of `torchrun`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import funcghost as fg
-from funcghost.attribution import projected
+from funcghost.attribution import features, projected
 from funcghost.laws.oracle import per_sample_gradients
 from funcghost.training import updates
 from tests.naive import assert_close
@@ -125,7 +125,7 @@ def test_bad_arguments() -> None:
         (lambda: projected.trackstar(losses, 4)(params, TRAIN, QUERIES, {"a": params["a"]}), "second"),
         (lambda: projected.logra(losses, 4, damping=0.0), "damping"),
         (lambda: projected.less(losses, 4)([], TRAIN, QUERIES), "one checkpoint"),
-        (lambda: projected.features(losses, 4)(params, []), "found none"),
+        (lambda: features.Projected(losses, 4).all(params, [], "features"), "found none"),
     ]:
         with pytest.raises(fg.InputError, match=says):
             call()
