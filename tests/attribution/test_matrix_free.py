@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
 from funcghost.attribution import curvature, labels, matrix_free
+from funcghost.attribution.products import Product
 from funcghost.testing.strategies import Model, models
+from funcghost.trees import split_params
 from tests.naive import assert_close
 
 D = torch.float64
@@ -93,6 +96,45 @@ def test_solutions_are_those_of_the_dense_matrix(preconditioned: bool) -> None:
     one = solver({name: leaf[1] for name, leaf in v.items()})
     for name, leaf in one.items():
         assert_close(leaf, found.direction[name][1], 1e-7)
+
+
+def test_right_sides_share_what_each_has_opened() -> None:
+    product = matrix_free.gauss_newton(logits, criterion, PARAMS, BATCHES, hold=True)
+    solver = matrix_free.conjugate_gradients(product, 0.01, tolerance=1e-9)
+    together = solver.solve(unit(PARAMS))
+    assert together.steps == 1  # the whole space
+    assert_close(
+        flat(together.direction) @ (flat(product(unit(PARAMS))) + 0.01 * torch.eye(28, dtype=D)),
+        torch.eye(28, dtype=D),
+        1e-7,
+    )
+    v = {name: torch.randn(4, *leaf.shape, generator=SOURCE, dtype=D) for name, leaf in PARAMS.items()}
+    alone = [solver.solve({name: leaf[k] for name, leaf in v.items()}).steps for k in range(4)]
+    assert solver.solve(v).steps <= min(alone) - 4
+
+
+@given(st.integers(1, 5), st.integers(0, 2**16), st.sampled_from([torch.float32, D]), st.booleans())
+def test_right_sides_of_any_size_that_repeat_and_depend(
+    k: int, seed: int, dtype: torch.dtype, preconditioned: bool
+) -> None:
+    """Sums and copies of others, zeros, and sizes from 1e-6 to 1e6: to a residual of each its own."""
+    source = torch.Generator().manual_seed(seed)
+    size = 9
+    root = torch.randn(size, size, generator=source, dtype=D)
+    matrix = (root @ root.T / size).to(dtype)
+    product = Product(
+        split_params({"w": torch.zeros(size, dtype=dtype)}), lambda: iter([(lambda v: [v[0] @ matrix], 1)])
+    )
+    own = torch.randn(k, size, generator=source, dtype=D)
+    mixed = torch.cat([own, own[:1], own.sum(0, keepdim=True), torch.zeros(1, size, dtype=D)])
+    rows = (mixed * 10.0 ** torch.randint(-6, 7, (len(mixed), 1), generator=source)).to(dtype)
+    inverse = 1 / (matrix.diagonal() + 0.3)
+    inner = (lambda tree: {"w": tree["w"] * inverse}) if preconditioned else None
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    solver = matrix_free.conjugate_gradients(product, 0.3, preconditioner=inner, tolerance=tolerance, most=3 * size)
+    found = solver({"w": rows})["w"]
+    left = (rows - found @ matrix - 0.3 * found).double().norm(dim=1)
+    assert bool((left <= 3 * tolerance * rows.double().norm(dim=1)).all())
 
 
 def test_ekfac_saves_steps() -> None:

@@ -91,7 +91,10 @@ def criterion(out: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def problems() -> list[Problem]:
-    """The digits' perceptron, and the decoder on tokens drawn from a table of transitions."""
+    """The digits' perceptron, the decoder on tokens drawn from a table of transitions, and a linear classifier.
+
+    The last one's Hessian is positive definite at any damping: there conjugate gradients have work to do.
+    """
     torch.manual_seed(0)
     x, labels = torch.randn(660, 64), torch.randint(0, 10, (660,))
     x = x + 2 * torch.randn(10, 64)[labels]
@@ -103,9 +106,11 @@ def problems() -> list[Problem]:
     tokens = torch.cat(rows, 1)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     gpt = Problem("gpt", Decoder(), (inputs[:64], targets[:64]), (inputs[64:], targets[64:]))
-    for problem in (dense, gpt):
+    linear = Problem("linear", Perceptron(64, 10), dense.train, dense.queries)
+    found = [dense, gpt, linear]
+    for problem in found:
         _train(problem)
-    return [dense, gpt]
+    return found
 
 
 def _train(problem: Problem) -> None:

@@ -82,15 +82,15 @@ def ekfac(problem: Problem, rounds: int) -> Row:
     return row
 
 
-def conjugate(problem: Problem, rounds: int) -> Row:
-    """`(H + 1)^-1 v` for 20 queries, to the residual that dattri has after 10 steps."""
-    damping, some = 1.0, 20
+def conjugate(problem: Problem, rounds: int, damping: float, steps: int) -> Row:
+    """`(H + damping)^-1 v` for 20 queries, to the residual that dattri has after so many steps."""
+    some = 20
     tree = gradient.query_gradients(problem.losses)(problem.params, tuple(own[:some] for own in problem.queries))
     product = matrix_free.hessian(problem.losses, problem.params, [problem.train])
     flat = torch.cat([tree[name].flatten(1) for name in problem.params], 1)
     row = Row(f"conjugate gradients, {problem.name}", "dattri", aim=0.3)
     with quiet():
-        theirs = peers.dattri(problem, damping, 10)
+        theirs = peers.dattri(problem, damping, steps)
         found = theirs(flat)
     parts = found.split([leaf.numel() for leaf in problem.params.values()], 1)
     solution = {n: part.view(some, *leaf.shape) for (n, leaf), part in zip(problem.params.items(), parts, strict=True)}
@@ -106,7 +106,7 @@ def conjugate(problem: Problem, rounds: int) -> Row:
         mine = ours()
     row.off = off(torch.cat([mine.direction[n].flatten(1) for n in problem.params], 1), found)
     row.ratio = ratio(ours, lambda: theirs(flat), rounds)
-    row.note = f"residual {max(residual, 1e-6):.1e} both; {mine.steps} steps of 10"
+    row.note = f"damping {damping}, residual {max(residual, 1e-6):.1e} both; {mine.steps} steps of {steps}"
     return row
 
 
@@ -200,11 +200,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rounds = 3 if args.quick else args.rounds
-    mlp, gpt = problems()
+    mlp, gpt, linear = problems()
     cases: list[tuple[str, Callable[[], Row]]] = [
         ("EK-FAC, mlp", lambda: ekfac(mlp, rounds)),
         ("EK-FAC, gpt", lambda: ekfac(gpt, rounds)),
-        ("conjugate gradients, mlp", lambda: conjugate(mlp, rounds)),
+        ("conjugate gradients, mlp", lambda: conjugate(mlp, rounds, 1.0, 10)),
+        ("conjugate gradients, linear", lambda: conjugate(linear, rounds, 0.01, 60)),
         ("TracIn, mlp", lambda: tracin(mlp, rounds)),
         ("Gauss-Newton product, mlp", lambda: gauss_newton(mlp, rounds)),
         ("TRAK, mlp", lambda: trak(mlp, rounds)),
