@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcghost.errors import InputError, ReplayError
-from funcghost.ops.tangent import differentiable_kernels
 from funcghost.problem import Losses, Problem, Reduction, backward, cotangents
 from funcghost.side_effects import RandomState, random_state, replaying
 from funcghost.trees import Params, Tree, split_params
@@ -47,7 +46,10 @@ class _Precisions(TorchDispatchMode):
 
 @dataclass(eq=False)
 class Training:
-    """A training over batches, and what is kept of it: every so many moments, and the losses of all steps."""
+    """A training over batches, and what is kept of it: every so many moments, and the losses of all steps.
+
+    Gone through forwards and backwards under the same kernels, which whoever goes through it sees to.
+    """
 
     losses: Losses
     update: Update
@@ -103,10 +105,9 @@ class Training:
         """One step; with `check`, low precision on the way is refused."""
         problem, precisions = Problem(self.losses, moment.params, self.batches[step]), _Precisions()
         with precisions if check else nullcontext():
-            with differentiable_kernels():
-                leaves = problem.leaves()
-                values, _ = problem.evaluate(leaves)
-                gradients = backward(values, leaves, cotangents(values, self.reduction))
+            leaves = problem.leaves()
+            values, _ = problem.evaluate(leaves)
+            gradients = backward(values, leaves, cotangents(values, self.reduction))
             with torch.no_grad():
                 result = self.update(moment.params.rebuild(leaves), moment.params.rebuild(gradients), moment.state)
         if not isinstance(result, tuple) or len(result) != 2:

@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 
-from funcghost.attribution.replay import Moment, Training, Update
+from funcghost.attribution.adjoint import floats, pulled
+from funcghost.attribution.replay import Training, Update
 from funcghost.errors import InputError
 from funcghost.ops.tangent import differentiable_kernels
-from funcghost.problem import Losses, Problem, Reduction
-from funcghost.side_effects import replaying
+from funcghost.problem import Losses, Reduction
 from funcghost.trees import Params, Tree, split_params
 
 Query = Callable[[Tree], Tensor]
@@ -103,14 +102,15 @@ def attribute(
     """
     place = _checked(params, state, batches, reduction, every, folder)
     training = Training(losses, update, batches, reduction, every, place)
-    final, last_state = training.run(params, state)
-    value, adjoint = _of_query(query, final)
-    k = len(adjoint[0])
-    of_state = [torch.zeros(k, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in _floats(last_state)]
     scores: list[Tensor] = []
-    for step, moment in training.backwards():
-        found, adjoint, of_state = _pulled(training, step, moment, adjoint, of_state, vectorised)
-        scores.append(found if value.dim() else found.squeeze(-1))
+    with differentiable_kernels():  # once, and not in every step
+        final, last_state = training.run(params, state)
+        value, adjoint = _of_query(query, final)
+        k = len(adjoint[0])
+        of_state = [torch.zeros(k, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in floats(last_state)]
+        for step, moment in training.backwards():
+            found, adjoint, of_state = pulled(training, step, moment, adjoint, of_state, vectorised)
+            scores.append(found if value.dim() else found.squeeze(-1))
     first = adjoint if value.dim() else [leaf.squeeze(0) for leaf in adjoint]
     return Attribution(
         final.rebuild(final.leaves), last_state, value, training.found, scores[::-1], final.rebuild(first)
@@ -193,7 +193,8 @@ def smoothness(
             return moved
 
         training = Training(weighted, update, batches, reduction, len(batches) + 1, None)
-        final, _ = training.run(params, state)
+        with differentiable_kernels():
+            final, _ = training.run(params, state)
         found: Tensor = query(final.rebuild(final.leaves)).detach().flatten().double()
         return found
 
@@ -226,7 +227,7 @@ def _checked(
     split = split_params(params)
     for name, leaf in zip(split.names, split.leaves, strict=True):
         _wide(f"params[{name!r}]", leaf)
-    for leaf in _floats(state):
+    for leaf in floats(state):
         _wide("the state", leaf)
     if folder is None:
         return None
@@ -245,14 +246,9 @@ def _wide(what: str, leaf: Tensor) -> None:
         )
 
 
-def _floats(state: Tree) -> list[Tensor]:
-    leaves = optree.tree_leaves(state, none_is_leaf=True)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def _of_query(query: Query, params: Params) -> tuple[Tensor, list[Tensor]]:
     """The query, and its derivative in the parameters, [k, *shape]."""
-    with torch.enable_grad(), differentiable_kernels():
+    with torch.enable_grad():
         leaves = [leaf.detach().requires_grad_() for leaf in params.leaves]
         value = query(params.rebuild(leaves))
         if not isinstance(value, Tensor) or value.dim() > 1 or not value.is_floating_point() or not value.numel():
@@ -264,76 +260,3 @@ def _of_query(query: Query, params: Params) -> tuple[Tensor, list[Tensor]]:
             for entry in value.reshape(-1)
         ]
     return value.detach(), [torch.stack(column).detach() for column in zip(*rows, strict=True)]
-
-
-def _pulled(
-    training: Training, step: int, moment: Moment, adjoint: list[Tensor], of_state: list[Tensor], vectorised: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Scores [b, k] of a step, and the adjoints of the parameters and of the state before it."""
-    problem = Problem(training.losses, moment.params, training.batches[step])
-    with replaying(moment.random), differentiable_kernels(), torch.enable_grad():
-        leaves = problem.leaves()
-        values, _ = problem.evaluate(leaves)
-        training.verify(step, values.detach())
-        weights = torch.ones_like(values, requires_grad=True)
-        share = 1 / max(1, len(values)) if training.reduction == "mean" else 1.0
-        total = (weights * values).sum() * share
-        gradients = _gradient(total, leaves)
-        d_params, d_grads, d_state = _through_update(training.update, moment, gradients, adjoint, of_state, vectorised)
-        *bends, found = _products(gradients, [*leaves, weights], d_grads, vectorised)
-    return found.T, [a + b for a, b in zip(d_params, bends, strict=True)], d_state
-
-
-def _gradient(total: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True) if total.requires_grad else ()
-    known = found or [None] * len(leaves)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(known, leaves, strict=True)]
-
-
-def _through_update(
-    update: Update,
-    moment: Moment,
-    gradients: Sequence[Tensor],
-    adjoint: list[Tensor],
-    of_state: list[Tensor],
-    vectorised: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The adjoints [k, ...] of parameters, gradients and state before the update."""
-    params = [leaf.detach().requires_grad_() for leaf in moment.params.leaves]
-    grads = [leaf.detach().requires_grad_() for leaf in gradients]
-    leaves, spec = optree.tree_flatten(moment.state, none_is_leaf=True)
-    fresh = [
-        leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-        for leaf in leaves
-    ]
-    held = [leaf for leaf in fresh if isinstance(leaf, Tensor) and leaf.requires_grad]
-    rebuild = moment.params.rebuild
-    after, state = update(rebuild(params), rebuild(grads), optree.tree_unflatten(spec, fresh))
-    outputs, cotangents = [*split_params(after).leaves, *_floats(state)], [*adjoint, *of_state]
-    found = _products(outputs, [*params, *grads, *held], cotangents, vectorised)
-    n = len(params)
-    return found[:n], found[n : 2 * n], found[2 * n :]
-
-
-def _products(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], vectorised: bool
-) -> list[Tensor]:
-    """The pullbacks of k cotangents, [k, *shape] for each input."""
-    pairs = [(out, u) for out, u in zip(outputs, cotangents, strict=True) if out.requires_grad]
-    k = len(cotangents[0])
-    if not pairs:
-        return [leaf.new_zeros((k, *leaf.shape)) for leaf in inputs]
-    outs = [out for out, _ in pairs]
-
-    def pulled(rows: list[Tensor], batched: bool) -> list[Tensor]:
-        found = torch.autograd.grad(outs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=batched)
-        lead = (k,) if batched else ()
-        return [
-            leaf.new_zeros((*lead, *leaf.shape)) if g is None else g.detach()
-            for g, leaf in zip(found, inputs, strict=True)
-        ]
-
-    if vectorised and k > 1:
-        return pulled([u for _, u in pairs], True)
-    rows = [pulled([u[j] for _, u in pairs], False) for j in range(k)]
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
