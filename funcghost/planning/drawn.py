@@ -21,7 +21,7 @@ from funcghost.laws.draws import PERIOD
 from funcghost.ops.call import Call, Outputs, is_float, is_operand, physical
 from funcghost.ops.families.products import FACTORS
 from funcghost.ops.families.tables import OVERWRITES
-from funcghost.ops.layout import Clock
+from funcghost.ops.meter import Clock
 from funcghost.ops.moves import MOVES
 from funcghost.ops.tangent import is_linear, is_multilinear
 from funcghost.trees import is_distributed

@@ -10,7 +10,7 @@ from torch import Tensor
 from funcghost.engine.plans import Plan, batch_axes
 from funcghost.errors import GhostError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.draws import sample_weights
-from funcghost.ops.layout import Clock, codes
+from funcghost.ops.meter import Clock, codes
 from funcghost.options import Options
 from funcghost.planning.sites import (
     Followed,

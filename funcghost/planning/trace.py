@@ -20,7 +20,7 @@ from funcghost.errors import UnsupportedOpError
 from funcghost.ops.call import Call, is_float, outputs, physical, swap
 from funcghost.ops.digest import op_name
 from funcghost.ops.families.tables import BY_DATA
-from funcghost.ops.layout import Clock, Meter
+from funcghost.ops.meter import Clock, Meter
 from funcghost.ops.moves import Move
 from funcghost.ops.values import Value
 from funcghost.planning.drawn import Generic

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
-from funcghost.ops.layout import Clock, Fold, Layout, Meter, candidates, codes
+from funcghost.ops.layout import Fold, Layout, candidates
+from funcghost.ops.meter import Clock, Meter, codes
 from funcghost.planning.sites import enough_measured
 from tests.naive import assert_scores, expected
 

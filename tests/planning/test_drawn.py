@@ -15,7 +15,7 @@ from torch import Tensor
 import funcghost as fg
 from funcghost.laws.draws import PERIOD
 from funcghost.ops.call import Call, Outputs, flatten_call
-from funcghost.ops.layout import Clock
+from funcghost.ops.meter import Clock
 from funcghost.planning.drawn import DRAWN, FEW, TRUE, Generic
 from tests.naive import assert_scores, expected
 

@@ -1,0 +1,240 @@
+"""Where the samples are in an output: measured from two cotangents, never assumed.
+
+The backward is linear in the cotangent of the losses. Scaling the cotangent of sample i by a power of two
+scales exactly the entries of sample i of every output gradient, without rounding; so comparing two backward
+passes over the same graph names the sample of every entry. What is compared are the gradients' marginals: a gradient
+that scales as a layout says has marginals that do, and one that does not has others, but for a choice of drawn numbers
+of measure zero. No gradient is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import isfinite
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funcghost.dtypes import wide_dtype
+from funcghost.ops.layout import Layout, candidates
+from funcghost.trees import gathered
+
+DIGITS, HALF_DIGITS = 64, 8
+"""Scales 2**-31 .. 2**32, or 2**-3 .. 2**4, few enough to stay clear of overflow in half precision."""
+
+PIECE = 2**20
+"""How many entries are read at once, in memory that stays in the cache."""
+PERIOD = 65521
+"""How many numbers are drawn; a prime, so that rows of a tensor are not alike."""
+
+
+def codes(batch: int, like: Tensor, *, half: bool = False) -> list[Tensor]:
+    """Cotangent scales [b] that tell all samples apart: powers of two, one digit of i in each.
+
+    `half`: on the way to what they scale there are numbers in half precision.
+    """
+    index = torch.arange(batch, device=like.device)
+    digits = HALF_DIGITS if half or like.dtype == torch.float16 else DIGITS
+    found: list[Tensor] = []
+    while not found or int(digits ** len(found)) < batch:
+        digit = (index // digits ** len(found)) % digits
+        found.append(torch.exp2(digit.to(like.dtype) - (digits // 2 - 1)))
+    return found
+
+
+@dataclass
+class Clock:
+    """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code.
+
+    Before it is started, backwards are those of the losses themselves. The `true` one takes no derivative anywhere but
+    at the values that came; nothing is measured by it.
+    """
+
+    batch: int = 0
+    code: Tensor | None = None
+    started: bool = True
+    true: bool = False
+
+
+class Meter:
+    """Finds the layout of one output from the marginals of the gradients that a few backward passes bring.
+
+    It takes none unless it is `wanted`.
+    """
+
+    def __init__(self, clock: Clock, shape: Sequence[int] | None = None) -> None:
+        """Starts without any gradient, for an output of this shape, if it is known."""
+        self.clock, self.shape = clock, shape
+        self.wanted = True
+        self.base: Seen | None = None
+        self.coded: list[tuple[Tensor, list[Tensor]]] = []
+
+    def see(self, gradient: Tensor | None) -> None:
+        """Looks at the gradient of the backward that is running."""
+        if not self.wanted or not self.clock.started or self.clock.true or gradient is None:
+            return
+        gradient = gathered(gradient)
+        if self.clock.code is None:
+            self.base, self.coded = seen(gradient), []
+        elif self.base is not None and self.base.sums:
+            found = marginals(gradient, finite=self.base.finite)
+            if self.base.finite and not all(bool(part.isfinite().all()) for part in found):
+                found = marginals(gradient, finite=False)
+            self.coded.append((self.clock.code, found))
+
+    @property
+    def likely(self) -> bool:
+        """Whether the samples are an axis, by the shape."""
+        return self.shape is None or self.clock.batch == 1 or self.clock.batch in self.shape
+
+    @cached_property
+    def layout(self) -> Layout | Literal["unused"] | None:
+        """The one layout that agrees; "unused" if no gradient came; None where none or several agree."""
+        assert self.wanted
+        if self.base is None:
+            return "unused"
+        batch = self.clock.batch
+        if not self.base.strided or self.silent or (batch > 1 and not self.coded):
+            return None
+        found = [layout for layout in candidates(self.base.shape, batch) if self._agrees(layout)]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def silent(self) -> bool:
+        """Whether the gradient says nothing."""
+        return self.base is None or (self.clock.batch > 1 and not self.base.largest)
+
+    def in_rows(self, samples: Tensor) -> int | None:
+        """The axis whose rows belong to these samples, if there is one."""
+        if self.base is None or self.silent or not self.coded:
+            return None
+        for axis, size in enumerate(self.base.shape):
+            if size == len(samples) and self._scales(axis, samples.long()):
+                return axis
+        return None
+
+    def _agrees(self, layout: Layout) -> bool:
+        """Whether each coded gradient is the base gradient times the code of each entry's sample."""
+        assert self.base is not None
+        if layout.fold == "single":
+            return True
+        along = Layout(0, layout.fold)
+        shape = self.base.shape[layout.axis : layout.axis + 1]
+        return self._scales(layout.axis, along.numbers(shape, self.clock.batch, self.coded[0][0].device).long())
+
+    def _scales(self, axis: int, samples: Tensor) -> bool:
+        """Whether the entries at each index of an axis scale by the code of its sample."""
+        assert self.base is not None
+        base, size = self.base.sums[axis], self.base.sizes[axis]
+        for code, coded in self.coded:
+            scale = code[samples].to(base.dtype)
+            off = (coded[axis] - base * scale).abs()
+            # A wrong one is off by about the size of what is added up.
+            if not bool((off <= self.base.tolerance * size * scale.real + self.base.nothing).all()):
+                return False
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is kept of a gradient: its marginals `sums`, and their `sizes`, were all terms of either sign.
+
+    `tolerance`: how far off a marginal may be, relative to its size, if the entries are exact up to the order of
+    summation; and `nothing`, by which it may be since subnormal numbers are rounded.
+    """
+
+    shape: tuple[int, ...]
+    strided: bool
+    largest: float
+    finite: bool = True
+    sums: Sequence[Tensor] = ()
+    sizes: Sequence[Tensor] = ()
+    tolerance: float = 0.0
+    nothing: float = 0.0
+
+
+def seen(gradient: Tensor) -> Seen:
+    """What is kept of a gradient; entries that are not finite say nothing."""
+    shape = tuple(gradient.shape)
+    if gradient.layout is not torch.strided:
+        return Seen(shape, False, float(gradient.nan_to_num().any()))
+    if not gradient.numel():
+        return Seen(shape, True, 0.0)
+    largest = float(torch.linalg.vector_norm(gradient, torch.inf))
+    finite = isfinite(largest)
+    if not finite:
+        largest = float(torch.linalg.vector_norm(gradient.where(gradient.isfinite(), 0), torch.inf))
+    if not largest:
+        return Seen(shape, True, 0.0)
+    own, wide = torch.finfo(gradient.dtype), torch.finfo(wide_dtype(gradient.dtype))
+    return Seen(
+        shape,
+        True,
+        largest,
+        finite,
+        marginals(gradient, finite=finite),
+        [part.sqrt() * largest for part in marginals(gradient, finite=finite, squares_over=largest)],
+        256 * wide.eps,  # half precision is held to float32, as the scales are exact there too
+        256 * own.tiny * own.eps * gradient.numel() ** 0.5,
+    )
+
+
+def marginals(value: Tensor, *, finite: bool = True, squares_over: float | None = None) -> list[Tensor]:
+    """For each axis, one number per index: the sum of the entries there, each times the product of drawn numbers.
+
+    With `finite=False`, entries that are not finite are zeros. With `squares_over`, the sums of the squares of the
+    entries over that number.
+
+    Cost: every entry is read twice, and memory for some `PIECE` of them.
+    """
+
+    def entries(piece: Tensor) -> Tensor:
+        piece = piece.to(wide_dtype(piece.dtype))
+        piece = piece if finite else piece.where(piece.isfinite(), 0)
+        return piece if squares_over is None else (piece / squares_over).abs().square()
+
+    order = sorted(range(value.dim()), key=value.stride, reverse=True)
+    once = value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
+    rest, found = once.permute(order), list[Tensor]()
+    if rest.dim() < 2:
+        rest = entries(rest)
+    while rest.dim() > 1:
+        rows = rest.flatten(0, -2)
+        across, last = None, list[Tensor]()
+        for start, piece in _pieces(rows):
+            piece = entries(piece) if not found else piece
+            starts = start, 4001 * (1 + len(found))  # no two axes have the same numbers
+            down, along = (_numbers(n, at, piece, squares_over is None) for n, at in zip(piece.shape, starts, strict=True))
+            across = down @ piece if across is None else across + down @ piece
+            last.append(piece @ along)
+        assert across is not None
+        found.append(across)
+        rest = torch.cat(last).view(rest.shape[:-1])
+    placed = dict(zip(order, [rest, *reversed(found)], strict=False))
+    return [placed[axis].expand(size) for axis, size in enumerate(value.shape)]
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """So many rows at a time, with the number of the first."""
+    count = max(1, PIECE // rows.shape[1])
+    return zip(range(0, len(rows), count), rows.split(count), strict=True)
+
+
+def _numbers(count: int, start: int, like: Tensor, drawn: bool) -> Tensor:
+    """So many drawn numbers from a start, or ones."""
+    if not drawn:
+        return like.new_ones(count)
+    found, start = _drawn(like.device, like.dtype), start % PERIOD
+    if start + count > PERIOD:
+        found = found.repeat((start + count) // PERIOD + 1)
+    return found[start : start + count]
+
+
+@cache
+def _drawn(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers of either sign, of size 1/2 to 3/2."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.rand(PERIOD, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    sign = torch.randint(0, 2, (PERIOD,), generator=generator, device="cpu") * 2 - 1
+    return (size * sign).to(device, dtype)
