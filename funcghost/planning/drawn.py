@@ -6,8 +6,10 @@ every op is taken at drawn values of the same size, in place of those that come;
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from math import log2
 from typing import Any
 
@@ -17,17 +19,21 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 
-from funcghost.laws.draws import PERIOD
+from funcghost.engine.tap import ambient
+from funcghost.laws.draws import PERIOD, repeated
 from funcghost.ops.call import Call, Outputs, is_float, is_operand, physical
 from funcghost.ops.families.products import FACTORS
 from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.meter import Clock
 from funcghost.ops.moves import MOVES
 from funcghost.ops.tangent import is_linear, is_multilinear
+from funcghost.side_effects import random_state
 from funcghost.trees import is_distributed
 
 FEW = 1024
 """Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""
+MANY = 2**16
+"""Ops of more entries than these keep nothing at the drawn values: they are run once more in every backward."""
 FAR = 64.0
 """Entries larger by this than one, or smaller, may all lie where an op is constant, however many there are."""
 TRUE, DRAWN = 0.73, (1.0, 0.61, 0.37)
@@ -81,15 +87,17 @@ class Generic:
         far = any(scale.mean and not 1 / FAR < scale.mean < FAR for scale in scales.values())
         # 3. The op at drawn values: several times where all of them may lie where it is constant, once for a product,
         # whose derivative is that of a product everywhere.
+        many = any(value.numel() > MANY for value in found) and not is_multilinear(call)
+        like = {slot: _unfilled(leaf) for slot, leaf in varied.items()} if many else varied
         terms: list[tuple[float, Outputs]] = []
         for number, weight in enumerate(DRAWN[: 1 if is_multilinear(call) else 3 if few else 2 if far else 1]):
-            values = {slot: self._other(leaf, scales[slot], slot, number) for slot, leaf in varied.items()}
-            terms += [(weight, drawn) for drawn in _evaluated(call, found, values)]
+            values = partial(self._others, like, scales, number, self.count, shared=not many)
+            terms += [(weight, drawn) for drawn in _evaluated(call, found, values, many)]
         # 4. At values near the true ones, where it takes no others.
         if not terms:
-            values = {slot: self._near(leaf, slot) for slot, leaf in varied.items()}
-            if not all(torch.equal(values[slot], leaf) for slot, leaf in varied.items()):
-                terms = [(1.0, drawn) for drawn in _evaluated(call, found, values)]
+            near = {slot: self._near(leaf, slot) for slot, leaf in varied.items()}
+            if not all(torch.equal(near[slot], leaf) for slot, leaf in varied.items()):
+                terms = [(1.0, drawn) for drawn in _evaluated(call, found, lambda: near, many)]
         self.count += 2 * len(call.leaves)
         if not terms:
             return found
@@ -134,15 +142,23 @@ class Generic:
         with _unsafe_preserve_version_counter(true):  # whoever keeps it, keeps the same values
             return true.copy_(value)
 
-    def _other(self, leaf: Tensor, scale: Scale, slot: int, number: int) -> Tensor:
+    def _others(
+        self, leaves: Mapping[int, Tensor], scales: Mapping[int, Scale], number: int, turn: int, *, shared: bool
+    ) -> dict[int, Tensor]:
+        return {
+            slot: self._other(leaf, scales[slot], slot if number < 2 else slot + 1, number, turn, shared)
+            for slot, leaf in leaves.items()
+        }
+
+    def _other(self, leaf: Tensor, scale: Scale, place: int, number: int, turn: int, shared: bool) -> Tensor:
         """Of the size of the entries, 1/50 if those are zero, and positive if they are; for bools, of either kind.
 
         The second time of size 1 and the other sign or kind, the third time of size 1/8.
         """
-        value, place = _dense(leaf), slot if number < 2 else slot + 1
+        value, draw = _dense(leaf), partial(self._noise, turn=turn + place, shared=shared)
         sign = -1.0 if number == 1 else 1.0
         if value.dtype == torch.bool:
-            return self._noise(value, place, sign, torch.float32) > 0
+            return draw(value, sign, torch.float32) > 0
         if not is_float(value):
             return torch.where(value == 0, 1, value)
         size = (_rounded(1.25 * scale.mean) or 0.02, 1.0, 0.125)[number]
@@ -150,7 +166,7 @@ class Generic:
         if scale.largest is not None:
             largest = scale.largest if number == 0 else max(scale.largest, 1.0)
             sign = 1.0
-        noise = self._noise(value, place, sign * size, value.dtype, positive=scale.largest is not None)
+        noise = draw(value, sign * size, value.dtype, positive=scale.largest is not None)
         return _sparse(noise.clamp(-largest, largest) if size * self.farthest > largest else noise, leaf)
 
     def _near(self, leaf: Tensor, slot: int) -> Tensor:
@@ -158,31 +174,54 @@ class Generic:
         value = _dense(leaf)
         if not is_float(value):
             return torch.ones_like(value)
-        return _sparse(value * (1 + self._noise(value, slot, 1.0, value.dtype).clamp(-1, 1) / 4), leaf)
+        return _sparse(value * (1 + self._noise(value, 1.0, value.dtype, turn=self.count + slot).clamp(-1, 1) / 4), leaf)
 
-    def _noise(self, value: Tensor, number: int, size: float, dtype: torch.dtype, *, positive: bool = False) -> Tensor:
-        """Normal numbers of this size in the shape of a value, in memory that others share."""
+    def _noise(
+        self,
+        value: Tensor,
+        size: float,
+        dtype: torch.dtype,
+        *,
+        turn: int,
+        positive: bool = False,
+        shared: bool = True,
+    ) -> Tensor:
+        """Normal numbers of this size in the shape of a value, in memory that others share, or of their own."""
         key = value.device, dtype, size, positive
+        start, count = 4001 * (turn + 1) % PERIOD, value.numel()
         pool = self.pools.get(key)
-        if pool is None or len(pool) < value.numel() + PERIOD:
+        if pool is None or len(pool) < (start + count if shared else PERIOD):
             noise = self.normal.to(value.device, torch.float64 if dtype in DOUBLE else torch.float32) * size
-            copies = -(-value.numel() // PERIOD) + 1
-            pool = self.pools[key] = (noise.abs() if positive else noise).to(dtype).repeat(copies)
-        start = 4001 * (self.count + number + 1) % PERIOD
-        return pool[start : start + value.numel()].view(value.shape)
+            pool = (noise.abs() if positive else noise).to(dtype)
+            pool = self.pools[key] = pool.repeat(-(-count // PERIOD) + 1) if shared else pool
+        if len(pool) < start + count:
+            return repeated(pool[:PERIOD].roll(-start), value.shape)
+        return pool[start : start + count].view(value.shape)
 
 
-def _evaluated(call: Call, found: Outputs, values: dict[int, Tensor]) -> list[Outputs]:
-    """What the call gives for other values, with the derivative of what it gave; nothing where that cannot be had."""
+def _evaluated(call: Call, found: Outputs, values: Callable[[], dict[int, Tensor]], many: bool) -> list[Outputs]:
+    """What the call gives for other values, with the derivative of what it gave; nothing where that cannot be had.
+
+    What a product keeps for its backward are the values, which share memory. Other ops of `many` entries keep nothing.
+    """
     leaves = list(call.leaves)
     try:
-        for slot, value in values.items():
-            leaf = leaves[slot]
-            leaves[slot] = Away.apply(leaf, value) if leaf.requires_grad else value
-        # A checkpoint counts what the ops of its region keep: these are not among them. Kept as it is, an op's own
-        # output would keep the op, and the op it.
-        with saved_tensors_hooks(Tensor.detach, _as_it_is):
-            drawn = call.evaluate(leaves)
+        if many:
+            drawn_at = values()
+            tracked = [slot for slot in drawn_at if leaves[slot].requires_grad]
+            others = {s: leaf for s, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and s not in drawn_at}
+            around = ambient(found[0].device.type, random_state([found[0].device]))
+            del drawn_at
+            again = Again(call.emptied(), others, values, tracked, around)
+            drawn = Later.apply(again, *(leaves[slot] for slot in tracked))
+        else:
+            for slot, value in values().items():
+                leaf = leaves[slot]
+                leaves[slot] = Away.apply(leaf, value) if leaf.requires_grad else value
+            # A checkpoint counts what the ops of its region keep: these are not among them. Kept as it is, an op's own
+            # output would keep the op, and the op it.
+            with saved_tensors_hooks(Tensor.detach, _as_it_is):
+                drawn = call.evaluate(leaves)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return []
     return [drawn] if len(drawn) == len(found) and all(map(_alike, drawn, found)) else []
@@ -223,6 +262,12 @@ def _sparse(value: Tensor, leaf: Tensor) -> Tensor:
     return value if leaf.layout is torch.strided else value.to_sparse(layout=leaf.layout)
 
 
+def _unfilled(leaf: Tensor) -> Tensor:
+    """What a floating tensor is but for its values, so that these are not kept."""
+    plain = leaf.layout is torch.strided and (is_float(leaf) or leaf.dtype == torch.bool)
+    return leaf.detach().new_empty(()).expand(leaf.shape) if plain else leaf.detach()
+
+
 def _as_it_is(value: Tensor) -> Tensor:
     return value
 
@@ -234,6 +279,48 @@ def _alike(drawn: Tensor, true: Tensor) -> bool:
     if not drawn.requires_grad or bool(drawn.detach().sum().isfinite()) or bool(drawn.isfinite().all()):
         return True
     return bool(true.isinf().any()) and not bool(drawn.isnan().any())
+
+
+@dataclass(frozen=True, eq=False)
+class Again:
+    """A call at drawn `values` that can be made once more, with what was `around` it; `tracked` are differentiated."""
+
+    call: Call
+    others: Mapping[int, Any]
+    values: Callable[[], dict[int, Tensor]]
+    tracked: Sequence[int]
+    around: Callable[[], AbstractContextManager[None]]
+
+    def evaluate(self) -> tuple[list[Tensor], Outputs]:
+        """What is differentiated, and what comes out."""
+        values = self.values()
+        inputs = {slot: values[slot].detach().requires_grad_() for slot in self.tracked}
+        known = {**self.others, **values, **inputs}
+        leaves = [known.get(slot, leaf) for slot, leaf in enumerate(self.call.leaves)]
+        with torch.enable_grad(), self.around(), saved_tensors_hooks(Tensor.detach, _as_it_is):
+            return list(inputs.values()), self.call.evaluate(leaves)
+
+
+class Later(torch.autograd.Function):
+    """`Later.apply(again, *tracked) -> outputs`: nothing is kept, the call is made once more for every backward."""
+
+    @staticmethod
+    def forward(ctx: Any, again: Again, *tracked: Tensor) -> Outputs:
+        """What comes out."""
+        ctx.set_materialize_grads(False)
+        ctx.again = again
+        _, found = again.evaluate()
+        out = tuple(value.detach() for value in found)
+        ctx.mark_non_differentiable(*(own for own, value in zip(out, found, strict=True) if not value.requires_grad))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the call."""
+        inputs, found = ctx.again.evaluate()
+        known = [(value, g) for value, g in zip(found, gradients, strict=True) if g is not None]
+        values, given = zip(*known, strict=True) if known else ((), ())
+        return None, *torch.autograd.grad(values, inputs, given, allow_unused=True)
 
 
 class Away(torch.autograd.Function):

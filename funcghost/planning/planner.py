@@ -74,8 +74,8 @@ def _make_plan(problem: Problem, options: Options, drawn: bool, any_order: bool)
         trace, losses, gradients = _observe(problem, drawn, carry_all, changes)
     finally:
         changes.undo()
-    plan = _decide(problem, trace, losses, carry_all, any_order)
-    plan = replace(plan, written=changes.written)
+    plan = replace(_decide(problem, trace, losses, carry_all, any_order), written=changes.written)
+    del trace
     if plan.batch:
         plan = rehearse(problem, plan, losses, gradients, options.verify != "never")
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
