@@ -8,7 +8,7 @@ of measure zero. No gradient is kept.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import isfinite
 from typing import Literal
@@ -68,7 +68,7 @@ class Meter:
         self.clock, self.shape = clock, shape
         self.wanted = True
         self.base: Seen | None = None
-        self.coded: list[tuple[Tensor, list[Tensor]]] = []
+        self.coded: list[Coded] = []
 
     def see(self, gradient: Tensor | None) -> None:
         """Looks at the gradient of the backward that is running."""
@@ -78,10 +78,14 @@ class Meter:
         if self.clock.code is None:
             self.base, self.coded = seen(gradient), []
         elif self.base is not None and self.base.sums:
-            found = marginals(gradient, finite=self.base.finite)
-            if self.base.finite and not all(bool(part.isfinite().all()) for part in found):
-                found = marginals(gradient, finite=False)
-            self.coded.append((self.clock.code, found))
+            finite, code = self.base.finite, self.clock.code
+            found = marginals(gradient, finite=finite)
+            if finite and not all(bool(part.isfinite().all()) for part in found):
+                finite, found = False, marginals(gradient, finite=False)
+            own = Coded(code, found)
+            if not any(self._scales(own, *self._along(layout)) for layout in self._candidates):
+                own = replace(own, sizes=sizes(gradient, finite))
+            self.coded.append(own)
 
     @property
     def likely(self) -> bool:
@@ -97,7 +101,9 @@ class Meter:
         batch = self.clock.batch
         if not self.base.strided or self.silent or (batch > 1 and not self.coded):
             return None
-        found = [layout for layout in candidates(self.base.shape, batch) if self._agrees(layout)]
+        found = self._candidates
+        if batch > 1:
+            found = [layout for layout in found if all(self._scales(own, *self._along(layout)) for own in self.coded)]
         return found[0] if len(found) == 1 else None
 
     @cached_property
@@ -110,38 +116,49 @@ class Meter:
         if self.base is None or self.silent or not self.coded:
             return None
         for axis, size in enumerate(self.base.shape):
-            if size == len(samples) and self._scales(axis, samples.long()):
+            if size == len(samples) and all(self._scales(own, axis, samples.long()) for own in self.coded):
                 return axis
         return None
 
-    def _agrees(self, layout: Layout) -> bool:
-        """Whether each coded gradient is the base gradient times the code of each entry's sample."""
+    @property
+    def _candidates(self) -> list[Layout]:
         assert self.base is not None
-        if layout.fold == "single":
-            return True
-        along = Layout(0, layout.fold)
-        shape = self.base.shape[layout.axis : layout.axis + 1]
-        return self._scales(layout.axis, along.numbers(shape, self.clock.batch, self.coded[0][0].device).long())
+        return candidates(self.base.shape, self.clock.batch)
 
-    def _scales(self, axis: int, samples: Tensor) -> bool:
-        """Whether the entries at each index of an axis scale by the code of its sample."""
+    def _along(self, layout: Layout) -> tuple[int, Tensor]:
+        """The axis of a layout, and the sample at each index of it."""
         assert self.base is not None
-        base, size = self.base.sums[axis], self.base.sizes[axis]
-        for code, coded in self.coded:
-            scale = code[samples].to(base.dtype)
-            off = (coded[axis] - base * scale).abs()
-            # A wrong one is off by about the size of what is added up.
-            if not bool((off <= self.base.tolerance * size * scale.real + self.base.nothing).all()):
-                return False
-        return True
+        shape, device = self.base.shape[layout.axis : layout.axis + 1], self.base.sums[0].device
+        return layout.axis, Layout(0, layout.fold).numbers(shape, self.clock.batch, device).long()
+
+    def _scales(self, coded: "Coded", axis: int, samples: Tensor) -> bool:
+        """Whether the entries at each index of an axis are scaled by the code of its sample."""
+        assert self.base is not None
+        found, expected = coded.sums[axis], self.base.sums[axis] * coded.code[samples].to(self.base.sums[axis].dtype)
+        if torch.equal(found, expected):
+            return True
+        if not coded.sizes:
+            return False
+        # Exact up to the order of summation, and to where subnormal numbers are rounded. A wrong one is off by about
+        # the size of what is added up.
+        allowed = self.base.tolerance * coded.sizes[axis] + self.base.nothing
+        return bool(((found - expected).abs() <= allowed).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """The marginals of a gradient whose cotangents were scaled by a code, with their sizes if none scales exactly."""
+
+    code: Tensor
+    sums: list[Tensor]
+    sizes: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What is kept of a gradient: its marginals `sums`, and their `sizes`, were all terms of either sign.
+    """What is kept of a gradient: its marginals `sums`, and how far off those of another may be.
 
-    `tolerance`: how far off a marginal may be, relative to its size, if the entries are exact up to the order of
-    summation; and `nothing`, by which it may be since subnormal numbers are rounded.
+    That is `tolerance`, relative to the size of what is added up, and `nothing` in any case.
     """
 
     shape: tuple[int, ...]
@@ -149,7 +166,6 @@ class Seen:
     largest: float
     finite: bool = True
     sums: Sequence[Tensor] = ()
-    sizes: Sequence[Tensor] = ()
     tolerance: float = 0.0
     nothing: float = 0.0
 
@@ -164,7 +180,7 @@ def seen(gradient: Tensor) -> Seen:
     largest = float(torch.linalg.vector_norm(gradient, torch.inf))
     finite = isfinite(largest)
     if not finite:
-        largest = float(torch.linalg.vector_norm(gradient.where(gradient.isfinite(), 0), torch.inf))
+        largest = float(torch.linalg.vector_norm(gradient.nan_to_num(0, 0, 0), torch.inf))
     if not largest:
         return Seen(shape, True, 0.0)
     own, wide = torch.finfo(gradient.dtype), torch.finfo(wide_dtype(gradient.dtype))
@@ -174,10 +190,16 @@ def seen(gradient: Tensor) -> Seen:
         largest,
         finite,
         marginals(gradient, finite=finite),
-        [part.sqrt() * largest for part in marginals(gradient, finite=finite, squares_over=largest)],
         256 * wide.eps,  # half precision is held to float32, as the scales are exact there too
         256 * own.tiny * own.eps * gradient.numel() ** 0.5,
     )
+
+
+def sizes(gradient: Tensor, finite: bool) -> list[Tensor]:
+    """The sizes that the marginals of a gradient have if the signs of its entries are of no order."""
+    largest = float(torch.linalg.vector_norm(gradient if finite else gradient.nan_to_num(0, 0, 0), torch.inf))
+    parts = marginals(gradient, finite=finite, squares_over=largest or 1.0)
+    return [part.sqrt() * largest for part in parts]
 
 
 def marginals(value: Tensor, *, finite: bool = True, squares_over: float | None = None) -> list[Tensor]:
@@ -205,7 +227,9 @@ def marginals(value: Tensor, *, finite: bool = True, squares_over: float | None 
         for start, piece in _pieces(rows):
             piece = entries(piece) if not found else piece
             starts = start, 4001 * (1 + len(found))  # no two axes have the same numbers
-            down, along = (_numbers(n, at, piece, squares_over is None) for n, at in zip(piece.shape, starts, strict=True))
+            down, along = (
+                _numbers(n, at, piece, squares_over is None) for n, at in zip(piece.shape, starts, strict=True)
+            )
             across = down @ piece if across is None else across + down @ piece
             last.append(piece @ along)
         assert across is not None

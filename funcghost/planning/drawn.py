@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from math import log2
+from math import log2, prod
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ from funcghost.trees import is_distributed
 
 FEW = 1024
 """Of so few entries, all may happen to lie where an op is constant: there more derivatives are taken, and averaged."""
-MANY = 2**16
+POOLS = (3, 9)
+"""How many periods of numbers are kept, for tensors of rows that fit into few of them and for others."""
+MANY = 2**18
 """Ops of more entries than these keep nothing at the drawn values: they are run once more in every backward."""
 FAR = 64.0
 """Entries larger by this than one, or smaller, may all lie where an op is constant, however many there are."""
@@ -91,7 +93,7 @@ class Generic:
         like = {slot: _unfilled(leaf) for slot, leaf in varied.items()} if many else varied
         terms: list[tuple[float, Outputs]] = []
         for number, weight in enumerate(DRAWN[: 1 if is_multilinear(call) else 3 if few else 2 if far else 1]):
-            values = partial(self._others, like, scales, number, self.count, shared=not many)
+            values = partial(self._others, like, scales, number, self.count)
             terms += [(weight, drawn) for drawn in _evaluated(call, found, values, many)]
         # 4. At values near the true ones, where it takes no others.
         if not terms:
@@ -143,19 +145,19 @@ class Generic:
             return true.copy_(value)
 
     def _others(
-        self, leaves: Mapping[int, Tensor], scales: Mapping[int, Scale], number: int, turn: int, *, shared: bool
+        self, leaves: Mapping[int, Tensor], scales: Mapping[int, Scale], number: int, turn: int
     ) -> dict[int, Tensor]:
         return {
-            slot: self._other(leaf, scales[slot], slot if number < 2 else slot + 1, number, turn, shared)
+            slot: self._other(leaf, scales[slot], slot if number < 2 else slot + 1, number, turn)
             for slot, leaf in leaves.items()
         }
 
-    def _other(self, leaf: Tensor, scale: Scale, place: int, number: int, turn: int, shared: bool) -> Tensor:
+    def _other(self, leaf: Tensor, scale: Scale, place: int, number: int, turn: int) -> Tensor:
         """Of the size of the entries, 1/50 if those are zero, and positive if they are; for bools, of either kind.
 
         The second time of size 1 and the other sign or kind, the third time of size 1/8.
         """
-        value, draw = _dense(leaf), partial(self._noise, turn=turn + place, shared=shared)
+        value, draw = _dense(leaf), partial(self._noise, turn=turn + place)
         sign = -1.0 if number == 1 else 1.0
         if value.dtype == torch.bool:
             return draw(value, sign, torch.float32) > 0
@@ -174,29 +176,39 @@ class Generic:
         value = _dense(leaf)
         if not is_float(value):
             return torch.ones_like(value)
-        return _sparse(value * (1 + self._noise(value, 1.0, value.dtype, turn=self.count + slot).clamp(-1, 1) / 4), leaf)
+        return _sparse(
+            value * (1 + self._noise(value, 1.0, value.dtype, turn=self.count + slot).clamp(-1, 1) / 4), leaf
+        )
 
-    def _noise(
-        self,
-        value: Tensor,
-        size: float,
-        dtype: torch.dtype,
-        *,
-        turn: int,
-        positive: bool = False,
-        shared: bool = True,
-    ) -> Tensor:
-        """Normal numbers of this size in the shape of a value, in memory that others share, or of their own."""
-        key = value.device, dtype, size, positive
-        start, count = 4001 * (turn + 1) % PERIOD, value.numel()
+    def _noise(self, value: Tensor, size: float, dtype: torch.dtype, *, turn: int, positive: bool = False) -> Tensor:
+        """Normal numbers of this size in the shape of a value, in memory that all share."""
+        start = 8 * (501 * (turn + 1) % (PERIOD // 8))
+        few, many = ((n, row_step(value.shape, n)) for n in POOLS)
+        periods, step = few if few[1] >= min(8, *value.shape[-1:], value.numel()) else many
+        key = value.device, dtype, size, positive, periods
         pool = self.pools.get(key)
-        if pool is None or len(pool) < (start + count if shared else PERIOD):
+        if pool is None:
             noise = self.normal.to(value.device, torch.float64 if dtype in DOUBLE else torch.float32) * size
-            pool = (noise.abs() if positive else noise).to(dtype)
-            pool = self.pools[key] = pool.repeat(-(-count // PERIOD) + 1) if shared else pool
-        if len(pool) < start + count:
+            pool = self.pools[key] = (noise.abs() if positive else noise).to(dtype).repeat(periods)
+        if not step:
             return repeated(pool[:PERIOD].roll(-start), value.shape)
-        return pool[start : start + count].view(value.shape)
+        last = value.shape[-1] if value.dim() else 1
+        rows = pool.as_strided((value.numel() // last, last), (step, 1), start) if value.numel() else pool[:0]
+        return rows.view(value.shape)
+
+
+def row_step(shape: Sequence[int], periods: int) -> int:
+    """How far apart in memory the rows of a shape lie in so many periods of numbers; 0 if there is no room.
+
+    The rows of large tensors overlap, each shifted against the others: by a multiple of eight where that can be, as
+    kernels like it.
+    """
+    last = shape[-1] if shape else 1
+    room, rows = (periods - 1) * PERIOD - last, prod(shape[:-1])
+    if room < 0:
+        return 0
+    step = min(last, room // max(rows - 1, 1))
+    return step - step % 8 if 8 < step < last else step
 
 
 def _evaluated(call: Call, found: Outputs, values: Callable[[], dict[int, Tensor]], many: bool) -> list[Outputs]:
