@@ -17,7 +17,7 @@ from funcghost.integrations.transformers import Trainer, Valuation
 def main() -> list[Any]:
     """Trains for an epoch, and prints the samples that helped most; gives the account of each step."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16}
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16}
     model: Any = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
     )

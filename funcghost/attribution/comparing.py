@@ -145,6 +145,6 @@ def _moment(blocks: Blocks, name: str = "phi") -> Tensor:
 
 
 def _unit(features: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / norms.clamp(min=1e-30)
 

@@ -118,7 +118,7 @@ def ranks_that_differ_are_refused(rank: int) -> None:
     refused("ranks give other losses", lambda: run(other))
     apart = World("sgd")
     with torch.no_grad():
-        apart.params["0.bias"] += rank
+        apart.params["0.bias"].add_(rank)
     refused("not those of rank 0", lambda: run(apart))
 
 

@@ -83,8 +83,9 @@ class SFTTrainer(_WithHead, trl.SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if DOCUMENTS not in self._signature_columns:
-            self._signature_columns.append(DOCUMENTS)
+        columns: Any = self._signature_columns
+        if DOCUMENTS not in columns:
+            columns.append(DOCUMENTS)
 
 
 class DPOTrainer(_WithHead, trl.DPOTrainer):
