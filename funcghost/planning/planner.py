@@ -34,8 +34,8 @@ def make_plan(problem: Problem, options: Options, *, exactly: bool = False, any_
 
     In `any_order`, the plan serves whatever order the data give to the rows that they move.
 
-    Costs the FLOPs of about four training steps, and memory for the output gradients of every op at once. Random
-    streams and tensors that the losses write to are put back.
+    Costs the FLOPs of about four training steps, and memory for one and a half to two of them: no output gradient
+    is kept. Random streams and tensors that the losses write to are put back.
 
     Raises:
         InputError: the losses do not depend on params, or are not [b].

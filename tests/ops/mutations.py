@@ -17,19 +17,19 @@ MUTATIONS: dict[str, Mutation] = {
     "folds swapped": Mutation("ops/layout.py", 'high = self.fold == "high"', 'high = self.fold != "high"', (LAYOUT,)),
     "one fold alone": Mutation("ops/layout.py", '= ("high", "low")', '= ("high", "high")', (LAYOUT,)),
     "first of several layouts": Mutation(
-        "ops/layout.py", "return found[0] if len(found) == 1 else None", "return found[0] if found else None", (LAYOUT,)
+        "ops/meter.py", "return found[0] if len(found) == 1 else None", "return found[0] if found else None", (LAYOUT,)
     ),
     "silence is a layout": Mutation(
-        "ops/layout.py",
-        "return not any(bool(part.nan_to_num().any()) for part in parts)",
+        "ops/meter.py",
+        "return self.base is None or (self.clock.batch > 1 and not self.base.largest)",
         "return False",
         (LAYOUT,),
     ),
     "any ratio agrees": Mutation(
-        "ops/layout.py", "tolerance = 256 *", "tolerance = 1e14 *", (AWKWARD, "-k", "weak_term")
+        "ops/meter.py", "        256 * wide.eps,", "        1e14 * wide.eps,", (AWKWARD, "-k", "weak_term")
     ),
     "one code for all samples": Mutation(
-        "ops/layout.py", "while not found or int(digits ** len(found)) < batch:", "while not found:", (LAYOUT,)
+        "ops/meter.py", "while not found or int(digits ** len(found)) < batch:", "while not found:", (LAYOUT,)
     ),
     "rows overwritten": Mutation(
         "ops/layout.py", "index_add(0, self.samples, rows)", "index_copy(0, self.samples, rows)", (MOVES,)
