@@ -1,7 +1,7 @@
 """Values samples in transformers' Trainer: the trainer is funcghost's, with a `valuation`; all else is as it was.
 
-    pip install 'funcghost[transformers]' && python examples/trainer_transformers.py
-    torchrun --nproc-per-node 2 examples/trainer_transformers.py
+pip install 'funcghost[transformers]' && python examples/trainer_transformers.py
+torchrun --nproc-per-node 2 examples/trainer_transformers.py
 """
 
 import tempfile

@@ -46,7 +46,8 @@ def _associative_scan(combine: Function, xs: Sequence[Tensor], additional_inputs
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def _map(function: Function, xs: Sequence[Tensor], args: Sequence[Any] = ()) -> Any:
+def _map(function: Function, xs: Sequence[Tensor], args: Sequence[Any] = (), mutated_arg_indices: Any = None) -> Any:
+    # since torch 2.14 it is told which arguments the function writes to, which here it does as it says
     rows = [function(*row, *args) for row in zip(*xs, strict=True)]
     return tree_map(lambda *values: torch.stack(values), *rows)
 

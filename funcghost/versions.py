@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from funcghost.errors import VersionError
 
@@ -23,6 +21,10 @@ COMPILED_STEPS: Version = (2, 13)
 """Until 2.12 Dynamo cannot be asked what a variable stands for (`resolve_source_value`), so that a step could not be
 planned for the values of its call; with its sources evaluated by hand, 2.11 baked in tensors that the losses read, and
 gave wrong numbers in the next call."""
+
+SHARDED_MODELS: Version = (2, 13)
+"""Until 2.12 FSDP2 cannot be brought back to where it is between two steps (`_reset_iter_state`) from a forward without
+its backward, as planning has them, or a step that raised; it names its groups and what it hooks in other ways, too."""
 
 
 def need(version: Version, what: str, instead: str) -> None:
@@ -41,10 +43,6 @@ def need(version: Version, what: str, instead: str) -> None:
 LINEAR_CROSS_ENTROPY: Any = getattr(F, "linear_cross_entropy", None)
 """Torch's own head, new in 2.13; None before."""
 
-NO_BACKWARD = (RuntimeError, AssertionError)
-"""What a backward raises that is not to be run: until 2.12 a checkpoint saves its inputs in a Function whose backward
-raises AssertionError, where later ones have no such Function, and every other raises RuntimeError."""
-
 
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on there.
@@ -55,18 +53,3 @@ def is_autocast(device: torch.device) -> bool:
         return torch.is_autocast_enabled(device.type)
     except RuntimeError:  # a device that has none
         return False
-
-
-def groups_of(state: Any) -> list[Any]:
-    """The groups of parameters of a module's FSDP2 state: several since 2.13, one or none before."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-
-
-def leaves_with_gradients(arguments: Any) -> tuple[Tensor, ...]:
-    """The tensors that FSDP2 puts its identity behind until 2.12: the leaves of trees.
-
-    Since 2.13 those in dataclasses too, as its own `collect_grad_tensors` tells.
-    """
-    return tuple(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad)

@@ -6,13 +6,16 @@ from contextlib import contextmanager
 import pytest
 
 import funcghost as fg
-from funcghost.versions import COMPILED_STEPS, TORCH
+from funcghost.versions import COMPILED_STEPS, SHARDED_MODELS, TORCH
 
 GRID_SAMPLE_FORWARD = TORCH >= (2, 13)
 """Whether `F.grid_sample` has a forward derivative, so that tangents can be carried through it."""
 
 compiles = pytest.mark.since(COMPILED_STEPS)
 """Marks a test that compiles a step."""
+
+SHARDS = TORCH >= SHARDED_MODELS
+"""Whether steps on models under `fully_shard` run."""
 
 
 @contextmanager

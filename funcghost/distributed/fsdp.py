@@ -21,9 +21,8 @@ from torch.distributed.tensor import DTensor
 from funcghost.engine.checkpoints import active
 from funcghost.errors import InputError, UnsupportedOpError
 from funcghost.trees import Params
-from funcghost.versions import groups_of, leaves_with_gradients
+from funcghost.versions import SHARDED_MODELS, need
 
-collect_grad_tensors = getattr(_common_utils, "collect_grad_tensors", leaves_with_gradients)
 NONE = -1
 """The number of no backward."""
 
@@ -104,6 +103,7 @@ class Sharded:
 
     Raises:
         InputError: the model is not the root of what is sharded, or params are not its own parameters.
+        VersionError: this torch's FSDP2 cannot be used so.
     """
 
     def __init__(self, model: nn.Module, params: Params) -> None:
@@ -114,10 +114,11 @@ class Sharded:
                 "it to the root as well; for models that every rank has as a whole use "
                 "funcghost.distributed.data_parallel."
             )
+        need(SHARDED_MODELS, "a step on a model under fully_shard", "use data_parallel with whole models on each rank.")
         self.root: Any = model._get_fsdp_state()
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self.states: list[Any] = list(dict.fromkeys(part._get_fsdp_state() for part in parts))
-        self.every = [group for state in self.states for group in groups_of(state)]
+        self.every = [group for state in self.states for group in state._fsdp_param_groups]
         places = {id(own.sharded_param): (group, own) for group in self.every for own in group.fsdp_params}
         found: dict[int, Group] = {}
         for number, (name, leaf) in enumerate(zip(params.names, params.leaves, strict=True)):
@@ -299,9 +300,9 @@ class Sharded:
             # FSDP2 puts an identity behind what goes into a layer, to hear when its gradients have come: it is no op of
             # the losses.
             with torch._C.DisableTorchFunction():
-                known = collect_grad_tensors((args, kwargs))
+                known = _common_utils.collect_grad_tensors((args, kwargs))
                 args, kwargs = kept["_register_post_backward_hook"](args, kwargs)
-                behind = collect_grad_tensors((args, kwargs))
+                behind = _common_utils.collect_grad_tensors((args, kwargs))
             mode = active.get()
             if mode is not None:
                 for old, new in zip(known, behind, strict=True):

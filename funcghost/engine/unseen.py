@@ -22,7 +22,6 @@ from funcghost.engine.tap import Taps, behind
 from funcghost.errors import UnsupportedOpError
 from funcghost.ops.apart import Level, Use, Where, of_sample
 from funcghost.ops.call import alias
-from funcghost.versions import NO_BACKWARD
 
 Known = TypeVar("Known")
 Edge = tuple[Any, int]
@@ -151,7 +150,7 @@ class Stretch:
         """Whether there is `J V`."""
         try:
             blank = self.pull(torch.ones_like(self.value))
-        except NO_BACKWARD:  # a checkpoint, which planning refuses
+        except RuntimeError:  # a reentrant checkpoint, which planning refuses
             return False
         try:
             self.push([None if u is None else torch.ones_like(u) for u in blank])

@@ -16,6 +16,9 @@ from funcghost.ops.digest import Digest
 from funcghost.ops.moves import MOVES
 from funcghost.ops.values import Note, Value, Values
 
+GRAD_FN = Tensor.grad_fn.__get__
+"""To ask for it is no use of a tensor: until torch 2.12 a checkpoint asks what saves its inputs, and has no backward."""
+
 
 @dataclass(eq=False, slots=True)
 class Visit(Generic[Note]):
@@ -57,7 +60,7 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
             with seen_by(self):
                 return parts(*args, **kwargs)
         leaves, spec = flatten_call(args, kwargs)
-        if self.watching:
+        if self.watching and op != GRAD_FN:
             self._look(leaves)
         if self.standins and any(id(leaf) in self.standins for leaf in leaves):
             leaves = [self.standins.get(id(leaf), leaf) for leaf in leaves]

@@ -438,3 +438,9 @@ def cases(rank: int) -> None:
     bytes_are_as_stated(rank)
     tensor_parallel_is_refused(rank)
     refused(rank)
+
+
+def refused_on_an_older_torch() -> None:
+    net = shard(model())
+    with pytest.raises(fg.VersionError, match=r"a model under fully_shard needs torch 2\.13 or newer"):
+        sharded.reduce(losses_of(net), net)(dict(net.named_parameters()), drawn(8, 3), fg.squared_norm())

@@ -17,6 +17,7 @@ from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
 from tests.distributed import drawn_ranks, fsdp_ranks, tp_ranks
 from tests.models.corpora import COUNT, make
+from tests.versions import SHARDS
 
 SPLITS = ((3, 2), (1, 6), (0, 4), (5, 0), (1, 1))
 
@@ -136,11 +137,15 @@ def main() -> None:
     refused_where_sharded()
     buckets_do_not_matter(rank)
     refused_where_losses_talk(rank)
-    fsdp_ranks.cases(rank)
-    drawn_ranks.cases(rank)
+    if SHARDS:
+        fsdp_ranks.cases(rank)
+        drawn_ranks.cases(rank)
+    else:
+        fsdp_ranks.refused_on_an_older_torch()
     tp_ranks.cases(rank)
     deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-    for strategy in distributed_in_run.STRATEGIES if deep else ("fsdp2+tp",):  # compares with one process
+    strategies = distributed_in_run.STRATEGIES if SHARDS else ("ddp", "tp")
+    for strategy in strategies if deep else strategies[-1:]:  # compares with one process
         distributed_in_run.main(["--strategy", strategy, "--steps", "2", "--windows", "5", "--context", "8"])
     a_corpus(Path(os.environ["FUNCGHOST_CORPUS"]))
     distributed.barrier()

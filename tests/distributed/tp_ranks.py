@@ -18,6 +18,7 @@ import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.distributed import sharded, tensor_parallel
 from funcghost.training import updates
+from tests.versions import SHARDS
 
 VOCABULARY, WIDTH, LENGTH = 10, 6, 4
 
@@ -233,3 +234,5 @@ def cases(rank: int) -> None:
     for shards in {1, distributed.get_world_size() // 2}:
         sharded_as_well(shards, PLANS if deep else ("columns and rows",))
         accounted(shards)
+        if SHARDS:
+            sharded_as_well(shards, PLANS if deep else ("columns and rows",))
