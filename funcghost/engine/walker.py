@@ -17,7 +17,7 @@ from funcghost.ops.moves import MOVES
 from funcghost.ops.values import Note, Value, Values
 
 GRAD_FN = Tensor.grad_fn.__get__
-"""To ask for it is no use of a tensor: until torch 2.12 a checkpoint asks what saves its inputs, and has no backward."""
+"""To ask for it is no use of a tensor: until torch 2.12 checkpoints ask what saves their inputs."""
 
 
 @dataclass(eq=False, slots=True)
