@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed_in_run
+import distributed_pretraining
 import funcghost as fg
 from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
@@ -147,6 +148,7 @@ def main() -> None:
     strategies = distributed_in_run.STRATEGIES if SHARDS else ("ddp", "tp")
     for strategy in strategies if deep else strategies[-1:]:  # compares with one process
         distributed_in_run.main(["--strategy", strategy, "--steps", "2", "--windows", "5", "--context", "8"])
+    distributed_pretraining.main(["--steps", "1", "--windows", "3", "--context", "8", "--layers", "1"])
     a_corpus(Path(os.environ["FUNCGHOST_CORPUS"]))
     distributed.barrier()
     print(f"rank {rank} agrees", flush=True)
