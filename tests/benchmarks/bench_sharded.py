@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_sharded.py --quick --ranks 2
 
 Rounds take each contender once, in turn, all ranks together; the slowest rank's wall time counts. The memory of a rank
-is what tensors take on the CPU at the step's peak, beyond what is there before it, in units of the whole parameters.
+is in units of the whole parameters: what it holds of parameters and directions between steps, and what tensors take on
+the CPU at the step's peak beyond it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import funcghost as fg
+from funcghost.algebra.directions import LowRank
 from funcghost.distributed import sharded
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,8 +34,8 @@ from tests.benchmarks.models import GPT, next_token
 AIMS = {"dot": 1.45}
 
 
-def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], int]:
-    """Steps of one rank, by name, and the bytes of all parameters."""
+def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], int, dict[str, int]]:
+    """Steps of one rank, by name; the bytes of all parameters, and those that the rank holds of what a step takes."""
     torch.manual_seed(args.seed)
     model = GPT(args.vocabulary, args.length, args.width, args.layers, 4)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -54,12 +56,19 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
         model.zero_grad()
 
     step = sharded.grad_and_reduce(losses, model)
-    return {
-        "plain": plain,
-        "dot": lambda: step(params, tokens, fg.dot(direction)),
-        "dot, rank 32": lambda: step(params, tokens, fg.dot(low)),
-        "norms": lambda: step(params, tokens, fg.squared_norm()),
-    }, size
+    share = sum(parameter.to_local().nbytes for parameter in params.values())
+    factors = sum(value.rows.nbytes + value.cols.nbytes for value in low.values() if isinstance(value, LowRank))
+    held = {"plain": share, "dot": 2 * share, "dot, rank 32": share + factors, "norms": share}
+    return (
+        {
+            "plain": plain,
+            "dot": lambda: step(params, tokens, fg.dot(direction)),
+            "dot, rank 32": lambda: step(params, tokens, fg.dot(low)),
+            "norms": lambda: step(params, tokens, fg.squared_norm()),
+        },
+        size,
+        held,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all contenders."""
-    routes, size = contenders(args)
+    routes, size, held = contenders(args)
     for route in routes.values():
         route()
         route()
@@ -111,12 +120,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         ratio = median(own / base for own, base in zip(seconds[name], seconds["plain"], strict=True))
         distributed.barrier()
         memory = peak_allocated(route) / size
-        rows.append({"step": name, "ratio": ratio, "memory": memory, "ranks": distributed.get_world_size()})
+        ranks = distributed.get_world_size()
+        rows.append({"step": name, "ratio": ratio, "held": held[name] / size, "memory": memory, "ranks": ranks})
     if distributed.get_rank() == 0:
-        cells = [
-            (row["step"], f"{row['ratio']:.2f}", str(AIMS.get(row["step"], "")), f"{row['memory']:.2f}") for row in rows
-        ]
-        head = (f"{rows[0]['ranks']} ranks", "x plain", "aim", "peak, x parameters")
+        cells = list[tuple[str, ...]]()
+        for row in rows:
+            sizes = row["held"], row["memory"], row["held"] + row["memory"]
+            aim = str(AIMS.get(row["step"], ""))
+            cells.append((row["step"], f"{row['ratio']:.2f}", aim, *(f"{size:.2f}" for size in sizes)))
+        head = (f"{rows[0]['ranks']} ranks", "x plain", "aim", "held, x parameters", "peak", "both")
         print(table([head, *cells]), flush=True)
         if args.out:
             args.out.write_text(json.dumps(rows, indent=2) + "\n")
