@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -24,6 +25,20 @@ class Params(NamedTuple):
     def rebuild(self, leaves: Sequence[Tensor]) -> Tree:
         """The tree of the same structure with these leaves."""
         return optree.tree_unflatten(self.spec, leaves)
+
+    def digest(self) -> str:
+        """See `digest`."""
+        return digest(self.names, self.leaves)
+
+
+def digest(names: Sequence[str], leaves: Sequence[Tensor]) -> str:
+    """Sixteen hexadecimal digits of tensors: their names, shapes, dtypes and every byte."""
+    found = sha256()
+    for name, leaf in zip(names, leaves, strict=True):
+        found.update(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
+        flat = leaf.detach().to_dense() if leaf.layout != torch.strided else leaf.detach()
+        found.update(flat.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def named_leaves(tree: Tree) -> tuple[tuple[str, ...], list[Any], optree.PyTreeSpec]:

@@ -1,8 +1,8 @@
 """Scores from features of training samples and of queries, wherever these lie: a small matrix between them.
 
-Features come as blocks, each a mapping from names to [b, dim] or [b] (`funcghost.attribution.features`): a list of them,
-or `corpus.kept(folder)`, which reads the parts of a store one after the other. Training blocks are gone through twice;
-in memory are one block, matrices [dim, dim], the features of the queries, and the scores [n, q]. Sums are in float64.
+Features come as blocks, each a mapping from names to [b, dim] or [b] (`funcghost.attribution.features`): a list, or
+`corpus.kept(folder)`, which reads the parts of a store one after the other. Training blocks are gone through twice; in
+memory are one block, matrices [dim, dim], the features of the queries, and the scores [n, q]. Sums are in float64.
 """
 
 from collections.abc import Iterable, Iterator
@@ -147,4 +147,3 @@ def _moment(blocks: Blocks, name: str = "phi") -> Tensor:
 def _unit(features: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / norms.clamp(min=1e-30)
-

@@ -15,7 +15,7 @@ A parameter that is used several times (tied, reused, at several positions) is s
 its uses, so eigenvalues and scales have what is between them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -25,75 +25,17 @@ from torch import Tensor
 from funcghost.algebra.factors import Factor, Lookup, dense
 from funcghost.algebra.rotations import form_of
 from funcghost.algebra.sums import total
-from funcghost.attribution.batches import check_batches
-from funcghost.attribution.inverses import Curvature, blank
+from funcghost.attribution.gathering import Across, Passes
+from funcghost.attribution.inverses import Curvature
 from funcghost.attribution.moments import Plan, RotatedSquares, Side, Sides
 from funcghost.attribution.spectra import Sided, Spectrum, Whole, eigenbasis
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
-from funcghost.reducers.bases import Additive
-from funcghost.transforms.steps import Transform
 from funcghost.trees import Tree, split_params
 
 LARGEST = 4096
 """How long a side, or a whole block, may be for its eigenvectors to be found."""
-Across = Callable[[Tensor], Tensor]
-"""Adds a tensor up over processes that have other batches, such as an all-reduce of it."""
-
-
-class _Passes:
-    """Goes through the batches with each of the losses, and adds up what reducers make of them."""
-
-    def __init__(
-        self,
-        losses: Losses | Sequence[Losses],
-        params: Tree,
-        batches: Iterable[Tree],
-        options: Options | None,
-        across: Across | None,
-    ) -> None:
-        self.losses = [losses] if callable(losses) else list(losses)
-        if not self.losses:
-            raise InputError("curvature: takes one function of losses or more, found none.")
-        distinct = {id(own): own for own in self.losses}
-        self.transforms = {key: Transform(own, None, False, options, None) for key, own in distinct.items()}
-        self.params, self.tree = split_params(params), params
-        self.batches = check_batches("curvature: batches", batches)
-        self.across = across or (lambda value: value)
-
-    def first(self) -> Mapping[str, Sequence[Factor]]:
-        """The factors of a batch."""
-        for batch in self.batches:
-            return self.transforms[id(self.losses[0])].pairs(self.tree, batch)[0].uses
-        raise InputError("curvature: takes one batch or more, found none.")
-
-    def summed(self, reducer: Additive) -> tuple[dict[str, Tensor], int]:
-        """The sums by name (empty for parameters without a gradient), and the number n of samples."""
-        sums: dict[str, Tensor] = {}
-        count = 0
-        for batch in self.batches:
-            for number, own in enumerate(self.losses):
-                out = self.transforms[id(own)].step(self.tree, batch, reducer)
-                count += len(out.losses) if number == 0 else 0
-                for name, value in out.reduced.items():
-                    if value.numel():
-                        sums[name] = sums[name] + value if name in sums else value
-        return {name: self.across(value) for name, value in sums.items()}, self.counted(count)
-
-    def counted(self, count: int) -> int:
-        """The number of samples of all processes."""
-        own = torch.tensor(float(count), dtype=torch.float64, device=self.params.leaves[0].device)
-        if not (samples := int(self.across(own))):
-            raise InputError("curvature: the batches have no samples.")
-        return samples
-
-    def made(self, kind: str, spectra: Sequence[Spectrum], samples: int, **facts: Any) -> Curvature:
-        """The curvature, with what it was made of."""
-        names = [f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', repr(own))}" for own in self.losses]
-        return Curvature(
-            tuple(spectra), blank(self.params), {"kind": kind, "samples": samples, "losses": names, **facts}
-        )
 
 
 def diagonal(
@@ -126,7 +68,7 @@ def diagonal(
         >>> found.damped(1.0)({"w": torch.ones(2)})
         {'w': tensor([0.5000, 0.1000])}
     """
-    passes = _Passes(losses, params, batches, options, across)
+    passes = Passes(losses, params, batches, options, across)
     return _in_bases(passes, "diagonal", {name: (form_of(uses), None, None) for name, uses in passes.first().items()})
 
 
@@ -172,7 +114,7 @@ def kfac(
     (arXiv 1503.05671); Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural Network
     Architectures" (arXiv 2311.00636), for positions.
     """
-    passes = _Passes(losses, params, batches, options, across)
+    passes = Passes(losses, params, batches, options, across)
     sides, samples = _sides(passes, largest)
     spectra = []
     for name, (plan, left, right, norms) in sides.items():
@@ -211,7 +153,7 @@ def ekfac(
     Kronecker-factored Eigenbasis" (arXiv 1806.03884); Grosse et al., "Studying Large Language Model Generalization with
     Influence Functions" (arXiv 2308.03296), section 3.1.
     """
-    passes = _Passes(losses, params, batches, options, across)
+    passes = Passes(losses, params, batches, options, across)
     sides, _ = _sides(passes, largest)
     bases = {name: (plan.form, left[1], right[1]) for name, (plan, left, right, _) in sides.items()}
     return _in_bases(passes, "ekfac", bases, largest=largest)
@@ -259,7 +201,7 @@ def exact(
         members.setdefault(key, []).append(name)
     sizes = {name: leaf.numel() for name, leaf in zip(split.names, split.leaves, strict=True)}
     small = [own for own in members.values() if sum(sizes[name] for name in own) <= largest]
-    passes = _Passes(losses, params, batches, options, across)
+    passes = Passes(losses, params, batches, options, across)
     matrices, samples = _matrices(passes, small)
     spectra: list[Spectrum] = []
     shapes = {name: tuple(leaf.shape) for name, leaf in zip(split.names, split.leaves, strict=True)}
@@ -273,7 +215,7 @@ def exact(
     return passes.made("exact", spectra, samples, largest=largest)
 
 
-def _matrices(passes: _Passes, groups: Sequence[Sequence[str]]) -> tuple[list[Tensor], int]:
+def _matrices(passes: Passes, groups: Sequence[Sequence[str]]) -> tuple[list[Tensor], int]:
     """`sum_i grad_i grad_i^T` of each group, and the number of samples."""
     found: list[Tensor | None] = [None] * len(groups)
     count = 0
@@ -298,7 +240,7 @@ Eigen = tuple[Tensor, Tensor | None]
 """Eigenvalues [q, size] of a side, and its eigenvectors [q, size, size], None for the identity."""
 
 
-def _sides(passes: _Passes, largest: int) -> tuple[dict[str, tuple[Plan, Eigen, Eigen, Tensor]], int]:
+def _sides(passes: Passes, largest: int) -> tuple[dict[str, tuple[Plan, Eigen, Eigen, Tensor]], int]:
     """For every parameter its form, both sides in their eigenbases, and the sum of the squared norms, [q]."""
     if type(largest) is not int or largest < 0:
         raise InputError(f"curvature: largest must be a length, 0 or more, found {largest!r}.")
@@ -308,13 +250,10 @@ def _sides(passes: _Passes, largest: int) -> tuple[dict[str, tuple[Plan, Eigen, 
         _, m, n = form.blocks
         looked_up = all(isinstance(use, Lookup) for use in uses)
         plans[name] = Plan(form, Side(m, m <= largest and not looked_up), Side(n, n <= largest))
-    reducer = Sides(plans)
-    sums, samples = passes.summed(reducer)
+    sums, samples = passes.summed(Sides(plans), {name: (plan.entries,) for name, plan in plans.items()})
     found = {}
     for name, plan in plans.items():
-        like = passes.params.leaves[passes.params.names.index(name)]
-        flat = sums[name] if name in sums else like.new_zeros(plan.entries)
-        left, right, norms = plan.unpacked(flat)
+        left, right, norms = plan.unpacked(sums[name])
         found[name] = (plan, _eigen(left, plan.left), _eigen(right, plan.right), norms)
     return found, samples
 
@@ -323,11 +262,7 @@ def _eigen(moment: Tensor, side: Side) -> Eigen:
     return eigenbasis(moment) if side.whole else (moment, None)
 
 
-def _in_bases(passes: _Passes, kind: str, bases: Any, **facts: Any) -> Curvature:
-    sums, samples = passes.summed(RotatedSquares(bases))
-    spectra = []
-    for name, (form, left, right) in bases.items():
-        like = passes.params.leaves[passes.params.names.index(name)]
-        values = sums[name] / samples if name in sums else like.new_zeros(form.blocks)
-        spectra.append(Sided(name, form, left, right, values))
+def _in_bases(passes: Passes, kind: str, bases: Any, **facts: Any) -> Curvature:
+    sums, samples = passes.summed(RotatedSquares(bases), {name: form.blocks for name, (form, _, _) in bases.items()})
+    spectra = [Sided(name, form, left, right, sums[name] / samples) for name, (form, left, right) in bases.items()]
     return passes.made(kind, spectra, samples, **facts)

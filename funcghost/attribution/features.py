@@ -6,8 +6,9 @@
     Scaled       phi = P (grad losses[i] / sqrt(v))
     Sided        one for each parameter, phi = (P (x) Q) grad losses[i]
 
-They are values that a manifest can describe: `corpus.keep` has those of a data set on the disk. What is made of them is in
-`comparing`. Units and cost are those of `fg.project`; `Moved` and `Scaled` form gradients, b copies of the parameters.
+They are values that a manifest can describe: `corpus.keep` has those of a data set on the disk. What is made of them
+is in `comparing`. Units and cost are those of `fg.project`; `Moved` and `Scaled` form gradients, b copies of the
+parameters.
 """
 
 from abc import abstractmethod

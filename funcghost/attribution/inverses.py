@@ -1,20 +1,17 @@
 """A curvature of all parameters, block by block, and its damped inverse as a function of directions."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcghost.algebra.factors import Form
 from funcghost.algebra.metric import Weighting
 from funcghost.attribution.batches import stacked
-from funcghost.attribution.spectra import Sided, Spectrum, Whole, moved
+from funcghost.attribution.spectra import Spectrum, Whole, moved
 from funcghost.errors import InputError
-from funcghost.trees import Params, Tree, split_params
+from funcghost.trees import Params, Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,51 +64,6 @@ class Curvature:
         leaves = tuple(leaf.to(target) for leaf in self.params.leaves)
         spectra = tuple(moved(spectrum, target) for spectrum in self.spectra)
         return replace(self, spectra=spectra, params=self.params._replace(leaves=leaves))
-
-    def save(self, file: Path | str) -> None:
-        """Writes it to a file of tensors, from which `load` reads it."""
-        entries = []
-        for spectrum in self.spectra:
-            if isinstance(spectrum, Whole):
-                facts: dict[str, Any] = {"names": list(spectrum.names), "shapes": [list(s) for s in spectrum.shapes]}
-                tensors = {"basis": spectrum.basis, "values": spectrum.values}
-            else:
-                form = spectrum.form
-                facts = {"name": spectrum.name, "shape": form.shape, "base": form.base, "roles": form.roles}
-                sides = {"left": spectrum.left, "right": spectrum.right, "values": spectrum.values}
-                tensors = {key: value for key, value in sides.items() if value is not None}
-            entries.append({"facts": json.dumps(facts), **tensors})
-        torch.save({"made_of": json.dumps(dict(self.made_of)), "spectra": entries}, file)
-
-    @staticmethod
-    def load(file: Path | str, params: Tree) -> "Curvature":
-        """Reads it for parameters like those it was made for; nothing but tensors and text is read.
-
-        Raises:
-            InputError: the parameters differ in names or shapes.
-        """
-        split = split_params(params)
-        content = torch.load(file, map_location=split.leaves[0].device, weights_only=True)
-        spectra = tuple(map(_read, content["spectra"]))
-        shapes = dict(zip(split.names, (tuple(leaf.shape) for leaf in split.leaves), strict=True))
-        found = {
-            name: shape
-            for s in spectra
-            for name, shape in zip(s.names, s.shapes if isinstance(s, Whole) else (s.form.shape,), strict=True)
-        }
-        if found != shapes:
-            other = sorted(set(found.items()) ^ set(shapes.items()))[:4]
-            raise InputError(f"Curvature.load: {file} is of other parameters; on one side only: {other}.")
-        return Curvature(spectra, blank(split), json.loads(content["made_of"]))
-
-
-def _read(entry: Mapping[str, Any]) -> Spectrum:
-    facts = json.loads(entry["facts"])
-    if "names" in facts:
-        return Whole(tuple(facts["names"]), tuple(map(tuple, facts["shapes"])), entry["basis"], entry["values"])
-    q, m, n = (tuple(axes) for axes in facts["roles"])
-    form = Form(tuple(facts["shape"]), tuple(facts["base"]), (q, m, n))
-    return Sided(facts["name"], form, entry.get("left"), entry.get("right"), entry["values"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor, nn
 
 from funcghost.algebra.directions import LowRank
@@ -16,19 +15,9 @@ from funcghost.attribution.features import Features
 from funcghost.errors import InputError
 from funcghost.reducers.bases import Reducer
 from funcghost.store.manifest import JSON
-from funcghost.trees import Params, Tree, named_leaves
+from funcghost.trees import Params, Tree, digest, named_leaves
 
 SHORT = 16
-
-
-def of_tensors(names: Sequence[str], leaves: Sequence[Tensor]) -> str:
-    """A digest of tensors: their names, shapes, dtypes and every byte."""
-    digest = sha256()
-    for name, leaf in zip(names, leaves, strict=True):
-        digest.update(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
-        flat = leaf.detach().to_dense() if leaf.layout != torch.strided else leaf.detach()
-        digest.update(flat.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:SHORT]
 
 
 def of_tree(tree: Tree) -> str:
@@ -39,13 +28,13 @@ def of_tree(tree: Tree) -> str:
         flat += (
             [(f"{name}.rows", leaf.rows), (f"{name}.cols", leaf.cols)] if isinstance(leaf, LowRank) else [(name, leaf)]
         )
-    return of_tensors([name for name, _ in flat], [leaf for _, leaf in flat])
+    return digest([name for name, _ in flat], [leaf for _, leaf in flat])
 
 
 def of_params(params: Params) -> JSON:
     """Parameters: a digest, how many numbers, and in how many leaves."""
-    digest = of_tensors(params.names, params.leaves)
-    return {"digest": digest, "count": sum(leaf.numel() for leaf in params.leaves), "leaves": len(params.names)}
+    count = sum(leaf.numel() for leaf in params.leaves)
+    return {"digest": params.digest(), "count": count, "leaves": len(params.names)}
 
 
 def of_reducers(reducers: Tree) -> JSON:

@@ -38,11 +38,11 @@ def keep(
     origin: Mapping[str, JSON] | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """The features of all samples, from `funcghost.attribution.features`, in a store: [b, dim] as vectors, [b] in columns.
+    """The features (`funcghost.attribution.features`) of all samples in a store: [b, dim] as vectors, [b] in columns.
 
-    Law: scores from `kept(out)` are those of the features in memory, rounded to `dtype`. Killed passes go on, ranks take
-    their parts, and other settings (seed, dim, moments, parameters) are refused, as with `corpus.score`, whose arguments
-    these are. `Corpus.nearest` finds the nearest in any of them, too.
+    Law: scores from `kept(out)` are those of the features in memory, rounded to `dtype`. Killed passes go on, ranks
+    take their parts, and other settings (seed, dim, moments, parameters) are refused, as with `corpus.score`, whose
+    arguments these are. `Corpus.nearest` finds the nearest in any of them, too.
 
     Cost: that of the features; in memory are those of one part.
 

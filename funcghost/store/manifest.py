@@ -20,7 +20,7 @@ MOST_DIM = 1 << 24
 
 Type = Literal["int64", "float16", "float32", "float64", "bool", "string"]
 VectorType = Literal["float16", "float32", "float64"]
-Kind = Literal["corpus", "record"]
+Kind = Literal["corpus", "record", "curvature"]
 JSON = Any
 """What `json.dumps` takes: None, bool, int, float, str, and lists and dicts of these."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import funcghost as fg
 from funcghost.attribution import curvature, labels
+from funcghost.attribution import kept as store
 from funcghost.attribution.inverses import Curvature
 from funcghost.attribution.spectra import Whole
 from funcghost.laws.oracle import per_sample_gradients
@@ -178,13 +179,22 @@ def test_batches_may_be_split_and_shared_out(make: Make) -> None:
     for name in PARAMS:
         assert_close(apart[name], together[name], 1e-8)
     if make is curvature.ekfac:
-        return  # its second pass asks for the bases of all
+        return  # its second pass asks for the bases of all: see the tests of distributed
     others: list[Tensor] = []
     make(losses, PARAMS, BATCHES[1:], across=lambda value: others.append(value) or value)  # type: ignore[func-returns-value]
     shared = make(losses, PARAMS, BATCHES[:1], across=lambda value: value + others.pop(0))
     assert shared.made_of["samples"] == 7
+    assert not others
     for name, leaf in shared.damped(fraction=0.1)(v).items():
         assert_close(leaf, together[name], 1e-8)
+
+
+def test_processes_that_see_parameters_in_other_ways_are_refused() -> None:
+    def across(value: Tensor) -> Tensor:
+        return value + torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64)  # what another one says of its uses
+
+    with pytest.raises(fg.InputError, match="other processes"):
+        curvature.ekfac(losses, PARAMS, BATCHES, across=across)
 
 
 def test_long_sides_and_large_groups_keep_less(tmp_path: Path) -> None:
@@ -204,13 +214,27 @@ def test_long_sides_and_large_groups_keep_less(tmp_path: Path) -> None:
         assert float(spectrum.dense().trace()) == pytest.approx(float(truth.trace()), rel=1e-9)
     v = {name: torch.randn_like(leaf) for name, leaf in PARAMS.items()}
     for number, kept in enumerate((found, mixed)):
-        kept.save(tmp_path / f"{number}")
-        again = Curvature.load(tmp_path / f"{number}", PARAMS)
+        store.save(kept, tmp_path / f"{number}")
+        store.save(kept, tmp_path / f"{number}")  # what is there stays
+        again = store.load(tmp_path / f"{number}", PARAMS)
         assert again.made_of == kept.made_of
+        for ours, theirs in zip(again.spectra, kept.spectra, strict=True):
+            assert ours.names == theirs.names
+            for tensor in ("left", "right", "basis", "values"):
+                one, other = getattr(ours, tensor, None), getattr(theirs, tensor, None)
+                assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
         for name, leaf in again.damped(fraction=0.2)(v).items():
-            assert torch.equal(leaf, kept.damped(fraction=0.2)(v)[name])
+            assert_close(leaf, kept.damped(fraction=0.2)(v)[name], 1e-10)  # in memory they lie in another order
     with pytest.raises(fg.InputError, match="other parameters"):
-        Curvature.load(tmp_path / "0", {**PARAMS, "more": torch.ones(2)})
+        store.load(tmp_path / "0", {**PARAMS, "more": torch.ones(2)})
+    with pytest.raises(fg.InputError, match="other values"):
+        store.load(tmp_path / "0", {name: leaf + 1 for name, leaf in PARAMS.items()})
+    with pytest.raises(fg.StoreError, match="something else"):
+        store.save(mixed, tmp_path / "0")
+    damaged = next((tmp_path / "0" / "vectors").rglob("*.arrow"))
+    damaged.write_bytes(damaged.read_bytes()[:-9] + bytes(9))
+    with pytest.raises(fg.StoreError, match="damaged"):
+        store.load(tmp_path / "0", PARAMS)
 
 
 def test_a_parameter_that_no_loss_depends_on_has_no_curvature() -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed_in_run
 import distributed_pretraining
 import funcghost as fg
+from funcghost.attribution import curvature
 from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
 from tests.distributed import drawn_ranks, fsdp_ranks, tp_ranks
@@ -42,6 +43,23 @@ def losses_of(net: nn.Module) -> Any:
 
 def close(found: Any, wanted: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def curvatures_are_those_of_one_process(net: nn.Module, rank: int) -> None:
+    """Every factor is that of all batches, also of a parameter that no loss depends on."""
+    own_losses, params = losses_of(net), {**dict(net.named_parameters()), "idle": torch.ones(2, dtype=torch.float64)}
+
+    def losses(params: Any, batch: Any) -> torch.Tensor:
+        return own_losses({name: leaf for name, leaf in params.items() if name != "idle"}, batch)
+
+    batches = list(torch.randint(11, (7, 5), generator=torch.Generator().manual_seed(1)).split(2))
+    v = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    for make in (curvature.diagonal, curvature.kfac, curvature.ekfac, curvature.exact):
+        found = make(losses, params, batches[rank::2], across=data_parallel.across())
+        alone = make(losses, params, batches)
+        assert found.made_of == alone.made_of
+        for name, leaf in found.damped(0.1)(v).items():
+            torch.testing.assert_close(leaf, alone.damped(0.1)(v)[name], rtol=1e-8, atol=1e-10)
 
 
 def held_to_one_process(net: nn.Module, rank: int, split: tuple[int, int], reduction: Any) -> None:
@@ -133,6 +151,7 @@ def main() -> None:
     for split in SPLITS:
         for reduction in ("mean", "sum"):
             held_to_one_process(net, rank, split, reduction)
+    curvatures_are_those_of_one_process(net, rank)
     averaged_as_ddp_does(model(), rank)
     refused_where_ranks_differ(rank)
     refused_where_sharded()
