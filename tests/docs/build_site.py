@@ -49,8 +49,8 @@ PUBLIC = {
 
 MARKDOWN = ("fenced-code-blocks", "tables", "header-ids", "code-friendly", "cuddled-lists")
 CODE_STYLE = """
-pre { max-height: none; } pre code { font-size: .85rem; } td code { overflow-wrap: anywhere; }
-nav a { margin-right: .8rem; }
+pre { max-height: none; white-space: pre; } pre code { font-size: .85rem; } td code { overflow-wrap: break-word; }
+nav a { margin-right: .8rem; white-space: nowrap; display: inline-block; }
 """
 
 
@@ -145,7 +145,15 @@ def render(markdown: str, source: str, out: Path) -> str:
         return f'href="{html.escape(link(href, source, out, page=not script))}"'
 
     body = re.sub(r'href="([^"]*)"', turned, body)
+    body = re.sub(r"<td.*?</td>", breakable, body, flags=re.DOTALL)
     return re.sub(r"(<table>.*?</table>)", r'<div class="wide">\1</div>', body, flags=re.DOTALL)
+
+
+def breakable(cell: re.Match[str]) -> str:
+    """A cell of a table whose code may be broken between names, as a narrow screen needs."""
+    return re.sub(
+        r"<code>.*?</code>", lambda code: re.sub(r"(?<=\w)([._(]+)(?=\w)", r"\1<wbr>", code[0]), cell[0], flags=re.DOTALL
+    )
 
 
 def write(out: Path, name: str, body: str) -> None:
