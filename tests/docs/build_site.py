@@ -151,9 +151,12 @@ def render(markdown: str, source: str, out: Path) -> str:
 
 def breakable(cell: re.Match[str]) -> str:
     """A cell of a table whose code may be broken between names, as a narrow screen needs."""
-    return re.sub(
-        r"<code>.*?</code>", lambda code: re.sub(r"(?<=\w)([._(]+)(?=\w)", r"\1<wbr>", code[0]), cell[0], flags=re.DOTALL
-    )
+
+    def broken(code: re.Match[str]) -> str:
+        return re.sub(r"(?<=\w)([._(]+)(?=\w)", r"\1<wbr>", code[0])
+
+    return re.sub(r"<code>.*?</code>", broken, cell[0], flags=re.DOTALL)
+
 
 
 def write(out: Path, name: str, body: str) -> None:
