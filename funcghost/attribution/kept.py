@@ -63,7 +63,7 @@ def save(curvature: Curvature, folder: Path | str) -> None:
         >>> kept.load(folder, params).made_of["kind"]
         'ekfac'
     """
-    described, tensors = [], []
+    described, tensors = list[Any](), list[Tensor]()
     for spectrum in curvature.spectra:
         own = _tensors(spectrum)
         described.append(_entry(spectrum, own))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import optree
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -16,7 +17,7 @@ from funcghost.ops.digest import Digest
 from funcghost.ops.moves import MOVES
 from funcghost.ops.values import Note, Value, Values
 
-GRAD_FN = Tensor.grad_fn.__get__
+GRAD_FN: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
 """To ask for it is no use of a tensor: until torch 2.12 checkpoints ask what saves their inputs."""
 
 

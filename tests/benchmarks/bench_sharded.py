@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -56,7 +56,7 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
         model.zero_grad()
 
     step = sharded.grad_and_reduce(losses, model)
-    share = sum(parameter.to_local().nbytes for parameter in params.values())
+    share = sum(cast(Any, parameter).to_local().nbytes for parameter in params.values())
     factors = sum(value.rows.nbytes + value.cols.nbytes for value in low.values() if isinstance(value, LowRank))
     held = {"plain": share, "dot": 2 * share, "dot, rank 32": share + factors, "norms": share}
     return (

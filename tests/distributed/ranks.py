@@ -54,9 +54,9 @@ def curvatures_are_those_of_one_process(net: nn.Module, rank: int) -> None:
 
     batches = list(torch.randint(11, (7, 5), generator=torch.Generator().manual_seed(1)).split(2))
     v = {name: torch.ones_like(leaf) for name, leaf in params.items()}
-    for make in (curvature.diagonal, curvature.kfac, curvature.ekfac, curvature.exact):
-        found = make(losses, params, batches[rank::2], across=data_parallel.across())
-        alone = make(losses, params, batches)
+    for kind in (curvature.diagonal, curvature.kfac, curvature.ekfac, curvature.exact):
+        found = kind(losses, params, batches[rank::2], across=data_parallel.across())
+        alone = kind(losses, params, batches)
         assert found.made_of == alone.made_of
         for name, leaf in found.damped(0.1)(v).items():
             torch.testing.assert_close(leaf, alone.damped(0.1)(v)[name], rtol=1e-8, atol=1e-10)

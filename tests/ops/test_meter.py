@@ -51,7 +51,11 @@ def test_errors_that_cancel_are_seen() -> None:
     gradient = torch.randn(BATCH, 4, 4, dtype=torch.float64)
     moved = torch.randn(4, 4, dtype=torch.float64)
     for error in (moved - moved.T, moved - moved.mean(0), moved - moved.mean(1, keepdim=True)):
-        assert measured(gradient, lambda code, e=error: gradient * code.view(-1, 1, 1) + e) is None
+
+        def wrong(code: Tensor, error: Tensor = error) -> Tensor:
+            return gradient * code.view(-1, 1, 1) + error
+
+        assert measured(gradient, wrong) is None
 
 
 def test_what_is_expanded_is_as_if_it_were_not() -> None:
