@@ -24,7 +24,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
 
 
-@pytest.mark.skipif(not SHARDS, reason="the rank raises in a step on a sharded model")
+@pytest.mark.skipif(not SHARDS, reason="what is drawn is sharded")
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="two ranks draw in every profile")
 def test_four_ranks_are_one_process() -> None:

@@ -11,6 +11,9 @@ import pytest
 from funcghost import store
 from tests.distributed.fault_ranks import FAULTS
 from tests.distributed.launch import ROOT, SETTINGS, torchrun
+from tests.versions import SHARDS
+
+pytestmark = pytest.mark.skipif(not SHARDS, reason="the faults are of steps on sharded models, too")
 
 SAID = {
     "killed": r"RankError: sharded: .*ranks \[1\] say nothing: killed",

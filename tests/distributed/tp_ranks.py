@@ -232,7 +232,6 @@ def cases(rank: int) -> None:
     pure_functions(mesh)
     refused(rank, mesh)
     for shards in {1, distributed.get_world_size() // 2}:
-        sharded_as_well(shards, PLANS if deep else ("columns and rows",))
-        accounted(shards)
         if SHARDS:
             sharded_as_well(shards, PLANS if deep else ("columns and rows",))
+            accounted(shards)
