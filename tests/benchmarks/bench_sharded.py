@@ -43,7 +43,7 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    params = dict(model.named_parameters())
+    params: dict[str, Any] = dict(model.named_parameters())
     direction = {name: torch.randn_like(parameter).detach() for name, parameter in params.items()}
     torch.manual_seed(args.seed + distributed.get_rank())
     tokens = torch.randint(args.vocabulary, (args.batch, args.length))

@@ -115,7 +115,7 @@ def cases(rank: int) -> None:
     ranks, deep = distributed.get_world_size(), os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 
     @settings(
-        max_examples=40 if deep else 3,
+        max_examples=40 if deep else 2,
         derandomize=True,
         database=None,
         deadline=None,
