@@ -217,6 +217,10 @@ def without_gradients(rank: int) -> None:
     close(found["whole"], wanted["whole"][own])
     close(found["sketch"], wanted["sketch"][own])
     close(found["each"], {name: value[own] for name, value in wanted["each"].items()})
+    # Plans from other shapes on each rank, as they may come out of a file.
+    plan = fg.plan(losses_of(plain), alone, drawn(5, 2 + rank, 3 + rank))
+    planned = sharded.reduce(losses, net, plan=fg.Plan.from_json(plan.to_json()))
+    close(planned(params, batch[own], fg.dot(truth)), wanted["whole"][own])
     kept = sharded.pairs(fg.module_losses(net, losses_on), net)(params, batch[own])
     close(fg.apply(fg.dot(truth), kept), fg.reduce(losses_of(plain))(alone, batch[own], fg.dot(truth)))
 
