@@ -38,7 +38,8 @@ def main() -> list[tuple[float, float, float]]:
     torch.manual_seed(0)
     rows: Any = [{"x": torch.randn(8).double(), "y": int(torch.randint(3, ())), "id": place} for place in range(60)]
     record = Record(tempfile.mkdtemp() + "/values", DataLoader(rows[40:], batch_size=20), rule="simpson")
-    trainer = lightning.Trainer(max_epochs=1, callbacks=[record], logger=False, accelerator="cpu")
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[record], accelerator="cpu", **quiet)
     trainer.fit(Classifier(), DataLoader(rows[:40], batch_size=5, shuffle=True))
     for account in record.accounts:
         print("values {:+.6f}  rest {:+.6f}  change {:+.6f}".format(*account))
