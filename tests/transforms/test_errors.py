@@ -21,14 +21,14 @@ def test_every_error_class_is_reached_and_is_a_ghost_error() -> None:
         *(fg.UnsupportedOpError, fg.ConservationError, fg.PlanError, fg.CheckError),
         *(fg.MemoryBudgetError, fg.SampleAxisError),  # in tests of contractions and positions
         *(fg.StoreError, fg.ReplayError),  # in tests of stores and of unrolled trainings
-        fg.VersionError,  # on an older torch
+        *(fg.VersionError, fg.RankError),  # on an older torch; in tests of distributed faults
     ):
         assert issubclass(kind, RuntimeError)
         assert issubclass(kind, fg.GhostError)
         assert not issubclass(kind, fg.InputError)
     named = {name for name in dir(fg) if name.endswith("Error")}
     kinds = {"UnsupportedOpError", "ConservationError", "PlanError", "CheckError"}
-    kinds |= {"MemoryBudgetError", "SampleAxisError", "StoreError", "ReplayError", "VersionError"}
+    kinds |= {"MemoryBudgetError", "SampleAxisError", "StoreError", "ReplayError", "VersionError", "RankError"}
     assert named == {"GhostError", "InputError"} | kinds
 
 
