@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Time of the first value from `pip install` on, for each recipe of a trainer: an empty environment, funcghost's wheel with
-# the recipe's extra, and the ten lines. Prints the table that stands in the README. Needs a package index (or
+# the recipe's extra, and the ten lines. Prints a table. Needs a package index (or
 # PIP_FIND_LINKS); not run by the tests.
 #
 #     tests/recipes.sh [transformers accelerate lightning trl opacus]
