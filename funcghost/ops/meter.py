@@ -48,13 +48,16 @@ class Clock:
     """Which backward is running: the base (`code` is None) or one with the cotangents scaled by a code.
 
     Before it is started, backwards are those of the losses themselves. The `true` one takes no derivative anywhere but
-    at the values that came; nothing is measured by it.
+    at the values that came; nothing is measured by it. Where a gradient is seen to `overflow`, all is measured once
+    more by gradients that meters `keep`: an entry that is not finite in either of two says nothing of both.
     """
 
     batch: int = 0
     code: Tensor | None = None
     started: bool = True
     true: bool = False
+    overflow: bool = False
+    keep: bool = False
 
 
 class Meter:
@@ -68,6 +71,7 @@ class Meter:
         self.clock, self.shape = clock, shape
         self.wanted = True
         self.base: Seen | None = None
+        self.kept: Tensor | None = None
         self.coded: list[Coded] = []
 
     def see(self, gradient: Tensor | None) -> None:
@@ -76,15 +80,17 @@ class Meter:
             return
         gradient = gathered(gradient)
         if self.clock.code is None:
-            self.base, self.coded = seen(gradient), []
+            self.base, self.kept, self.coded = seen(gradient), gradient if self.clock.keep else None, []
+            self.clock.overflow |= not self.base.finite
         elif self.base is not None and self.base.sums:
-            finite, code = self.base.finite, self.clock.code
-            found = marginals(gradient, finite=finite)
-            if finite and not all(bool(part.isfinite().all()) for part in found):
-                finite, found = False, marginals(gradient, finite=False)
-            own = Coded(code, found)
+            base: Sequence[Tensor] = self.base.sums
+            if self.kept is not None:
+                both = self.kept.isfinite() & gradient.isfinite()
+                base, gradient = marginals(self.kept.where(both, 0)), gradient.where(both, 0)
+            own = Coded(self.clock.code, base, marginals(gradient))
+            self.clock.overflow |= not all(bool(part.isfinite().all()) for part in own.sums)
             if not any(self._scales(own, *self._along(layout)) for layout in self._candidates):
-                own = replace(own, sizes=sizes(gradient, finite))
+                own = replace(own, sizes=sizes(gradient))
             self.coded.append(own)
 
     @property
@@ -134,7 +140,7 @@ class Meter:
     def _scales(self, coded: "Coded", axis: int, samples: Tensor) -> bool:
         """Whether the entries at each index of an axis are scaled by the code of its sample."""
         assert self.base is not None
-        found, expected = coded.sums[axis], self.base.sums[axis] * coded.code[samples].to(self.base.sums[axis].dtype)
+        found, expected = coded.sums[axis], coded.base[axis] * coded.code[samples].to(coded.base[axis].dtype)
         if torch.equal(found, expected):
             return True
         if not coded.sizes:
@@ -147,9 +153,10 @@ class Meter:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """The marginals of a gradient whose cotangents were scaled by a code, with their sizes if none scales exactly."""
+    """The marginals of the base and of a gradient whose cotangents were scaled by a code, and sizes if need be."""
 
     code: Tensor
+    base: Sequence[Tensor]
     sums: list[Tensor]
     sizes: Sequence[Tensor] = ()
 
@@ -171,7 +178,7 @@ class Seen:
 
 
 def seen(gradient: Tensor) -> Seen:
-    """What is kept of a gradient; entries that are not finite say nothing."""
+    """What is kept of a gradient."""
     shape = tuple(gradient.shape)
     if gradient.layout is not torch.strided:
         return Seen(shape, False, float(gradient.nan_to_num().any()))
@@ -189,31 +196,29 @@ def seen(gradient: Tensor) -> Seen:
         True,
         largest,
         finite,
-        marginals(gradient, finite=finite),
+        marginals(gradient),
         256 * wide.eps,  # half precision is held to float32, as the scales are exact there too
         256 * own.tiny * own.eps * gradient.numel() ** 0.5,
     )
 
 
-def sizes(gradient: Tensor, finite: bool) -> list[Tensor]:
+def sizes(gradient: Tensor) -> list[Tensor]:
     """The sizes that the marginals of a gradient have if the signs of its entries are of no order."""
-    largest = float(torch.linalg.vector_norm(gradient if finite else gradient.nan_to_num(0, 0, 0), torch.inf))
-    parts = marginals(gradient, finite=finite, squares_over=largest or 1.0)
+    largest = float(torch.linalg.vector_norm(gradient, torch.inf))
+    parts = marginals(gradient, squares_over=largest or 1.0)
     return [part.sqrt() * largest for part in parts]
 
 
-def marginals(value: Tensor, *, finite: bool = True, squares_over: float | None = None) -> list[Tensor]:
+def marginals(value: Tensor, *, squares_over: float | None = None) -> list[Tensor]:
     """For each axis, one number per index: the sum of the entries there, each times the product of drawn numbers.
 
-    With `finite=False`, entries that are not finite are zeros. With `squares_over`, the sums of the squares of the
-    entries over that number.
+    With `squares_over`, the sums of the squares of the entries over that number.
 
     Cost: every entry is read twice, and memory for some `PIECE` of them.
     """
 
     def entries(piece: Tensor) -> Tensor:
         piece = piece.to(wide_dtype(piece.dtype))
-        piece = piece if finite else piece.where(piece.isfinite(), 0)
         return piece if squares_over is None else (piece / squares_over).abs().square()
 
     order = sorted(range(value.dim()), key=value.stride, reverse=True)

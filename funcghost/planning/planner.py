@@ -129,6 +129,10 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
     scales = codes(clock.batch, losses, half=torch.float16 in trace.dtypes) if clock.batch > 1 else []
     for scale in scales:
         measure(scale)
+    clock.keep = clock.overflow
+    if clock.keep:
+        for code in (None, *scales):
+            measure(code)
     if not all_of_them and clock.batch and not enough_measured(trace.records, len(leaves)):
         want_meters(trace.records, len(leaves), all_of_them=True)
         for code in (None, *scales):

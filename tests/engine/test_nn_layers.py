@@ -381,7 +381,7 @@ LAYERS: dict[str, dict[str, Layer]] = {
         ),
     },
 }
-LAYERS = {name: variants for name, variants in LAYERS.items() if hasattr(nn, name)}  # one is new in torch 2.13
+LAYERS = {name: variants for name, variants in LAYERS.items() if name in public_layers()}  # one is new in 2.13
 
 
 def by_a_map(layer: nn.Module) -> nn.Module:

@@ -19,9 +19,13 @@ def measured(gradient: Tensor, scaled: Callable[[Tensor], Tensor]) -> Layout | s
     """What a meter says of a gradient, and of what a code makes of it."""
     clock = Clock(BATCH)
     meter = Meter(clock)
-    meter.see(gradient)
-    [clock.code] = codes(BATCH, gradient)
-    meter.see(scaled(clock.code))
+    [code] = codes(BATCH, gradient)
+    for _ in range(2):  # once more, where something is not finite
+        clock.code = None
+        meter.see(gradient)
+        clock.code = code
+        meter.see(scaled(code))
+        clock.keep = clock.overflow
     return meter.layout
 
 
@@ -69,6 +73,17 @@ def test_what_is_not_finite_says_nothing() -> None:
     gradient = torch.randn(BATCH, 4)
     gradient[0, 0], gradient[1, 1] = torch.inf, torch.nan
     assert measured(gradient, lambda code: gradient * code.view(-1, 1)) == Layout(0)
+
+
+def test_what_overflows_in_one_of_two_passes_says_nothing() -> None:
+    # On the way to a gradient that is small itself, a larger cotangent overflows: all of a sample may be NaN then.
+    gradient = torch.randn(BATCH, 4)
+
+    def overflown(code: Tensor) -> Tensor:
+        return (gradient * code.view(-1, 1)).masked_fill(torch.tensor([[True], [False], [False]]), torch.nan)
+
+    assert measured(gradient, overflown) == Layout(0)
+    assert measured(gradient, lambda code: overflown(code).flip(1)) is None
 
 
 @pytest.mark.parametrize("autocast", [False, True])
