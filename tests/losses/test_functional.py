@@ -1,5 +1,6 @@
 """The chunked head against the head that it stands for: values, derivatives, scores, memory."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -329,10 +330,15 @@ def test_vmap_of_grad_and_of_batched_weights() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("backend", "kind"),
-    [("aot_eager", "sample first"), ("aot_eager", "per example"), ("inductor", "sample first")],
-)
+# Inductor is asked of whole models in `engine/test_modes.py`; here it takes a minute.
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+COMPILED = [
+    *(("aot_eager", "sample first"), ("aot_eager", "per example")),
+    *([("inductor", "sample first")] if DEEP else []),
+]
+
+
+@pytest.mark.parametrize(("backend", "kind"), COMPILED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @compiles
 def test_compiled_step_equals_eager(backend: str, kind: str) -> None:
