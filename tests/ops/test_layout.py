@@ -62,11 +62,15 @@ def layout_of(base: Tensor, batch: int, backward: Callable[[Tensor], Tensor]) ->
     """What a meter says when `backward` maps cotangent scales [b] to the gradient."""
     clock = Clock(batch, started=True)
     meter = Meter(clock)
-    meter.see(base)
     half = base.dtype == torch.float16
-    for code in codes(batch, torch.ones((), dtype=torch.float64), half=half) if batch > 1 else []:
-        clock.code = code
-        meter.see(backward(code))
+    scales = codes(batch, torch.ones((), dtype=torch.float64), half=half) if batch > 1 else []
+    for _ in range(2):  # once more, as a plan does where something is not finite
+        clock.code = None
+        meter.see(base)
+        for code in scales:
+            clock.code = code
+            meter.see(backward(code))
+        clock.keep = clock.overflow
     return meter.layout
 
 
