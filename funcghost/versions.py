@@ -40,6 +40,9 @@ def need(version: Version, what: str, instead: str) -> None:
         )
 
 
+GRAD_FN: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
+"""To ask for it is no use of a tensor: until 2.12 checkpoints ask what saves their inputs."""
+
 LINEAR_CROSS_ENTROPY: Any = getattr(F, "linear_cross_entropy", None)
 """Torch's own head, new in 2.13; None before."""
 

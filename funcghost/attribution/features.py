@@ -28,6 +28,7 @@ from funcghost.problem import Losses
 from funcghost.reducers.bases import Reducer
 from funcghost.reducers.by_parameter import per_param
 from funcghost.reducers.projections import Kind, project
+from funcghost.training.adam_rules import Adam
 from funcghost.transforms.steps import pairs, reduce
 from funcghost.trees import Params, Tree, match_direction, split_params
 
@@ -174,16 +175,16 @@ def adam_moved(
         >>> import torch
         >>> from funcghost.attribution import features
         >>> none = {"w": torch.zeros(1)}
-        >>> features.adam_moved({"w": torch.tensor([[2.0], [-3.0]])}, none, none, step=1)["w"]
+        >>> features.adam_moved({"w": torch.tensor([[2.0], [-3.0]])}, none, none, step=1)["w"].round(decimals=4)
         tensor([[ 1.],
                 [-1.]])
     """
-    one, two = betas
+    rule = Adam(*betas, eps, weight_decay=0.0, decoupled=True, amsgrad=False, maximize=True)  # along it, not against
+    before, rate = torch.tensor(step - 1.0, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     moved = {}
     for name, gradient in gradients.items():
-        m = (one * first[name] + (1 - one) * gradient) / (1 - one**step)
-        v = (two * second[name] + (1 - two) * gradient.square()) / (1 - two**step)
-        moved[name] = m / (v.sqrt() + eps)
+        slots = {"step": before, "lr": rate, "exp_avg": -first[name], "exp_avg_sq": second[name]}
+        moved[name] = rule.moved(gradient, gradient, slots).move
     return moved
 
 

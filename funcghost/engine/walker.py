@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import optree
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -16,9 +15,7 @@ from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest
 from funcghost.ops.moves import MOVES
 from funcghost.ops.values import Note, Value, Values
-
-GRAD_FN: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
-"""To ask for it is no use of a tensor: until torch 2.12 checkpoints ask what saves their inputs."""
+from funcghost.versions import GRAD_FN
 
 
 @dataclass(eq=False, slots=True)

@@ -6,8 +6,7 @@ every op is taken at drawn values of the same size, in place of those that come;
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log2, prod
@@ -17,9 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.autograd.graph import saved_tensors_hooks
 
-from funcghost.engine.tap import ambient
 from funcghost.laws.draws import PERIOD, repeated
 from funcghost.ops.call import Call, Outputs, is_float, is_operand, physical
 from funcghost.ops.families.products import FACTORS
@@ -27,7 +24,7 @@ from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.meter import Clock
 from funcghost.ops.moves import MOVES
 from funcghost.ops.tangent import is_linear, is_multilinear
-from funcghost.side_effects import random_state
+from funcghost.planning.elsewhere import Back, evaluated
 from funcghost.trees import is_distributed
 
 FEW = 1024
@@ -94,12 +91,12 @@ class Generic:
         terms: list[tuple[float, Outputs]] = []
         for number, weight in enumerate(DRAWN[: 1 if is_multilinear(call) else 3 if few else 2 if far else 1]):
             values = partial(self._others, like, scales, number, self.count)
-            terms += [(weight, drawn) for drawn in _evaluated(call, found, values, many)]
+            terms += [(weight, drawn) for drawn in evaluated(call, found, varied, values, many)]
         # 4. At values near the true ones, where it takes no others.
         if not terms:
             near = {slot: self._near(leaf, slot) for slot, leaf in varied.items()}
             if not all(torch.equal(near[slot], leaf) for slot, leaf in varied.items()):
-                terms = [(1.0, drawn) for drawn in _evaluated(call, found, lambda: near, many)]
+                terms = [(1.0, drawn) for drawn in evaluated(call, found, varied, lambda: near, many)]
         self.count += 2 * len(call.leaves)
         if not terms:
             return found
@@ -211,34 +208,6 @@ def row_step(shape: Sequence[int], periods: int) -> int:
     return step - step % 8 if 8 < step < last else step
 
 
-def _evaluated(call: Call, found: Outputs, values: Callable[[], dict[int, Tensor]], many: bool) -> list[Outputs]:
-    """What the call gives for other values, with the derivative of what it gave; nothing where that cannot be had.
-
-    What a product keeps for its backward are the values, which share memory. Other ops of `many` entries keep nothing.
-    """
-    leaves = list(call.leaves)
-    try:
-        if many:
-            drawn_at = values()
-            tracked = [slot for slot in drawn_at if leaves[slot].requires_grad]
-            others = {s: leaf for s, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and s not in drawn_at}
-            around = ambient(found[0].device.type, random_state([found[0].device]))
-            del drawn_at
-            again = Again(call.emptied(), others, values, tracked, around)
-            drawn = Later.apply(again, *(leaves[slot] for slot in tracked))
-        else:
-            for slot, value in values().items():
-                leaf = leaves[slot]
-                leaves[slot] = Away.apply(leaf, value) if leaf.requires_grad else value
-            # A checkpoint counts what the ops of its region keep: these are not among them. Kept as it is, an op's own
-            # output would keep the op, and the op it.
-            with saved_tensors_hooks(Tensor.detach, _as_it_is):
-                drawn = call.evaluate(leaves)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return []
-    return [drawn] if len(drawn) == len(found) and all(map(_alike, drawn, found)) else []
-
-
 def scale_of(value: Tensor) -> Scale:
     """What the finite entries of a tensor are like."""
     if not is_float(value) or not value.numel():
@@ -278,99 +247,3 @@ def _unfilled(leaf: Tensor) -> Tensor:
     """What a floating tensor is but for its values, so that these are not kept."""
     plain = leaf.layout is torch.strided and (is_float(leaf) or leaf.dtype == torch.bool)
     return leaf.detach().new_empty(()).expand(leaf.shape) if plain else leaf.detach()
-
-
-def _as_it_is(value: Tensor) -> Tensor:
-    return value
-
-
-def _alike(drawn: Tensor, true: Tensor) -> bool:
-    """Whether a drawn output can stand for the true one: infinite entries come of fills, if that has some, too."""
-    if (drawn.shape, drawn.dtype, drawn.requires_grad) != (true.shape, true.dtype, true.requires_grad):
-        return False
-    if not drawn.requires_grad or bool(drawn.detach().sum().isfinite()) or bool(drawn.isfinite().all()):
-        return True
-    return bool(true.isinf().any()) and not bool(drawn.isnan().any())
-
-
-@dataclass(frozen=True, eq=False)
-class Again:
-    """A call at drawn `values` that can be made once more, with what was `around` it; `tracked` are differentiated."""
-
-    call: Call
-    others: Mapping[int, Any]
-    values: Callable[[], dict[int, Tensor]]
-    tracked: Sequence[int]
-    around: Callable[[], AbstractContextManager[None]]
-
-    def evaluate(self) -> tuple[list[Tensor], Outputs]:
-        """What is differentiated, and what comes out."""
-        values = self.values()
-        inputs = {slot: values[slot].detach().requires_grad_() for slot in self.tracked}
-        known = {**self.others, **values, **inputs}
-        leaves = [known.get(slot, leaf) for slot, leaf in enumerate(self.call.leaves)]
-        with torch.enable_grad(), self.around(), saved_tensors_hooks(Tensor.detach, _as_it_is):
-            return list(inputs.values()), self.call.evaluate(leaves)
-
-
-class Later(torch.autograd.Function):
-    """`Later.apply(again, *tracked) -> outputs`: nothing is kept, the call is made once more for every backward."""
-
-    @staticmethod
-    def forward(ctx: Any, again: Again, *tracked: Tensor) -> Outputs:
-        """What comes out."""
-        ctx.set_materialize_grads(False)
-        ctx.again = again
-        _, found = again.evaluate()
-        out = tuple(value.detach() for value in found)
-        ctx.mark_non_differentiable(*(own for own, value in zip(out, found, strict=True) if not value.requires_grad))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of the call."""
-        inputs, found = ctx.again.evaluate()
-        known = [(value, g) for value, g in zip(found, gradients, strict=True) if g is not None]
-        values, given = zip(*known, strict=True) if known else ((), ())
-        return None, *torch.autograd.grad(values, inputs, given, allow_unused=True)
-
-
-class Away(torch.autograd.Function):
-    """`Away.apply(value, other) -> other`, with the gradient of `value`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
-        """The other value."""
-        ctx.set_materialize_grads(False)
-        return other
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        """The gradient as it is."""
-        return gradients[0], None
-
-
-class Back(torch.autograd.Function):
-    """`Back.apply(clock, weights, true, *drawn) -> true`, with the gradients of all of them, weighted."""
-
-    @staticmethod
-    def forward(ctx: Any, clock: Clock, weights: list[float], true: Tensor, *drawn: Tensor) -> Tensor:
-        """The true value."""
-        ctx.set_materialize_grads(False)
-        ctx.clock, ctx.weights = clock, weights
-        return true.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The weighted gradients, or that of the true value alone, as where the losses themselves differentiate."""
-        [gradient] = gradients
-        if gradient is None or ctx.clock.true or not ctx.clock.started:
-            return None, None, gradient, *(None for _ in ctx.weights[1:])
-        return None, None, *(_times(gradient, weight) for weight in ctx.weights)
-
-
-def _times(gradient: Tensor, weight: float) -> Tensor | None:
-    """The product, without the work where there is none."""
-    if not weight:
-        return None
-    return gradient if weight == 1 else gradient * weight

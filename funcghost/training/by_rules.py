@@ -147,7 +147,7 @@ def _in_pieces(
     whole = [param, grad, *(value for value in slots.values() if value.dim()), *cotangents, *found]
     for piece in zip(*(tensor.reshape(-1).split(PIECE) for tensor in whole), strict=True):
         own_param, own_grad, *rest = piece
-        own_slots = {name: rest.pop(0) if value.dim() else value for name, value in slots.items()}
+        own_slots = {slot: rest.pop(0) if value.dim() else value for slot, value in slots.items()}
         columns, places = rest[: len(cotangents)], rest[len(cotangents) :]
         values, sums = _shared(name, own_param, own_grad, rule, own_slots, columns, credit, tolerance)
         for place, value, part, total in zip(places, values, parts, sums, strict=True):

@@ -59,8 +59,8 @@ def plan(
 
     Print it to see the table; pass it to `grad_and_reduce` or `reduce` so that they never plan again. It serves any
     batch size and length for which the losses run the same ops (plan with two samples or more: with one there is
-    nothing to tell apart, and the plan serves batches of one). Costs the FLOPs of about three steps, and memory for all
-    output gradients at once: a few short samples will do.
+    nothing to tell apart, and the plan serves batches of one). Takes the time of four to seven plain steps, and 1.4 to
+    3 times the memory of one (`tests/benchmarks/bench_planning.py`): a few short samples will do.
 
     Raises:
         InputError, UnsupportedOpError, ConservationError, PlanError: as in `grad_and_reduce`.
