@@ -20,7 +20,8 @@ class Options:
     """How to go about it.
 
     Args:
-        verify: when to check the conservation law: on the "first" call (with each new plan), "always" or "never".
+        verify: when to check the conservation law: on the "first" call (with each new plan, and with sizes that do not
+            follow from others), "always" or "never".
         route: "backward" takes scores in the backward wherever a layout fits; "forward" carries every tangent to
             the losses: no backward and no stored activations, for scoring with `fg.reduce`.
         inner_products: the route to inner products of gradients: the "cheapest", or always "ghost" or "materialise"

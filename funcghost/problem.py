@@ -46,8 +46,8 @@ class Problem:
         """Whether other ranks go through the same run, which therefore has to be gone through to its end."""
         return False
 
-    def settle(self, unfit: MismatchError | None, sizes: int, count: int) -> None:
-        """Ends a forward of `count` samples, before its backward; `sizes` is the checksum of the sizes of its ops.
+    def settle(self, unfit: MismatchError | None, sizes: Any, count: int) -> None:
+        """Ends a forward of `count` samples, before its backward; `sizes` are those of its ops.
 
         Raises:
             MismatchError: the run does not fit the plan.

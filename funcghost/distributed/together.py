@@ -27,6 +27,7 @@ from funcghost.distributed.tensor_parallel import InParts, check_agreement
 from funcghost.engine.plans import Plan
 from funcghost.engine.run import Outcome, run_plain
 from funcghost.errors import InputError, MismatchError, PlanError
+from funcghost.ops.digest import Sizes
 from funcghost.options import Options
 from funcghost.problem import Losses, Problem, Reduction
 from funcghost.reducers.bases import split_reducers
@@ -54,7 +55,7 @@ class InStep(Problem):
     model: Sharded = field(kw_only=True)
     owned: Sequence[Tensor] = field(kw_only=True)
     reduces: bool = field(kw_only=True)
-    agree: Callable[[MismatchError | None, int, int], None] = field(kw_only=True)
+    agree: Callable[[MismatchError | None, Sizes, int], None] = field(kw_only=True)
 
     @property
     def in_step(self) -> bool:
@@ -66,7 +67,7 @@ class InStep(Problem):
         """Whether tensor parallel ranks compute them together."""
         return self.model.in_parts
 
-    def settle(self, unfit: MismatchError | None, sizes: int, count: int) -> None:
+    def settle(self, unfit: MismatchError | None, sizes: Sizes, count: int) -> None:
         """Goes on only if all ranks do."""
         self.agree(unfit, sizes, count)
 
@@ -226,8 +227,9 @@ class Together:
         """Runs along the plan used last; `due` says whether new sizes are a reason to stop, and to verify."""
         plan, options = self.scout.plans[0], self.scout.options
 
-        def agree(unfit: MismatchError | None, sizes: int, count: int) -> None:
-            new = not plan.verified or sizes not in plan.sizes or (request.factored and sizes not in plan.factored)
+        def agree(unfit: MismatchError | None, sizes: Sizes, count: int) -> None:
+            right = [plan.sizes, plan.factored] if request.factored else [plan.sizes]
+            new = not plan.verified or not all(known.knows(sizes) for known in right)
             unseen = plan.written is None or (new and options.verify == "first")
             self._agree(problem, int(unfit is not None or (due and count > 0 and unseen)), count)
 
@@ -237,7 +239,9 @@ class Together:
             _replicating(problem),
         ):
             along = replace(request, directions=tuple(directions))
-            return self.scout.run(replace(problem, agree=agree), along, plan, self._reduction)
+            outcome = self.scout.run(replace(problem, agree=agree), along, plan, self._reduction)
+        self.scout.remember(plan.with_implied(outcome.sizes), instead_of=plan)
+        return outcome
 
     def _agree(self, problem: InStep, code: int, count: int) -> None:
         """Tells the others whether this rank can go on, how many samples it has, and what it gathered on the way.

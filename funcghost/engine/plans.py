@@ -12,7 +12,9 @@ from torch import Tensor
 
 from funcghost._version import __version__
 from funcghost.codec import MalformedError, decode, encode
+from funcghost.engine.verified import Verified
 from funcghost.errors import PlanError
+from funcghost.ops.digest import Sizes
 from funcghost.ops.layout import Layout, Rows
 from funcghost.ops.moves import Moved
 from funcghost.ops.tangent import Way
@@ -77,8 +79,8 @@ class Plan:
     """What a step does at each site, for losses of a given form; serves other batch sizes and lengths.
 
     `batch` is the number of samples it was made with, `axes` the places in the batch where that number stands,
-    `digest` the checksum of all ops, `sizes` those of the sizes it was verified for, `precision` the lowest that the
-    ops compute in, `moves` the ops that move samples by data. `factored` are the checksums of the sizes for which the
+    `digest` the checksum of all ops, `sizes` those it was verified for, `precision` the lowest that the
+    ops compute in, `moves` the ops that move samples by data. `factored` are the sizes for which the
     factors of per-sample gradients were verified, `contractions` how reducers contract them, chosen by the machine's
     `rates`. `captured` are the user's tensors that the losses close over, `written` the memory that they write to and
     the generators that they draw from: None where there are some, and this process has not seen them yet.
@@ -93,13 +95,13 @@ class Plan:
     sites: tuple[Site, ...]
     batch: int
     digest: int = 0
-    sizes: frozenset[int] = frozenset()
+    sizes: Verified = field(default_factory=Verified)
     precision: torch.dtype = torch.float64
     axes: tuple[tuple[int, int], ...] = ()
     verified: bool = False
     moves: tuple[Moved, ...] = ()
     rates: Rates | None = None
-    factored: frozenset[int] = frozenset()
+    factored: Verified = field(default_factory=Verified)
     contractions: tuple[Contraction, ...] = ()
     captured: tuple[Tensor, ...] | None = field(default=(), repr=False, compare=False)
     written: tuple[Memory, ...] | None = field(default=(), repr=False, compare=False)
@@ -113,6 +115,10 @@ class Plan:
             if leaf < len(leaves) and axis < leaves[leaf].dim():
                 return leaves[leaf].shape[axis]
         return self.batch
+
+    def with_implied(self, sizes: Sizes) -> "Plan":
+        """The plan, also verified for these sizes where this follows from others."""
+        return replace(self, sizes=self.sizes.with_implied(sizes), factored=self.factored.with_implied(sizes))
 
     @property
     def flops(self) -> int:
@@ -160,7 +166,7 @@ class Plan:
             raise PlanError(f"the text is not a plan: {error}. {_REMEDY}") from None
         plan = replace(plan, captured=None if captures else (), written=None if writes else ())
         made_here = (whole["funcghost"], whole["torch"]) == (__version__, torch.__version__)
-        return plan if made_here else replace(plan, sizes=frozenset(), verified=False, factored=frozenset())
+        return plan if made_here else replace(plan, sizes=Verified(), verified=False, factored=Verified())
 
     def __str__(self) -> str:
         """The table: one line per site that does something."""

@@ -16,6 +16,7 @@ from funcghost.engine.plans import Plan
 from funcghost.engine.positions import Positions
 from funcghost.engine.to_the_end import ToTheEnd
 from funcghost.errors import MismatchError
+from funcghost.ops.digest import NO_SIZES, Sizes
 from funcghost.problem import Problem, Reduction, cotangents, detached
 
 
@@ -26,7 +27,7 @@ class Outcome:
     `scores`: [b, k], in units of the losses.
     `gradients`: the training gradient, if asked for.
     `losses`, `aux`: what the losses returned, detached.
-    `sizes`: the checksum of the sizes its ops ran with.
+    `sizes`: those that its ops ran with.
     `positions`: the scores by position [b, t], by column.
     `parts`: what the tasks of the ledger made of each parameter.
     `pairs`: the factors that the ledger kept.
@@ -36,7 +37,7 @@ class Outcome:
     gradients: list[Tensor]
     losses: Tensor
     aux: Any
-    sizes: int = 0
+    sizes: Sizes = NO_SIZES
     positions: Mapping[int, Tensor] = field(default_factory=dict)
     parts: Sequence[Mapping[str, Tensor]] = ()
     pairs: Mapping[str, tuple[Factor, ...]] = field(default_factory=dict)
@@ -81,7 +82,8 @@ def run(
             capture.check_moves(at_once=True)
     except MismatchError as error:
         unfit = error
-    problem.settle(unfit, capture.digest.sizes, losses.shape[0])
+    sizes = capture.digest.sizes()
+    problem.settle(unfit, sizes, losses.shape[0])
     if positions is not None:
         positions.settle()
     carried = capture.carried_to(losses)
@@ -103,7 +105,7 @@ def run(
     if carried and carried.tangents:
         tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried.tangents]
         scores = scores + torch.stack(tails, -1).to(scores.dtype)
-    return Outcome(scores, gradients, losses.detach(), detached(aux), capture.digest.sizes, by_position)
+    return Outcome(scores, gradients, losses.detach(), detached(aux), sizes, by_position)
 
 
 def run_plain(problem: Problem, reduction: Reduction | None, expected: int | None = None) -> Outcome:
@@ -113,7 +115,7 @@ def run_plain(problem: Problem, reduction: Reduction | None, expected: int | Non
     unfit: MismatchError | None = None
     if expected is not None and losses.shape[0] != expected:
         unfit = MismatchError(f"the losses are of {losses.shape[0]} samples where the plan expects {expected}.")
-    problem.settle(unfit, 0, losses.shape[0])
+    problem.settle(unfit, NO_SIZES, losses.shape[0])
     gradients = list[Tensor]()
     if reduction is not None or problem.in_step:
         gradients = problem.backward(losses, leaves, cotangents(losses, reduction or "sum"))

@@ -45,7 +45,7 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
         """Starts before the first op. `standins` take the place of other tensors, by id."""
         super().__init__()
         self.values: Values[Note] = Values()
-        self.digest = Digest()
+        self.digest = Digest(traced=standins is not None)
         self.standins = dict(standins or {})
         self.moving = self.met = 0
         self.watching = False

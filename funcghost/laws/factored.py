@@ -82,7 +82,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
             return torch.stack([other.scores, own])
 
         _compare(torch.stack([outcome.scores, factors]), groups, names, seen, nearby)
-        plan = replace(plan, factored=plan.factored | {outcome.sizes})
+        plan = replace(plan, factored=plan.factored.verified_for(outcome.sizes))
     sketches = {names[index]: uses for index, uses in (ledger.sketches or {}).items()}
     return replace(plan, contractions=_contractions(sketches, tasks, plan.batch, means)) if tasks else plan
 

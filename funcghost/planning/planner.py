@@ -75,9 +75,12 @@ def _make_plan(problem: Problem, options: Options, drawn: bool, any_order: bool)
     finally:
         changes.undo()
     plan = replace(_decide(problem, trace, losses, carry_all, any_order), written=changes.written)
+    sizes = trace.digest.sizes()
     del trace
     if plan.batch:
         plan = rehearse(problem, plan, losses, gradients, options.verify != "never")
+    if plan.verified:
+        plan = replace(plan, sizes=plan.sizes.verified_for(sizes))
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
     return plan
 
@@ -171,7 +174,6 @@ def _decide(problem: Problem, trace: Trace, losses: Tensor, carry_all: bool, any
         moves=() if carry_all else followed.moved,
         batch=batch,
         digest=trace.digest.ops,
-        sizes=frozenset([trace.digest.sizes]),
         precision=_lowest([*trace.dtypes, losses.dtype]),
         axes=batch_axes(problem.batch, batch),
         captured=trace.captured(),

@@ -78,10 +78,11 @@ def grad_and_reduce(
         reduction: what `grads` is the gradient of.
         has_aux: whether the losses return `(losses, aux)`.
         options: see `Options`.
-        plan: a plan from `fg.plan`; without one, the first call makes it (the FLOPs of three steps), and so
-            does a later call that runs other ops. A call with sizes not seen before verifies it. Losses of very many
-            very small ops, such as a loop over positions, need none. Needed on the meta device, and under
-            `torch.compile` where the batch is made inside what is compiled.
+        plan: a plan from `fg.plan`; without one, the first call makes it (the time of four to seven steps), and so
+            does a later call that runs other ops. Sizes not seen before are verified (two steps): the first three or
+            four, and then, where all numbers of shapes are affine in what was verified (`b`, `t`, `b * t`), one when
+            their count has doubled. Losses of very many very small ops, such as a loop over positions, need none.
+            Needed on the meta device, and under `torch.compile` where the batch is made inside what is compiled.
 
     Cost: see the reducers; `fg.dot` adds one forward-sized product per use of a weight.
 
@@ -315,14 +316,14 @@ class Transform(Compilable):
             if not new:
                 known = plan if plan.written is not None else replace(plan, written=changes.written)
                 checked = self._verified(problem, known, outcome)
-            if request.factored and len(outcome.losses) and self.due(outcome.sizes not in checked.factored):
+            if request.factored and len(outcome.losses) and self.due(not checked.factored.knows(outcome.sizes)):
                 checked = verify_factors(problem, checked, self.options)
-            self._remember(checked, instead_of=plan)
+            self.remember(checked.with_implied(outcome.sizes), instead_of=plan)
         return outcome
 
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
-        """The plan, verified for this call if that is due: with `verify="first"` once for new sizes."""
-        new = outcome.sizes not in plan.sizes
+        """The plan, verified for this call if that is due: with `verify="first"` for sizes that do not follow from others."""
+        new = not plan.sizes.knows(outcome.sizes)
         if not outcome.losses.shape[0] or not self.due(new or not plan.verified):
             return plan
         try:
@@ -331,11 +332,12 @@ class Transform(Compilable):
             if not new:
                 raise
             raise MismatchError(f"it does not hold for these sizes: {error}") from error
-        return replace(checked, sizes=plan.sizes | {outcome.sizes}) if checked.verified else plan
+        return replace(checked, sizes=plan.sizes.verified_for(outcome.sizes)) if checked.verified else plan
 
     def due(self, new: bool) -> bool:
         """Whether something is to be verified that is new, or is not."""
         return self.options.verify == "always" or (new and self.options.verify == "first")
 
-    def _remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
+    def remember(self, plan: Plan, instead_of: Plan | None = None) -> None:
+        """Keeps a plan as the one used last."""
         self.plans = [plan, *(known for known in self.plans if known is not instead_of)][:MOST_PLANS]

@@ -2,7 +2,8 @@
 
 Every round times each route once, in turn. Memory is what torch allocates beyond what was there before, which is the
 same in every run: a first call on the full batch (`plan`), a call with sizes not seen before (`new length`), a planned
-step, and a plain one.
+step, and a plain one. With `--epoch N`, also N batches of lengths that differ, by plain steps and by a step that is
+new, as in the first epoch with ordinary padding.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def shorter(batch: Any, length: int) -> Any:
     return batch[:, :length]
 
 
-def routes_of(case: Case, *, lengths: bool) -> dict[str, Route]:
+def routes_of(case: Case, *, lengths: bool, epoch: int) -> dict[str, Route]:
     """What is measured: each call of a route does the whole of it."""
+    longest = next(iter(case.batch.values())).shape[1] if isinstance(case.batch, dict) else case.batch.shape[1]
+    batches = [shorter(case.batch, longest - (29 * i) % (longest // 2)) for i in range(epoch)]
     plan, reducer = fg.plan(case.losses, case.params, case.batch), fg.dot(case.direction)
     step = fg.grad_and_reduce(case.losses, plan=plan)
 
@@ -68,6 +71,10 @@ def routes_of(case: Case, *, lengths: bool) -> dict[str, Route]:
         fresh = fg.grad_and_reduce(case.losses, plan=at_another_length)
         return fresh(case.params, case.batch, reducer).reduced
 
+    def first_epoch() -> Any:
+        fresh = fg.grad_and_reduce(case.losses)
+        return [fresh(case.params, batch, reducer).reduced for batch in batches]
+
     routes: dict[str, Route] = {
         "plain step": lambda: training_gradient(case),
         "planned step": lambda: step(case.params, case.batch, reducer).reduced,
@@ -77,11 +84,14 @@ def routes_of(case: Case, *, lengths: bool) -> dict[str, Route]:
     if lengths:
         at_another_length = fg.plan(case.losses, case.params, shorter(case.batch, 48))
         routes["new length"] = new_sizes
+    if lengths and epoch:
+        routes[f"{epoch} lengths, plain"] = lambda: [training_gradient(replace(case, batch=batch)) for batch in batches]
+        routes[f"{epoch} lengths, first epoch"] = first_epoch
     return routes
 
 
-def measure(case: Case, setting: Setting, budget: float, *, lengths: bool) -> list[Measured]:
-    routes = routes_of(case, lengths=lengths)
+def measure(case: Case, setting: Setting, budget: float, *, lengths: bool, epoch: int) -> list[Measured]:
+    routes = routes_of(case, lengths=lengths, epoch=epoch)
     deadline = time.monotonic() + budget
     for route in routes.values():
         route()
@@ -124,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(ALL), default=["gpt", "mlp", "gpt2-8192", "llama"])
     parser.add_argument("--seconds", type=positive(float), default=20.0, help="time per case")
+    parser.add_argument("--epoch", type=positive(int), default=0, help="also this many lengths, one after the other")
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
     parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
@@ -135,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name in args.cases:
         torch.manual_seed(0)
         case = ALL[name](setting)
-        rows = measure(case, setting, args.seconds, lengths=name != "mlp")
+        rows = measure(case, setting, args.seconds, lengths=name != "mlp", epoch=args.epoch)
         report["cases"][case.name] = [asdict(row) for row in rows]
         print(show(case.name, rows), flush=True)
     if args.out:
