@@ -33,15 +33,16 @@ class Findings:
 
     `law_error` is how far values and rests are off the changes of the validation loss, over all steps, relative to the
     size of the changes: `sum |sum_i phi_i + rest - change| / sum |change|`. Of the checked steps, with changes in
-    float64, `trapezoid_error`, `simpson_error` and `first_order_error` are the same by these rules, and `median_error`
-    is the median of the relative errors of single steps. `whole` are the sums of values, rests, changes and impulses
-    over the run. `overhead` is the median time of a step with its account in units of the plain step beside it.
-    `oracle_error` is the largest difference from the exact values, relative to the largest of these in their batch;
-    `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones. `costs` are those of the
-    ways to keep the validation gradient; empty where the run was too short for a comparison.
+    float64, `account_error` is the same; `trapezoid_error`, `simpson_error` and `first_order_error` are by these rules
+    in its place, and `median_error` is the median of the relative errors of single steps. `whole` are the sums of
+    values, rests, changes and impulses over the run. `overhead` is the median time of a step with its account in units
+    of the plain step beside it. `oracle_error` is the largest difference from the exact values, relative to the largest
+    of these in their batch; `oracle_auroc` the AUROC of the values of the oracle steps alone, and of the exact ones.
+    `costs` are those of the ways to keep the validation gradient; empty where the run was too short for a comparison.
     """
 
     law_error: float
+    account_error: float
     trapezoid_error: float
     simpson_error: float
     first_order_error: float
@@ -69,6 +70,7 @@ def find(tally: Tally, log: Log, corpus: Corpus, validation_domain: str) -> Find
     checked = [check.change for check in log.checks]
     return Findings(
         law_error=_weighted_error(changes, [row.values + row.rest for row in log.account]),
+        account_error=_weighted_error(checked, [check.account for check in log.checks]),
         trapezoid_error=_weighted_error(checked, [check.trapezoid for check in log.checks]),
         simpson_error=_weighted_error(checked, [check.simpson for check in log.checks]),
         first_order_error=_weighted_error(checked, [check.first for check in log.checks]),
@@ -119,9 +121,10 @@ def claims_of(args: argparse.Namespace, found: Findings) -> tuple[Claim, ...]:
     return (
         Claim(
             f"values and rests are within {args.max_change_error:.2%} of the changes of the validation loss",
-            f"{found.law_error:.3%} off over all steps, weighted by the changes; of those in float64 "
-            f"{found.trapezoid_error:.3%} off by trapezoid, {found.simpson_error:.5%} by Simpson's rule, "
-            f"{found.first_order_error:.1%} at first order; median step {found.median_error:.3%}",
+            f"{found.law_error:.4%} off over all steps, weighted by the changes; of those in float64 "
+            f"{found.account_error:.5%} off, {found.trapezoid_error:.3%} by the plain trapezoid, "
+            f"{found.simpson_error:.5%} by Simpson's rule, "
+            f"{found.first_order_error:.1%} at first order; median step {found.median_error:.4%}",
             found.law_error <= args.max_change_error,
         ),
         Claim(

@@ -77,12 +77,16 @@ class Row(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A step whose change is known in float64, and what it comes to at first order, by trapezoid and by Simpson."""
+    """A step whose change is known in float64, and what it comes to by the rules for the mean validation gradient.
+
+    `account` is by a discrete gradient.
+    """
 
     step: int
     change: float
     first: float
     trapezoid: float
+    account: float
     simpson: float
 
 
@@ -126,7 +130,7 @@ class Trainer:
         self.losses, self.validation = losses, list(validation)
         self.optimizer, self.check_every, self.compare_every = optimizer, check_every, compare_every
         self.update, self.slots = optimizer.begin(params)
-        self.account = in_run.along_path(losses, self.update, plan=plan)
+        self.account = in_run.along_path(losses, self.update, rule="discrete", plan=plan)
         self.simpson = in_run.along_path(losses, self.update, rule="simpson", plan=plan)
         self.score = fg.reduce(losses, plan=plan)
 
@@ -187,12 +191,15 @@ class Trainer:
         change = mean_loss(self.losses, out.params, self.validation) - mean_loss(
             self.losses, state.params, self.validation
         )
-        first = sum(
-            float((leaf.double() * (out.params[name].double() - state.params[name].double())).sum())
-            for name, leaf in slope.gradients[0].items()
+        first, last = (
+            sum(
+                float((leaf.double() * (out.params[name].double() - state.params[name].double())).sum())
+                for name, leaf in point.gradients[0].items()
+            )
+            for point in (slope, out.after)
         )
         sums = [(account.values.sum() + account.rest).item() for account in (out, better)]
-        log.checks.append(Check(state.step, change, first, *sums))
+        log.checks.append(Check(state.step, change, first, (first + last) / 2, *sums))
         # Not the first step: where a gradient is rounding alone, AdamW's first step is its sign, in any precision.
         if state.step // self.check_every % ORACLE_EVERY_CHECKS == 1:
             exact = exact_values(self.losses, self.optimizer, state, batch, self.validation)
@@ -236,7 +243,8 @@ def exact_values(
 ) -> Tensor:
     """The values [b] of a step of AdamW the slow way: one backward per sample, in float64, and no use of funcghost.
 
-    `phi_i = 1/b <grad_i, A * (V(w) + V(w')) / 2>` with `A = (u(G) - u(0)) / G`, u being what a gradient adds to w.
+    `phi_i = 1/b <grad_i, A * (V + c d)>` with `V = (V(w) + V(w')) / 2`, `d = w' - w`, and c so that `<V + c d, d>` is
+    the change of the loss; `A = (u(G) - u(0)) / G`, u being what a gradient adds to w.
     """
     here = {name: value.double() for name, value in state.params.items()}
     leaves = {name: value.clone().requires_grad_() for name, value in here.items()}
@@ -253,16 +261,21 @@ def exact_values(
 
     mean = {name: grad.mean(0) for name, grad in grads.items()}
     there = {name: w * (1 - lr * optimizer.weight_decay) + added(name, mean[name]) for name, w in here.items()}
-    slopes = []
+    slopes, at = list[Tree](), list[Tensor]()
     for point in (here, there):
         own = {name: value.clone().requires_grad_() for name, value in point.items()}
         loss = torch.cat([losses(own, part) for part in validation]).mean()
         slopes.append(dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True)))
+        at.append(loss.detach())
+    mean_slope = {name: (slopes[0][name] + slopes[1][name]) / 2 for name in here}
+    step_taken = {name: there[name] - here[name] for name in here}
+    off = at[1] - at[0] - sum((mean_slope[name] * d).sum() for name, d in step_taken.items())
+    scale = off / sum(d.square().sum() for d in step_taken.values())
     values = torch.zeros(len(rows), dtype=torch.float64)
     for name, grad in grads.items():
         moved = added(name, mean[name]) - added(name, torch.zeros_like(mean[name]))
         share = torch.where(mean[name] == 0, 0, moved / mean[name])
-        values += grad.flatten(1) @ (share * (slopes[0][name] + slopes[1][name]) / 2).flatten()
+        values += grad.flatten(1) @ (share * (mean_slope[name] + scale * step_taken[name])).flatten()
     return values / len(rows)
 
 

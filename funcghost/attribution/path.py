@@ -32,8 +32,12 @@ from funcghost.training.update_kinds import Clipped, Credit, Function, Plain, Sc
 from funcghost.training.updates import plain
 from funcghost.trees import Params, Tree, match_direction, split_params, tensors
 
-Rule = Literal["trapezoid", "simpson"]
-RULES: Mapping[str, tuple[float, ...]] = {"trapezoid": (1 / 2, 1 / 2), "simpson": (1 / 6, 2 / 3, 1 / 6)}
+Rule = Literal["trapezoid", "simpson", "discrete"]
+RULES: Mapping[str, tuple[float, ...]] = {
+    "trapezoid": (1 / 2, 1 / 2),
+    "simpson": (1 / 6, 2 / 3, 1 / 6),
+    "discrete": (1 / 2, 1 / 2),
+}
 """The weights of validation gradients at equal distances on the way."""
 
 
@@ -83,9 +87,9 @@ def along_path(
     where A is the Jacobian of the update in its gradient, averaged from no gradient to G: `A G = u(G) - u(0)`.
 
     Law, with `credit="step"`: `values.sum() + rest == change`, up to the quadrature of V_bar: of third order in the
-    size of the step with the trapezoid, of fifth with Simpson's rule. For SGD without momentum the values are those of
-    `second_order` to third order in the learning rate. They are linear in the validation loss; a sample whose gradient
-    is zero has the value 0; equal samples have equal values.
+    size of the step with the trapezoid, of fifth with Simpson's rule, and none with a discrete gradient. For SGD
+    without momentum the values are those of `second_order` to third order in the learning rate. They are linear in the
+    validation loss; a sample whose gradient is zero has the value 0; equal samples have equal values.
 
     With `credit="impulse"` a sample is credited with all that its gradient will ever move through the optimizer's
     memory, along the present V_bar and with the present denominators: for momentum 1 / (1 - momentum) of what it moves
@@ -99,7 +103,10 @@ def along_path(
         update: from `funcghost.training.updates`, or any pure and differentiable function
             `update(params, grads, state) -> (params, state)`.
         rule: "trapezoid" takes one validation gradient a step, at w', which is the next step's `before`; "simpson"
-            another one in the middle.
+            another one in the middle. "discrete" takes those of the trapezoid, and moves their mean V along the step
+            d = w' - w to the discrete gradient `V + (change - <V, d>) / <d, d> d`: at the same cost the law holds to
+            the rounding of the losses, and each value to the trapezoid's order. Not for steps so small that the change
+            is rounding.
         credit: see above.
         reduction: the training gradient that `update` is given is that of the mean or the sum of the losses.
         validation_losses: if they differ from the losses (no dropout, say).
@@ -140,7 +147,8 @@ def along_path(
         (tensor([-1.8000, -7.2000], dtype=torch.float64), -9.0)
 
     Source: Wang, Mittal, Song, Jia, "Data Shapley in One Training Run" (arXiv 2406.11011), for values of steps; Aumann,
-    Shapley, "Values of Non-Atomic Games" (1974); Sundararajan, Taly, Yan (arXiv 1703.01365), for shares along a path.
+    Shapley, "Values of Non-Atomic Games" (1974); Sundararajan, Taly, Yan (arXiv 1703.01365), for shares along a path;
+    Gonzalez, "Time Integration and Discrete Hamiltonian Systems" (1996), for discrete gradients.
     """
     if rule not in RULES:
         raise InputError(f"along_path: rule must be one of {[*RULES]}, found {rule!r}.")
@@ -153,6 +161,11 @@ def along_path(
     for name, count, least in (("rank", rank, 1), ("pairs_memory", pairs_memory, 0)):
         if count is not None and (type(count) is not int or count < least):
             raise InputError(f"along_path: {name} must be a whole number of {least} or more, or None, found {count!r}.")
+    if rule == "discrete" and rank is not None:
+        raise InputError(
+            "along_path: rule='discrete' makes the sum law hold by what is left, and with a rank this would hide what "
+            "is not of that rank. Use rule='trapezoid', or no rank."
+        )
     known = isinstance(update, ByRules | Clipped | Scheduled | Plain)
     settings = Settings(rule, credit, tolerance, rank)
     lookout = Lookout(validation_losses or losses, rank, options)
@@ -216,10 +229,10 @@ class Path:
         after, new_state = self._updated(split, tree, state)
         here = before or self.lookout.at(split, sets, None)
         there = self.lookout.at(after, sets, here)
-        slopes = self._mean_slopes(split, after, sets, here, there)
+        moves = [new - old for new, old in zip(after.leaves, split.leaves, strict=True)]
+        slopes = self._mean_slopes(split, moves, sets, here, there)
         with torch.no_grad():
             shared = self.update.share(split, grads, state, slopes, self.settings.credit, self.settings.tolerance)
-            moves = [new - old for new, old in zip(after.leaves, split.leaves, strict=True)]
             rest = torch.stack([self.product(v, moves) - parts for v, parts in zip(slopes, shared.parts, strict=True)])
             del slopes, moves
         along = self._directions(split, grads, shared.along, here.along)
@@ -258,18 +271,17 @@ class Path:
         return Params(params.names, tuple(leaf.detach() for leaf in after), params.spec), found[1]
 
     def _mean_slopes(
-        self, params: Params, after: Params, sets: Sequence[Any], here: Validation, there: Validation
+        self, params: Params, moves: Leaves, sets: Sequence[Any], here: Validation, there: Validation
     ) -> list[list[Tensor]]:
         """`V_bar` for every set."""
         points = [here, there]
         if self.settings.rule == "simpson":
-            middle = tuple(torch.lerp(a, b, 0.5) for a, b in zip(params.leaves, after.leaves, strict=True))
+            middle = tuple(leaf + move / 2 for leaf, move in zip(params.leaves, moves, strict=True))
             points.insert(1, self.lookout.at(Params(params.names, middle, params.spec), sets, here))
-        found = []
+        found, changes = [], (there.loss - here.loss).reshape(-1)
         for place in range(len(sets)):
             trees = [[as_dense(leaf) for leaf in optree.tree_leaves(point.gradients[place])] for point in points]
-            weights = RULES[self.settings.rule]
-            found.append([mixed(leaves, weights) for leaves in zip(*trees, strict=True)])
+            found.append(mean_slope(self.settings.rule, trees, moves, changes[place], self.product))
         return found
 
     def _directions(
@@ -290,7 +302,23 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def mixed(leaves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def mean_slope(
+    rule: Rule,
+    points: Sequence[Sequence[Tensor]],
+    moves: Leaves,
+    change: Tensor,
+    product: Callable[[Leaves, Leaves], Tensor] = inner,
+) -> list[Tensor]:
+    """`V_bar` by a rule, from the gradients at the points of a step of these moves, which made this change."""
+    found = [_mixed(leaves, RULES[rule]) for leaves in zip(*points, strict=True)]
+    if rule != "discrete":
+        return found
+    size, off = product(moves, moves), change - product(found, moves)
+    scale = torch.where(size > 0, off / size, 0)  # no step, no change
+    return [slope.add_(scale.to(slope.dtype) * move) for slope, move in zip(found, moves, strict=True)]
+
+
+def _mixed(leaves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum of tensors."""
     total = weights[0] * leaves[0]
     for leaf, weight in zip(leaves[1:], weights[1:], strict=True):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from funcghost.algebra.directions import Stack, stack
 from funcghost.attribution.passes import Part, Taken
-from funcghost.attribution.path import Account, Path, Rule, Settings
+from funcghost.attribution.path import RULES, Account, Path, Rule, Settings
 from funcghost.attribution.validation import Batches, Sets, Validation, some
 from funcghost.distributed.collectives import Group, summed_over_ranks, told_by_all
 from funcghost.distributed.fsdp import Sharded
@@ -81,10 +81,10 @@ def along_path(
             `sharded.grad_and_reduce`.
     """
     check_rules(update)
-    if rule not in ("trapezoid", "simpson") or credit not in ("step", "impulse") or reduction not in ("mean", "sum"):
+    if rule not in RULES or credit not in ("step", "impulse") or reduction not in ("mean", "sum"):
         raise InputError(
-            "sharded.along_path: rule must be 'trapezoid' or 'simpson', credit 'step' or 'impulse', reduction 'mean' "
-            f"or 'sum', found {rule!r}, {credit!r}, {reduction!r}."
+            f"sharded.along_path: rule must be one of {[*RULES]}, credit 'step' or 'impulse', reduction 'mean' or "
+            f"'sum', found {rule!r}, {credit!r}, {reduction!r}."
         )
     gradient = Together(losses, model, reduction, False, options, None, group)
     score = Together(losses, model, None, False, options, plan, group)

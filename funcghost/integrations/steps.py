@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.attribution.path import RULES, Rule, mixed
+from funcghost.attribution.path import RULES, Rule, mean_slope
 from funcghost.distributed.collectives import Group
 from funcghost.errors import GhostError, InputError
 from funcghost.integrations.passes import Part, Passes
@@ -219,9 +219,10 @@ class Steps:
         if self.rule == "simpson":
             points.insert(1, self._validated([old + move / 2 for old, move in zip(still.leaves, moves, strict=True)]))
         self._ranks.check_one_validation([loss for loss, _ in points])
-        columns = zip(*(match_direction(tree, still, "validation") for _, tree in points), strict=True)
-        slopes = [mixed(column, RULES[self.rule]) for column in columns]
+        change = points[-1][0] - points[0][0]
         with torch.no_grad():
+            gradients = [match_direction(tree, still, "validation") for _, tree in points]
+            slopes = mean_slope(self.rule, gradients, moves, change)
             [along], _ = update.share(still, grads, state, [slopes], "step", OFF)
             along = [torch.where(_is_rounding(g), 0, leaf) for g, leaf in zip(grads, along, strict=True)]
             by_gradient = inner(along, grads)
@@ -230,7 +231,7 @@ class Steps:
         ids, values = self._samples([self._passes.again(part, along) for part in self._parts])
         _check_sum(values, by_gradient, slopes, moves)
         self._expected = _Expected(there, [move.norm() for move in moves], points[-1])
-        return Settled(ids, values, rest, points[-1][0] - points[0][0])
+        return Settled(ids, values, rest, change)
 
     def _here(self) -> tuple[Tensor, Tree]:
         """The validation loss and gradient where the parameters are: known, if they are where the last step ended."""

@@ -48,8 +48,9 @@ SHAPED = frozenset(
 """Ops about whose numbers the shape of what comes out says all, as far as they stand in it."""
 ENTRY_BY_ENTRY = frozenset(
     [
-        *(getattr(_T, name) for name in "add sub mul div eq ne lt le gt ge".split()),
-        *(getattr(_T, f"__{name}__") for name in "eq ne lt le gt ge floordiv mod radd rsub rmul rtruediv".split()),
+        *(_T.add, _T.sub, _T.mul, _T.div, _T.eq, _T.ne, _T.lt, _T.le, _T.gt, _T.ge, _T.__floordiv__, _T.__mod__),
+        *(_T.__eq__, _T.__ne__, _T.__lt__, _T.__le__, _T.__gt__, _T.__ge__),
+        *(_T.__radd__, _T.__rsub__, _T.__rmul__, _T.__rtruediv__),
     ]
 )
 """Ops whose numbers are values, as those of a batch are: no sample goes elsewhere by them."""

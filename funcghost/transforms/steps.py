@@ -322,7 +322,7 @@ class Transform(Compilable):
         return outcome
 
     def _verified(self, problem: Problem, plan: Plan, outcome: Outcome) -> Plan:
-        """The plan, verified for this call if that is due: with `verify="first"` for sizes that do not follow from others."""
+        """The plan, verified if that is due: with `verify="first"` for sizes that do not follow from others."""
         new = not plan.sizes.knows(outcome.sizes)
         if not outcome.losses.shape[0] or not self.due(new or not plan.verified):
             return plan

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import funcghost as fg
 from funcghost.attribution import in_run
+from funcghost.attribution.path import RULES
 from funcghost.laws.oracle import per_sample_gradients
 from funcghost.training import updates
 from tests.models.programs import Program, programs
@@ -59,7 +60,7 @@ def total(out: in_run.Account) -> Tensor:
 # -- what the numbers are ------------------------------------------------------------------------
 
 
-@given(programs(empty=False), st.sampled_from(["mean", "sum"]), st.sampled_from(["trapezoid", "simpson"]))
+@given(programs(empty=False), st.sampled_from(["mean", "sum"]), st.sampled_from([*RULES]))
 def test_values_are_those_of_the_definition(program: Program, reduction: Any, rule: Any) -> None:
     # For SGD, whose update has the Jacobian -lr, with every gradient by autograd.
     assume("no grad" not in program.features)
@@ -75,8 +76,13 @@ def test_values_are_those_of_the_definition(program: Program, reduction: Any, ru
     after = {name: p.detach() - lr * (grads[name] + decay * p.detach()) for name, p in params.items()}
     middle = {name: (p.detach() + after[name]) / 2 for name, p in params.items()}
     slopes = [gradient(program.losses, point, validation)[0] for point in (params, middle, after)]
-    weights = (1 / 2, 0, 1 / 2) if rule == "trapezoid" else (1 / 6, 2 / 3, 1 / 6)
+    weights = (1 / 6, 2 / 3, 1 / 6) if rule == "simpson" else (1 / 2, 0, 1 / 2)
     mean = {name: torch.stack([w * s[name] for w, s in zip(weights, slopes, strict=True)]).sum(0) for name in params}
+    change = program.losses(after, validation).mean() - program.losses(detached(params), validation).mean()
+    moves = torch.cat([(after[name] - p.detach()).flatten() for name, p in params.items()])
+    if rule == "discrete" and bool(moves.any()):
+        scale = (change - torch.cat([mean[name].flatten() for name in params]) @ moves) / (moves @ moves)
+        mean = {name: mean[name] + scale * (after[name] - p) for name, p in detached(params).items()}
     eta = lr / len(losses) if reduction == "mean" else lr
     sizes = {name: g.abs() for name, g in gradients.items()}
     size = float(dots(sizes, {name: m.abs() for name, m in mean.items()}).max()) + 1e-300
@@ -86,7 +92,6 @@ def test_values_are_those_of_the_definition(program: Program, reduction: Any, ru
     assert_trees_close(out.params, after)
     assert_trees_close(out.grads, grads)
     assert_close(out.losses, losses, 1e-12)
-    change = program.losses(after, validation).mean() - program.losses(detached(params), validation).mean()
     assert float(out.change) == pytest.approx(float(change), abs=1e-12 * float(losses.abs().max()))
 
 
@@ -108,13 +113,43 @@ def test_the_sum_law_holds_to_the_order_of_the_rule(which: str, rule: Any, order
     assert math.log2(errors[0] / errors[1]) > order - 0.6
 
 
-def test_values_of_plain_descent_are_second_order_values_to_third_order() -> None:
+@pytest.mark.parametrize("which", OPTIMIZERS)
+def test_the_sum_law_of_a_discrete_gradient_holds_to_rounding(which: str) -> None:
+    losses, params = gpt()
+    batch, validation = rows(5), {"a": [rows(3), rows(2, 7)], "b": [rows(2, 5)]}
+    optimizer = OPTIMIZERS[which](params.values(), 0.01)
+    started(optimizer, losses, params)
+    update, state = updates.of(optimizer, params)
+    rules: list[Any] = [*RULES]
+    found = {
+        rule: in_run.along_path(losses, update, rule=rule)(params, batch, state=state, validation=validation)
+        for rule in rules
+    }
+    out = found["discrete"]
+    assert float((total(out) - out.change).abs().max()) < 1e-12 * float(out.change.abs().max())
+    off = {rule: float((other.values - found["simpson"].values).norm()) for rule, other in found.items()}
+    assert off["discrete"] < 2 * off["trapezoid"]
+
+
+def test_a_step_that_moves_nothing_has_a_discrete_gradient() -> None:
+    losses, params = gpt()
+    update, state = updates.of(torch.optim.SGD(params.values(), lr=0.0), params)
+    step = in_run.along_path(losses, update, rule="discrete")
+    out = step(params, rows(5), state=state, validation=[rows(3)])
+    assert not out.values.any()
+    assert not out.rest
+    with pytest.raises(fg.InputError, match=r"rule='discrete' .* would hide"):
+        in_run.along_path(losses, update, rule="discrete", rank=2)
+
+
+@pytest.mark.parametrize("rule", ["trapezoid", "discrete"])
+def test_values_of_plain_descent_are_second_order_values_to_third_order(rule: Any) -> None:
     losses, params = gpt()
     batch, validation = rows(5), [rows(3)]
     gaps = []
     for lr in (0.1, 0.05):
         update, state = updates.of(torch.optim.SGD(params.values(), lr=lr), params)
-        out = in_run.along_path(losses, update)(params, batch, state=state, validation=validation)
+        out = in_run.along_path(losses, update, rule=rule)(params, batch, state=state, validation=validation)
         reference = in_run.second_order(losses)(params, batch, lr=lr, validation=validation)
         gaps.append(float((out.values - reference.values).abs().max()))
         first = float((out.values - reference.first).abs().max())

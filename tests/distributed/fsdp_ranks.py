@@ -285,9 +285,9 @@ def accounted(rank: int, optimizer: Callable[[dict[str, Any]], Any], **how: Any)
     for names, where, kept in ((params, found, own), (alone, single, slice(None))):
         update, state = optimizer(names)
         if names is params:
-            step = sharded.along_path(losses_of(net), net, update)
+            step = sharded.along_path(losses_of(net), net, update, rule="discrete")
         else:
-            step = in_run.along_path(fg.module_losses(plain, losses_on), update, pairs_memory=0)
+            step = in_run.along_path(fg.module_losses(plain, losses_on), update, rule="discrete", pairs_memory=0)
         before = None
         for turn in range(2):
             out = step(names, drawn(turn, 5)[kept], state=state, validation=[drawn(9, 5)[kept]], before=before)
