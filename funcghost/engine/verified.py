@@ -21,7 +21,7 @@ Numbers = NDArray[Any]
 
 @dataclass(frozen=True)
 class Verified:
-    """`checksums` are those of the sizes that were verified, or followed from these.
+    """`checksums` are those of the sizes that were planned for, were verified, or followed from these.
 
     `first` are the numbers of a run, `span` those of others less these, in echelon form. `confirmed`: a run that was
     verified lay on the hull before it.

@@ -17,6 +17,15 @@ from funcghost.ops.moves import MOVES
 from funcghost.ops.values import Note, Value, Values
 from funcghost.versions import GRAD_FN
 
+_T: Any = Tensor
+QUESTIONS = frozenset(
+    [
+        *(_T.size, _T.dim, _T.numel, _T.is_floating_point, _T.is_complex, _T.is_contiguous, _T.stride),
+        *(_T.shape.__get__, _T.dtype.__get__, _T.device.__get__, _T.ndim.__get__, _T.layout.__get__),
+    ]
+)
+"""What models ask of tensors at every turn, and what says nothing of their values."""
+
 
 @dataclass(eq=False, slots=True)
 class Visit(Generic[Note]):
@@ -53,7 +62,10 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
 
     def __torch_function__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Visits the call, or the parts of a composite."""
-        kwargs, parts = kwargs or {}, opened(op)
+        kwargs = kwargs or {}
+        if op in QUESTIONS and not self.standins and not self.watching:
+            return op(*args, **kwargs)
+        parts = opened(op)
         if parts is not None:
             with seen_by(self):
                 return parts(*args, **kwargs)

@@ -11,7 +11,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
-from funcghost.dtypes import wide
+from funcghost.dtypes import wide, wide_dtype
 from funcghost.engine.plans import Plan
 from funcghost.errors import ConservationError
 from funcghost.laws.draws import PERIOD, TOLERANCE, repeated
@@ -48,8 +48,7 @@ class Witness:
     @cached_property
     def shares(self) -> list[float]:
         """`<gradient, V>` of each parameter."""
-        pairs = zip(self.gradients, self.direction, strict=True)
-        return [float((wide(g) * wide(v)).sum(dtype=torch.float64)) for g, v in pairs]
+        return [_product(wide(g), wide(v)) for g, v in zip(self.gradients, self.direction, strict=True)]
 
 
 def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision: torch.dtype) -> Witness:
@@ -58,7 +57,7 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
     A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it.
     `precision` is the lowest precision met on the way.
     """
-    norms = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients]
+    norms = list(map(_norm, gradients))
     largest = max((n for n in norms if 0 < n < inf), default=1.0)
     direction, drawn = [], torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu") - 0.5
     for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
@@ -67,9 +66,22 @@ def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision:
         along = 0.5 + ((index * 7919) % 101) / 101
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
         boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
-        value = wide(gradient) * (along * boost / max(norm, 1e-30)) + noise * (boost / across)
+        value = torch.add(noise.mul_(boost / across), wide(gradient), alpha=along * boost / max(norm, 1e-30))
         direction.append(value.to(gradient.dtype))
     return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
+
+
+def _norm(value: Tensor) -> float:
+    """The norm; in float64, which is slower, where squares leave the range of float32."""
+    found = float(torch.linalg.vector_norm(value, dtype=wide_dtype(value.dtype)))
+    return found if 1e-15 < found < inf else float(torch.linalg.vector_norm(value, dtype=torch.float64))
+
+
+def _product(a: Tensor, b: Tensor) -> float:
+    """The inner product; added up in float64, which is slower, where it leaves the range of float32."""
+    plain = a.layout is torch.strided and not a.is_complex()
+    found = float(torch.dot(a.flatten(), b.flatten())) if plain else inf
+    return found if isfinite(found) else float((a * b).sum(dtype=torch.float64))
 
 
 def check_conservation(

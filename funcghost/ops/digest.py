@@ -126,7 +126,7 @@ class Digest:
 
     def sizes(self) -> Sizes:
         """The sizes of all ops so far."""
-        numbers = tuple(map(_of_this_call, self.numbers) if self.traced else self.numbers)
+        numbers = tuple([n if type(n) is int else _of_this_call(n) for n in self.numbers])
         return Sizes(numbers, tuple(self.fixed), hash(numbers))
 
     def number(self, value: Value[Any]) -> int:
@@ -137,11 +137,15 @@ class Digest:
         return value.number
 
 
-def _of_this_call(size: Any) -> Any:
-    """The number that a symbol stands for in the call that is traced; None where that is not known yet."""
+def _of_this_call(size: Any) -> int:
+    """The number that a symbol stands for in the call that is traced; -1 where there is none, or none yet.
+
+    The symbols of ragged sizes of nested tensors stand for no number.
+    """
     if isinstance(size, SymInt):
-        return size.node.hint if size.node.has_hint() else None
-    return size
+        known = hasattr(size.node, "has_hint") and size.node.has_hint()
+        size = size.node.hint if known else None
+    return size if isinstance(size, int) else -1
 
 
 def _holds_tensors(returned: Any) -> bool:

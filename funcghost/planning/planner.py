@@ -1,13 +1,14 @@
 """Making a plan: measure the layouts, decide what is done at each site, and have it rehearsed."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from funcghost.engine.plans import Plan, batch_axes
+from funcghost.engine.verified import Verified
 from funcghost.errors import GhostError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.draws import sample_weights
 from funcghost.ops.meter import Clock, codes
@@ -79,8 +80,8 @@ def _make_plan(problem: Problem, options: Options, drawn: bool, any_order: bool)
     del trace
     if plan.batch:
         plan = rehearse(problem, plan, losses, gradients, options.verify != "never")
-    if plan.verified:
-        plan = replace(plan, sizes=plan.sizes.verified_for(sizes))
+    own = Verified().verified_for(sizes) if plan.verified else Verified(frozenset([sizes.checksum]))
+    plan = replace(plan, sizes=own)
     log.info("planned %d sites for %d samples, verified=%s", len(plan.sites), plan.batch, plan.verified)
     return plan
 
@@ -97,8 +98,15 @@ def without_zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
         values = torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=torch.float32)
         return (0.02 * values).to(leaf.dtype)
 
-    zero = [leaf.numel() > 0 and not bool(as_whole(leaf).any()) for leaf in leaves]
+    # The first entries say it of nearly all.
+    zero = [leaf.numel() > 0 and not any(bool(part.any()) for part in _parts(as_whole(leaf))) for leaf in leaves]
     return [noise(leaf, i) if is_zero else leaf for i, (leaf, is_zero) in enumerate(zip(leaves, zero, strict=True))]
+
+
+def _parts(value: Tensor) -> Iterator[Tensor]:
+    """The first entries, then all of them."""
+    yield value.flatten()[:64]
+    yield value
 
 
 def _lowest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
