@@ -11,6 +11,7 @@ MODES = "tests/engine/test_modes.py"
 MOVES = "tests/ops/test_moves.py"
 PAIRS = "tests/algebra/test_pairs.py"
 POSITIONS = "tests/reducers/test_positions.py"
+SIZES = "tests/transforms/test_sizes.py"
 REDUCERS = "tests/reducers/test_reducers.py"
 UNSEEN = "tests/engine/test_unseen.py"
 
@@ -183,5 +184,11 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "activations among the sources": Mutation(
         "engine/shadows.py", "alone = all(", "alone = True or all(", (REDUCERS, "-k", "a_weight_meets")
+    ),
+    "one size says of all": Mutation(
+        "engine/verified.py", "return self.confirmed and bool(", "return bool(", (SIZES, "-k", "three_sizes")
+    ),
+    "sizes off the hull follow": Mutation(
+        "engine/verified.py", " and not self._off(sizes).any()", "", (SIZES, "-k", "affine")
     ),
 }

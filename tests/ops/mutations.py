@@ -8,6 +8,7 @@ EXAMPLE = "tests/losses/test_per_example.py"
 LAYERS = "tests/engine/test_nn_layers.py"
 LAYOUT = "tests/ops/test_layout.py"
 MOVES = "tests/ops/test_moves.py"
+SIZES = "tests/transforms/test_sizes.py"
 OWN_RULES = "tests/ops/test_rules_in_steps.py"
 REDUCERS = "tests/reducers/test_reducers.py"
 RULES = "tests/ops/test_rules.py"
@@ -135,8 +136,9 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "flags do not count": Mutation("ops/digest.py", "flags.append(2 + leaf)", "pass", (AWKWARD, "-k", "by_a_flag")),
     "sizes do not count": Mutation(
-        "ops/digest.py", "sizes.append(leaf.shape)", "pass", (VERIFY, AWKWARD, "-k", "new_sizes")
+        "ops/digest.py", "numbers += leaf.shape", "pass", (VERIFY, AWKWARD, "-k", "new_sizes")
     ),
+    "how far is rolled is a size": Mutation("ops/digest.py", "        if fixed:\n", "        if False:\n", (SIZES,)),
     "swapped roles": Mutation(
         "ops/uses.py",
         "Outer(right, left, form) if a.swapped",

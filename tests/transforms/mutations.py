@@ -19,7 +19,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "factors of other sizes are trusted": Mutation(
         "transforms/steps.py",
-        "self.due(outcome.sizes not in checked.factored)",
+        "self.due(not checked.factored.knows(outcome.sizes))",
         "self.due(not checked.factored)",
         (PAIRS, "-k", "verified_once"),
     ),
