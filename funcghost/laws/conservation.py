@@ -6,7 +6,7 @@ Autograd knows nothing of sites. A use of a parameter that was not seen, a wrong
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf, isfinite
+from math import ceil, hypot, inf, isfinite
 
 import torch
 from torch import Tensor
@@ -52,18 +52,21 @@ class Witness:
 
 
 def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision: torch.dtype) -> Witness:
-    """Chooses V so that every parameter has a share of like size: along its gradient and across it.
+    """Chooses V so that every parameter has a share of like size, along its gradient and across it, of either sign.
 
-    A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it.
-    `precision` is the lowest precision met on the way.
+    A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it; and in a sum
+    of shares of both signs what rounding does to each adds up as in a random walk. `precision` is the lowest precision
+    met on the way.
     """
     norms = list(map(_norm, gradients))
     largest = max((n for n in norms if 0 < n < inf), default=1.0)
-    direction, drawn = [], torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), device="cpu") - 0.5
-    for index, (gradient, norm) in enumerate(zip(gradients, norms, strict=True)):
+    generator = torch.Generator().manual_seed(0)
+    direction, drawn = [], torch.rand(PERIOD, generator=generator, device="cpu") - 0.5
+    signs = (2 * torch.randint(0, 2, (len(gradients),), generator=generator, device="cpu") - 1).tolist()
+    for index, (gradient, norm, sign) in enumerate(zip(gradients, norms, signs, strict=True)):
         noise = repeated(drawn.roll(-4001 * index).to(gradient.device), gradient.shape)
         across = max(float(torch.linalg.vector_norm(noise)), 1e-30)
-        along = 0.5 + ((index * 7919) % 101) / 101
+        along = sign * (0.5 + ((index * 7919) % 101) / 101)
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
         boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
         value = torch.add(noise.mul_(boost / across), wide(gradient), alpha=along * boost / max(norm, 1e-30))
@@ -135,7 +138,7 @@ def _broken(scores: Scores, seen: Witness, groups: Sequence[list[int]]) -> list[
     wrong = []
     for group, ours, size in zip(groups, terms.sum(0).tolist(), terms.abs().sum(0).tolist(), strict=True):
         wanted = sum(shares[i] for i in group)
-        scale = seen.share + size + sum(abs(shares[i]) for i in group)
+        scale = seen.share + size + hypot(*(shares[i] for i in group))
         if not abs(ours - wanted) <= seen.tolerance * scale:
             wrong.append(group)
     return wrong
@@ -152,7 +155,8 @@ def _restricted(direction: Sequence[Tensor], groups: Sequence[list[int]]) -> lis
 def together(plan: Plan, names: Sequence[str]) -> list[list[int]]:
     """The parameters to check together: those of one tap, since `J V` is had there for all of them at once.
 
-    Tangents that are carried meet those of other sites on their way: of such parameters there are 8 sums.
+    Tangents that are carried meet those of other sites on their way, and each sum of them costs as much as a direction
+    does: of such parameters there is one, and more, up to eight, where a share would be lost in the rounding of it.
     """
     numbers = {name: index for index, name in enumerate(names)}
     carried = {numbers[name] for site in plan.sites if site.action == "carry" for name in site.parameters}
@@ -164,4 +168,7 @@ def together(plan: Plan, names: Sequence[str]) -> list[list[int]]:
                 one.extend(other)
                 groups.update(dict.fromkeys(other, one))
     apart = list({id(group): group for group in groups.values()}.values())
-    return [*apart, *(sorted(carried)[i::8] for i in range(min(8, len(carried))))]
+    # A sum of n shares may be off by some tolerance * (1 + 4 * n ** 0.5) shares, which is to be a quarter of one at most.
+    most = max(1.0, (0.25 / TOLERANCE[plan.precision] - 1) / 4) ** 2
+    sums = min(8, ceil(len(carried) / most))
+    return [*apart, *(sorted(carried)[i::sums] for i in range(sums))]

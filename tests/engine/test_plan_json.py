@@ -22,6 +22,7 @@ import funcghost as fg
 from funcghost.codec import DTYPES, MalformedError, decode, encode
 from funcghost.engine import plans
 from funcghost.engine.plans import Site, _checksum
+from funcghost.engine.verified import Verified
 from funcghost.ops.layout import Layout, Rows
 from funcghost.ops.moves import Moved
 from funcghost.transforms import steps
@@ -447,7 +448,7 @@ PLANS = st.builds(
     st.lists(SITES, max_size=3).map(tuple),
     st.integers(0, 2**40),
     st.integers(-(2**63), 2**63 - 1),
-    st.frozensets(st.integers(-(2**63), 2**63 - 1), max_size=4),
+    st.builds(Verified, st.frozensets(st.integers(-(2**63), 2**63 - 1), max_size=4)),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=3).map(tuple),
     st.booleans(),

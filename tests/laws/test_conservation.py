@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import funcghost as fg
-from funcghost.laws.conservation import check_conservation
+from funcghost.engine.plans import Plan, Site
+from funcghost.laws.conservation import check_conservation, together, witness
+from funcghost.laws.draws import TOLERANCE
 from funcghost.ops.layout import Layout
+from funcghost.trees import split_params
 from tests.models.awkward import Hidden
 from tests.naive import assert_scores, expected
 
@@ -305,6 +308,41 @@ def test_site_left_out_of_a_plan_is_caught() -> None:
         cut = [replace(s, action="skip") if i == index else s for i, s in enumerate(plan.sites)]
         with pytest.raises(fg.ConservationError, match=re.escape(f"for parameters {list(site.parameters)}:")):
             fg.reduce(losses, plan=replace(plan, sites=tuple(cut)))(params, x, fg.dot(params))
+
+
+@pytest.mark.parametrize(
+    ("precision", "count", "sums"),
+    [(torch.float64, 300, 1), (torch.float32, 300, 1), (torch.float16, 60, 8), (torch.bfloat16, 6, 6)],
+)
+def test_a_part_of_one_share_is_missed_in_a_sum_of_many(precision: torch.dtype, count: int, sums: int) -> None:
+    """Tangents that are carried are checked in few sums, in which rounding of all shares is no alarm."""
+    names = [f"p{i:03}" for i in range(count)]
+    params = {name: normal(5, seed=i).float() * 10.0 ** (i % 7 - 3) for i, name in enumerate(names)}
+    each = [normal(4, 5, seed=1000 + i).float() * 10.0 ** (i % 3 - 1) for i in range(count)]
+    weights = torch.tensor([1.0, -0.7, 1.3, 0.6])
+    seen = witness(torch.ones(4), weights, [weights @ g for g in each], precision)
+    site = Site("op", (0,), "carry", ("carried",), tuple(names), ((4,),))
+    groups = together(Plan((site,), 4, precision=precision), names)
+    assert len(groups) == sums
+    rounding = TOLERANCE[precision] / 10
+
+    def check(missing: int | None) -> None:
+        noise = [1 + rounding * normal(4, 5, seed=2000 + i) for i in range(count)]
+        ours = [g * (1 - 0.9 * (i == missing)) * off for i, (g, off) in enumerate(zip(each, noise, strict=True))]
+
+        def scores(directions: Sequence[Sequence[Tensor | None]]) -> Tensor:
+            columns = [[g @ v.double() for g, v in zip(ours, own, strict=True) if v is not None] for own in directions]
+            return torch.stack([torch.stack(column).sum(0) for column in columns], 1)
+
+        def nearby(seed: int) -> list[Tensor]:
+            return [weights @ g for g in each]
+
+        check_conservation(split_params(params), scores, seen, groups, nearby, str)
+
+    check(None)
+    for missing in (0, 4, count - 1):
+        with pytest.raises(fg.ConservationError, match=re.escape(f"['p{missing:03}']")):
+            check(missing)
 
 
 # No false alarms.
