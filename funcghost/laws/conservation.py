@@ -168,7 +168,7 @@ def together(plan: Plan, names: Sequence[str]) -> list[list[int]]:
                 one.extend(other)
                 groups.update(dict.fromkeys(other, one))
     apart = list({id(group): group for group in groups.values()}.values())
-    # A sum of n shares may be off by some tolerance * (1 + 4 * n ** 0.5) shares, which is to be a quarter of one at most.
+    # A sum of n shares may be off by some tolerance * (1 + 4 * n ** 0.5) of one, which is to be a quarter at most.
     most = max(1.0, (0.25 / TOLERANCE[plan.precision] - 1) / 4) ** 2
     sums = min(8, ceil(len(carried) / most))
     return [*apart, *(sorted(carried)[i::sums] for i in range(sums))]
