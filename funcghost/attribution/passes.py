@@ -50,12 +50,49 @@ class Taken:
     route: str
 
 
-class Passes:
-    """Sees a batch once, keeping its pairs, as far as they fit; and the rest of it twice.
+class Keeping:
+    """Sees batches once, keeping their pairs, as far as `limit` bytes hold those of a step; and the rest of them twice.
 
     In a second pass random numbers are those of the first, and what the losses write to (the running statistics of a
-    batch norm) is put back.
+    batch norm) is put back. How large pairs are is known from the first that there were.
     """
+
+    def __init__(self, losses: Losses, limit: int | None, options: Options | None, plan: Plan | None = None) -> None:
+        self.losses, self.limit, self.options = losses, limit, options
+        self.held = self.expected = 0
+        self._pairs = pairs_and_losses(losses, options=options, plan=plan)
+        self._score = reduce(losses, options=options, plan=plan)
+
+    def first(self, params: Params, batch: Tree, *, keep: bool = True) -> tuple[Part, Sequence[Tensor]]:
+        """A batch, and the gradient of the sum of its losses; `keep` says whether pairs are of use."""
+        problem = Problem(self.losses, params, batch)
+        before = snapshot(problem.devices())
+        room = self.limit is None or (self.limit > 0 and self.held + self.expected <= self.limit)
+        if not (keep and room):
+            outcome = run_plain(problem, "sum")
+            return Part(batch, None, before, outcome.losses), outcome.gradients
+        pairs, losses = self._pairs(params.rebuild(params.leaves), batch)
+        gradients = optree.tree_leaves(combine(pairs, torch.ones_like(losses)))
+        self.expected = pairs.nbytes
+        kept = self.limit is None or self.held + pairs.nbytes <= self.limit
+        self.held += pairs.nbytes if kept else 0
+        return Part(batch, pairs if kept else None, before, losses), gradients
+
+    def again(self, params: Params, part: Part, reducer: Any, score: Callable[..., Any] | None = None) -> Tree:
+        """What a reducer makes of its samples; `score` in place of `fg.reduce` of the losses where it is seen twice."""
+        if part.pairs is not None:
+            return apply(reducer, part.pairs, options=self.options)
+        with untouched(Problem(self.losses, params, part.batch).devices()):
+            restore(part.before)
+            return (score or self._score)(params.rebuild(params.leaves), part.batch, reducer)
+
+    def forget(self) -> None:
+        """A new step begins: nothing is held any more."""
+        self.held = 0
+
+
+class Passes:
+    """Sees the batches of a step, as `Keeping` does."""
 
     def __init__(
         self,
@@ -67,10 +104,8 @@ class Passes:
         plan: Plan | None,
     ) -> None:
         """What is kept between calls are plans, and how large pairs were."""
-        self.losses, self.by, self.reduction = losses, by, reduction
-        self.limit, self.options, self.expected = pairs_memory, options, 0
-        self.pairs = pairs_and_losses(losses, options=options, plan=plan)
-        self.score = reduce(losses, options=options, plan=plan)
+        self.by, self.reduction = by, reduction
+        self.keeping = Keeping(losses, pairs_memory, options, plan)
 
     def first(self, params: Params, batch: Tree) -> Taken:
         """The training gradient, and what is left to be known of every microbatch."""
@@ -80,55 +115,32 @@ class Passes:
         by_position = self._by_position(params)
         parts: list[Part] = []
         total: list[Tensor] = []
-        held = 0
+        self.keeping.forget()
         for one in batches:
-            fits = not by_position and (self.limit is None or (self.limit > 0 and held + self.expected <= self.limit))
-            part, gradients = self._take(params, one, fits, held)
-            held += part.pairs.nbytes if part.pairs else 0
+            part, gradients = self.keeping.first(params, one, keep=not by_position)
             total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
             parts.append(part)
         losses = torch.cat([part.losses for part in parts])
         if not len(losses):
             raise InputError("along_path: the batch has no samples.")
         weight = len(losses) if self.reduction == "mean" else 1
-        return Taken(parts, [leaf / weight for leaf in total], losses, weight, self._route(parts, by_position, held))
+        return Taken(parts, [leaf / weight for leaf in total], losses, weight, self._route(parts, by_position))
 
     def second(self, params: Params, taken: Taken, along: Tree) -> Tree:
         """The products of all samples with the direction, in units of the training gradient."""
-        reducer, tree = self.by(dot(along)), params.rebuild(params.leaves)
-        found = []
-        for part in taken.parts:
-            if part.pairs is not None:
-                found.append(apply(reducer, part.pairs, options=self.options))
-                continue
-            with untouched(Problem(self.losses, params, part.batch).devices()):
-                restore(part.before)
-                found.append(self.score(tree, part.batch, reducer))
+        found = [self.keeping.again(params, part, self.by(dot(along))) for part in taken.parts]
         return optree.tree_map(lambda *values: torch.cat(values) / taken.weight, *found)
-
-    def _take(self, params: Params, batch: Tree, fits: bool, held: int) -> tuple[Part, Sequence[Tensor]]:
-        """A microbatch, and the gradient of the sum of its losses."""
-        problem = Problem(self.losses, params, batch)
-        before = snapshot(problem.devices())
-        if not fits:
-            outcome = run_plain(problem, "sum")
-            return Part(batch, None, before, outcome.losses), outcome.gradients
-        pairs, losses = self.pairs(params.rebuild(params.leaves), batch)
-        gradients = optree.tree_leaves(combine(pairs, torch.ones_like(losses)))
-        self.expected = pairs.nbytes
-        kept = self.limit is None or held + pairs.nbytes <= self.limit
-        return Part(batch, pairs if kept else None, before, losses), gradients
 
     def _by_position(self, params: Params) -> bool:
         reducers, _ = split_reducers(self.by(dot(params.rebuild(params.leaves))))
         parts = [part for reducer in reducers for part in reducer.parts()]
         return any(isinstance(part, Directional) and part.by_position for part in parts)
 
-    def _route(self, parts: Sequence[Part], by_position: bool, held: int) -> str:
-        again = sum(part.pairs is None for part in parts)
+    def _route(self, parts: Sequence[Part], by_position: bool) -> str:
+        again, keeping = sum(part.pairs is None for part in parts), self.keeping
         if not again:
-            return f"one pass: pairs are kept, {held} bytes"
-        why = "values by position are those of a step" if by_position else f"pairs_memory={self.limit}"
-        if self.expected:
-            why += f", and the pairs of a batch have {self.expected} bytes"
+            return f"one pass: pairs are kept, {keeping.held} bytes"
+        why = "values by position are those of a step" if by_position else f"pairs_memory={keeping.limit}"
+        if keeping.expected:
+            why += f", and the pairs of a batch have {keeping.expected} bytes"
         return f"two passes over {again} of {len(parts)} batches: {why}"

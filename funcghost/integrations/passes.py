@@ -8,29 +8,26 @@ import optree
 import torch
 from torch import Tensor
 
-from funcghost.algebra.pair_algebra import combine
-from funcghost.algebra.pairs import Pairs
-from funcghost.engine.run import run_plain
+from funcghost.attribution import passes
+from funcghost.attribution.passes import Keeping
 from funcghost.errors import InputError, SampleAxisError
 from funcghost.options import Options
 from funcghost.problem import Losses, Problem, graph_nodes
 from funcghost.reducers.dots import dot
 from funcghost.reducers.positions import per_segment
-from funcghost.side_effects import Snapshot, restore, snapshot, untouched
-from funcghost.transforms.halves import apply, plan
-from funcghost.transforms.steps import grad_and_reduce, pairs_and_losses, reduce
+from funcghost.side_effects import untouched
+from funcghost.transforms.halves import plan
+from funcghost.transforms.steps import grad_and_reduce, reduce
 from funcghost.trees import Params, Tree
 
 
 @dataclass(frozen=True)
 class Part:
-    """A batch whose gradient is in `.grad`: what it takes to know its samples' values, or the values."""
+    """A batch whose gradient is in `.grad`: its samples with what it takes to know their scores, or these."""
 
-    batch: Tree
     ids: Tensor
     segments: Tensor | None
-    pairs: Pairs | None
-    before: Snapshot | None
+    seen: passes.Part | None
     scores: Tensor | None = None
 
 
@@ -45,13 +42,11 @@ class Passes:
     """
 
     def __init__(self, losses: Losses, params: Params, limit: int | None, options: Options | None) -> None:
-        self.losses, self.params, self.limit = losses, params, limit
+        self.losses, self.params = losses, params
+        self._keeping = Keeping(losses, limit, options)
         self._step = grad_and_reduce(losses, reduction="sum", options=options)
-        self._score = reduce(losses, options=options)
-        self._pairs = pairs_and_losses(losses, options=options)
         self._options = options
         self._of_one_row: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self._held = self._largest = 0
 
     @property
     def tree(self) -> Tree:
@@ -64,38 +59,24 @@ class Passes:
         step = self._step if segments is None else self._packed(batch)[0]
         out = step(self.tree, batch, reducer)
         self._add(batch, optree.tree_leaves(out.grads))
-        return Part(batch, ids, segments, None, None, _flat(out.reduced, ids)), out.losses
+        return Part(ids, segments, None, _flat(out.reduced, ids)), out.losses
 
     def first(self, batch: Tree, ids: Tensor, segments: Tensor | None) -> tuple[Part, Tensor]:
         """A batch that is kept for the direction that its step will give, and its losses."""
-        problem = Problem(self.losses, self.params, batch)
-        before = snapshot(problem.devices())
-        room = self.limit is None or (self.limit > 0 and self._held + self._largest <= self.limit)
-        if segments is not None or not room:  # scores by position are those of a step
-            outcome = run_plain(problem, "sum")
-            self._add(batch, outcome.gradients)
-            return Part(batch, ids, segments, None, before), outcome.losses
-        pairs, losses = self._pairs(self.tree, batch)
-        self._add(batch, optree.tree_leaves(combine(pairs, torch.ones_like(losses))))
-        self._largest = pairs.nbytes
-        kept = self.limit is None or self._held + pairs.nbytes <= self.limit
-        self._held += pairs.nbytes if kept else 0
-        return Part(batch, ids, segments, pairs if kept else None, before), losses
+        seen, gradients = self._keeping.first(self.params, batch, keep=segments is None)  # by position: in a step alone
+        self._add(batch, gradients)
+        return Part(ids, segments, seen), seen.losses
 
     def again(self, part: Part, along: Tree) -> Tensor:
-        """The scores [n] of a batch's samples along a direction, on the random numbers that it was seen with."""
-        if part.pairs is not None:
-            return _flat(apply(dot(along), part.pairs, options=self._options), part.ids)
-        assert part.before is not None
+        """The scores [n] of a batch's samples along a direction."""
+        assert part.seen is not None
+        score = None if part.segments is None else self._packed(part.seen.batch)[1]
         reducer = _reducer(along, part.segments, len(part.ids))
-        with untouched(Problem(self.losses, self.params, part.batch).devices()):
-            restore(part.before)
-            score = self._score if part.segments is None else self._packed(part.batch)[1]
-            return _flat(score(self.tree, part.batch, reducer), part.ids)
+        return _flat(self._keeping.again(self.params, part.seen, reducer, score), part.ids)
 
     def forget(self) -> None:
         """The step is settled: nothing is held any more."""
-        self._held = 0
+        self._keeping.forget()
 
     def _add(self, batch: Tree, gradients: Sequence[Tensor]) -> None:
         fresh = [g for p, g in zip(self.params.leaves, gradients, strict=True) if p.grad is None]
