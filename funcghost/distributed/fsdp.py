@@ -129,6 +129,7 @@ class Sharded:
             found.setdefault(id(group), Group(group)).parts.append(Part(number, own.sharded_param, own))
         self.params, self.groups, self.backward = params, list(found.values()), NONE
         self.visited: list[int] = []
+        self.reached: Sequence[bool] = ()
         self.root._lazy_init()
         if not self.root._is_root:
             raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
@@ -201,6 +202,18 @@ class Sharded:
                 raise InputError(
                     "sharded: set_all_reduce_hook changes gradients in a way that is not known here. Take the hook off."
                 )
+
+    @contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Gradients are averaged over ranks, also where a loop is to accumulate them without (`no_sync`)."""
+        kept = [(own, own.reduce_grads, own.all_reduce_grads) for own in self.every]
+        try:
+            for own in self.every:
+                own.reduce_grads = own.all_reduce_grads = True
+            yield
+        finally:
+            for own, reduces, all_reduces in kept:
+                own.reduce_grads, own.all_reduce_grads = reduces, all_reduces
 
     @contextmanager
     def at(self, values: Sequence[Tensor]) -> Iterator[None]:

@@ -12,12 +12,12 @@ other step; a direction is gathered along with the parameters of its group in th
 
 from collections.abc import Callable, Sequence
 
-import optree
-from torch import nn
+from torch import Tensor, nn
 
 from funcghost.algebra.pairs import Pairs
-from funcghost.distributed.collectives import Group, told_by_all
+from funcghost.distributed.collectives import Group
 from funcghost.distributed.sharded_path import along_path
+from funcghost.distributed.sharded_validation import validated
 from funcghost.distributed.together import Together
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
@@ -26,7 +26,7 @@ from funcghost.problem import Losses, Reduction
 from funcghost.transforms.steps import Step
 from funcghost.trees import Tree, split_params
 
-__all__ = ["along_path", "grad_and_reduce", "pairs", "reduce", "validation_gradient"]
+__all__ = ["along_path", "grad_and_reduce", "pairs", "reduce", "validation", "validation_gradient"]
 
 
 def grad_and_reduce(
@@ -143,19 +143,17 @@ def validation_gradient(
     Raises:
         InputError: ranks have different numbers of batches, or there is no sample; and as `grad_and_reduce`.
     """
-    counts = told_by_all(len(batches), group)
-    if len(set(counts)) > 1:
-        raise InputError(
-            f"validation_gradient: the ranks have {counts} batches, and a sharded model runs on all ranks at once. "
-            "Give every rank as many, some of them without samples if need be."
-        )
     step = Together(losses, model, "sum", False, None, None, group)
-    split, total, found = split_params(params), None, 0
-    for batch in batches:
-        out = step.step(params, batch)
-        leaves = optree.tree_leaves(out.grads)
-        total = leaves if total is None else [a + b for a, b in zip(total, leaves, strict=True)]
-        found += step.everyone
-    if total is None or not found:
-        raise InputError("validation_gradient: no rank has a validation sample. Pass batches to at least one.")
-    return split.rebuild([leaf / found for leaf in total])
+    return validated(step, split_params(params), batches)[1]
+
+
+def validation(
+    losses: Losses, model: nn.Module, params: Tree, batches: Sequence[Tree], group: Group = None
+) -> Callable[[], tuple[Tensor, Tree]]:
+    """A function that gives the mean validation loss over the batches of all ranks and its gradient.
+
+    Each time where the model is then: what `funcghost.integrations.steps.Steps` takes. The gradient is that of
+    `validation_gradient`; cost and errors, too, when it is called.
+    """
+    step = Together(losses, model, "sum", False, None, None, group)
+    return lambda: validated(step, split_params(params), batches)

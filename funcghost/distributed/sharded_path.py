@@ -16,9 +16,10 @@ from funcghost.algebra.directions import Stack, stack
 from funcghost.attribution.passes import Part, Taken
 from funcghost.attribution.path import RULES, Account, Path, Rule, Settings
 from funcghost.attribution.validation import Batches, Sets, Validation, some
-from funcghost.distributed.collectives import Group, summed_over_ranks, told_by_all
+from funcghost.distributed.collectives import Group
 from funcghost.distributed.fsdp import Sharded
 from funcghost.distributed.shares import Shares, check_rules, joined, local, over_ranks
+from funcghost.distributed.sharded_validation import validated
 from funcghost.distributed.together import Together
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
@@ -93,7 +94,7 @@ def along_path(
     def step(params: Tree, batch: Tree, *, state: Tree, validation: Sets, before: Validation | None = None) -> Account:
         owned = split_params(params)
         placed, shares = Sharded(model, owned), Shares(owned, group)
-        passes = _Passes(shares, gradient, score, by or (lambda reducer: reducer), reduction)
+        passes = Passes(shares, gradient, score, by or (lambda reducer: reducer), reduction)
         settings = Settings(rule, credit, tolerance, None)
         path = Path(over_ranks(update, shares), settings, _Lookout(placed, shares, lookout), passes, shares.product)
         out = path.step(
@@ -113,7 +114,7 @@ def _like(tree: Tree, shares: Tree) -> Tree:
     return optree.tree_map(lambda own, new: joined(new, own) if isinstance(own, DTensor) else new, tree, shares)
 
 
-class _Passes:
+class Passes:
     """A batch, seen twice: for its gradient, and for the products of its samples once the step is known."""
 
     def __init__(
@@ -165,22 +166,5 @@ class _Lookout:
     def at(self, params: Params, sets: Sequence[Batches], previous: Validation | None) -> Validation:
         """At these shares of the parameters."""
         with self.model.at(params.leaves):
-            found = [self._of(batches) for batches in sets]
-        return Validation(torch.stack([loss for loss, _ in found]), tuple(tree for _, tree in found), None)
-
-    def _of(self, batches: Batches) -> tuple[Tensor, Tree]:
-        owned, group = self.shares.owned, self.shares.group
-        counts = told_by_all(len(batches), group)
-        if len(set(counts)) > 1:
-            raise InputError(f"validation: the ranks have {counts} batches, and must have as many as one another.")
-        total, losses = list[Tensor](), list[Tensor]()
-        for batch in batches:
-            out = self.gradient.step(owned.rebuild(owned.leaves), batch)
-            leaves = optree.tree_leaves(local(out.grads))
-            total = [a + b for a, b in zip(total, leaves, strict=True)] if total else leaves
-            losses.append(out.losses.double())
-        own = torch.cat(losses)
-        ((value, number),) = summed_over_ranks([torch.stack([own.sum(), own.new_tensor(float(len(own)))])], group)
-        # Ranks that compute the same together have the same samples.
-        count = some(int(number) * self.model.ranks // self.shares.ranks)
-        return value / some(int(number)), owned.rebuild([leaf / count for leaf in total])
+            found = [validated(self.gradient, self.shares.owned, batches) for batches in sets]
+        return Validation(torch.stack([loss for loss, _ in found]), tuple(local(tree) for _, tree in found), None)

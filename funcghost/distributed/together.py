@@ -87,6 +87,7 @@ class InStep(Problem):
             if losses.requires_grad:
                 torch.autograd.backward(losses, cotangent, retain_graph=keep_graph, inputs=list(wanted))
             found = [own.grad for own in (*others, *self.owned)]
+            self.model.reached = [own.grad is not None for own in self.owned]
         finally:
             for own, grad, leaf in zip(self.owned, kept, self.params.leaves, strict=True):
                 own.grad, leaf.grad = grad, None
@@ -98,7 +99,10 @@ class InStep(Problem):
 
 
 class Together:
-    """A step that all ranks take at the same time; what it keeps between calls are plans."""
+    """A step that all ranks take at the same time; what it keeps between calls are plans.
+
+    After a step it knows how many samples the ranks had (`everyone`), and which parameters the losses `reached`.
+    """
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class Together:
             raise InputError("sharded: Options.route='forward' is not to be had under fully_shard. Leave it out.")
         self.checked, self.way = False, 0
         self.everyone, self.asked, self.early = 0, set[Any](), set[str]()
+        self.reached: Sequence[bool] = ()
 
     def step(self, params: Tree, batch: Tree, reducers: Tree = None) -> Step:
         """The function that `grad_and_reduce` returns."""
@@ -129,6 +134,7 @@ class Together:
             count = self.everyone if self.reduction == "mean" else 1
             factor = {part.number: group.divisor / max(count, 1) for group in model.groups for part in group.parts}
             grads = split.rebuild([leaf * factor[number] for number, leaf in enumerate(outcome.gradients)])
+            self.reached = model.reached
         return Step(grads, outcome.losses, optree.tree_unflatten(spec, reduced), outcome.aux)
 
     def pairs(self, params: Tree, batch: Tree) -> Pairs:

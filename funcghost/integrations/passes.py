@@ -23,11 +23,11 @@ from funcghost.trees import Params, Tree
 
 @dataclass(frozen=True)
 class Part:
-    """A batch whose gradient is in `.grad`: its samples with what it takes to know their scores, or these."""
+    """A batch whose gradient is in `.grad`: its samples, and what it takes to know their scores, or these."""
 
     ids: Tensor
     segments: Tensor | None
-    seen: passes.Part | None
+    seen: passes.Part | passes.Taken | None
     scores: Tensor | None = None
 
 
@@ -69,7 +69,7 @@ class Passes:
 
     def again(self, part: Part, along: Tree) -> Tensor:
         """The scores [n] of a batch's samples along a direction."""
-        assert part.seen is not None
+        assert isinstance(part.seen, passes.Part)
         score = None if part.segments is None else self._packed(part.seen.batch)[1]
         reducer = _reducer(along, part.segments, len(part.ids))
         return _flat(self._keeping.again(self.params, part.seen, reducer, score), part.ids)

@@ -4,31 +4,72 @@ Every rank has the whole model and samples of its own. In one process nothing is
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from funcghost.distributed.collectives import Group, check_replicated, several, summed_over_ranks, told_by_all
 from funcghost.errors import InputError
-from funcghost.trees import Params
+from funcghost.integrations.passes import Passes
+from funcghost.options import Options
+from funcghost.problem import Losses, Problem
+from funcghost.training.path_average import Leaves, inner
+from funcghost.trees import Params, Tree
 
 SAME = 1e-4
 """How far a validation loss may be from another rank's, relative to it: what devices round unlike."""
 
 
 class Ranks:
-    """The ranks that make a step together. Every rank must call the methods, in the same order."""
+    """The ranks that make a step together. Every rank must call the methods, in the same order.
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    What a rank has of the parameters, and of trees like them, is all of it; `ShardedRanks` has shares.
+    """
+
+    def __init__(self, params: Params, group: Group) -> None:
+        self.params, self.group = params, group
         self._compared = False
+
+    def passes(self, losses: Losses, limit: int | None, options: Options | None) -> Passes:
+        """What sees the batches of a step."""
+        return Passes(losses, self.params, limit, options)
+
+    def own(self, tree: Tree) -> Tree:
+        """What this rank has of a tree like the parameters."""
+        return tree
+
+    def update(self, rule: Any) -> Any:
+        """An update of the parameters, as one of what this rank has of them."""
+        return rule
+
+    def inner(self, a: Leaves, b: Leaves) -> Tensor:
+        """The inner product of what all ranks have."""
+        return inner(a, b)
+
+    def norms(self, leaves: Leaves) -> Tensor:
+        """The norm of each of what all ranks have."""
+        return torch.stack([leaf.norm() for leaf in leaves])
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of what all ranks have."""
+        return values
+
+    def at(self, leaves: Leaves) -> AbstractContextManager[object]:
+        """The parameters have these values for a while."""
+        return Problem(lambda params, batch: batch, self.params, None).at(leaves)
+
+    def averaging(self) -> AbstractContextManager[object]:
+        """Within it a batch is taken, or the validation loss."""
+        return nullcontext()
 
     @property
     def count(self) -> int:
         """How many there are."""
         return distributed.get_world_size(self.group) if several(self.group) else 1
 
-    def average(self, params: Params) -> None:
+    def average(self) -> None:
         """Makes `.grad` of every parameter its mean over the ranks; None where it is None on all of them.
 
         Raises:
@@ -36,6 +77,7 @@ class Ranks:
         """
         if self.count == 1:
             return
+        params = self.params
         if not self._compared:
             check_replicated(params, self.group)
             self._compared = True

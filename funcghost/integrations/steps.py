@@ -17,12 +17,11 @@ from torch import Tensor
 from funcghost.attribution.path import RULES, Rule, mean_slope
 from funcghost.distributed.collectives import Group
 from funcghost.errors import GhostError, InputError
-from funcghost.integrations.passes import Part, Passes
+from funcghost.integrations.passes import Part
 from funcghost.integrations.ranks import Ranks
 from funcghost.options import Options
-from funcghost.problem import Losses, Problem
+from funcghost.problem import Losses
 from funcghost.training import updates
-from funcghost.training.path_average import inner
 from funcghost.trees import Params, Tree, match_direction, split_params
 
 Kind = Literal["path", "score"]
@@ -47,10 +46,10 @@ class Settled(NamedTuple):
 
 @dataclass(frozen=True)
 class _Expected:
-    """Where the step is to end, how far that is for each parameter, and what is known there."""
+    """Where the step is to end, how far that is for each parameter [n], and what is known there."""
 
     leaves: Sequence[Tensor]
-    moves: Sequence[Tensor]
+    moves: Tensor
     validation: tuple[Tensor, Tree]
 
 
@@ -131,13 +130,17 @@ class Steps:
         if kind == "path":
             _check_fine(self.params)
         self.kind, self.rule, self.renew = kind, rule, renew
-        self._passes = Passes(losses, self.params, pairs_memory, options)
-        self._ranks = Ranks(group)
+        self._ranks = self._together(group)
+        self._passes = self._ranks.passes(losses, pairs_memory, options)
         self._parts: list[Part] = []
         self._age = 0
         self._direction: Tree = None
         self._expected: _Expected | None = None
         self._found: Settled | None = None
+
+    def _together(self, group: Group) -> Ranks:
+        """The ranks that make the steps."""
+        return Ranks(self.params, group)
 
     def take(self, batch: Tree, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """A batch of samples `ids` [n]; its gradient is added to `.grad`. Gives its losses, detached.
@@ -148,10 +151,11 @@ class Steps:
             GhostError: as in `fg.grad_and_reduce`.
         """
         self._found = None
-        if self.kind == "score":
-            part, losses = self._passes.scored(batch, ids, segments, self._scored_along())
-        else:
-            part, losses = self._passes.first(batch, ids, segments)
+        with self._ranks.averaging():
+            if self.kind == "score":
+                part, losses = self._passes.scored(batch, ids, segments, self._scored_along())
+            else:
+                part, losses = self._passes.first(batch, ids, segments)
         self._parts.append(part)
         return losses
 
@@ -165,7 +169,7 @@ class Steps:
         """
         if not self._parts:
             raise InputError("settle: no batch was taken.")
-        self._ranks.average(self.params)
+        self._ranks.average()
         if self.kind == "score":
             self._found = Settled(*self._samples([part.scores for part in self._parts if part.scores is not None]))
         else:
@@ -203,15 +207,18 @@ class Steps:
         return self._direction
 
     def _account(self, optimizer: Any, max_norm: float | None) -> Settled:
-        still = Params(self.params.names, tuple(leaf.detach() for leaf in self.params.leaves), self.params.spec)
-        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.params.leaves]
-        rule, state = updates.of(optimizer, self.params.rebuild(self.params.leaves))
-        update: Any = rule if max_norm is None else updates.clipped(rule, max_norm)
+        params, own = self.params, self._ranks.own
+        still = Params(params.names, tuple(own([leaf.detach() for leaf in params.leaves])), params.spec)
+        blank = [torch.zeros_like(leaf, requires_grad=False) if leaf.grad is None else leaf.grad for leaf in params.leaves]
+        grads = own(blank)
+        rule, state = updates.of(optimizer, params.rebuild(params.leaves))
+        update = self._ranks.update(rule if max_norm is None else updates.clipped(rule, max_norm))
+        state = own(state)
         with torch.no_grad():
             after, _ = update(still.rebuild(still.leaves), still.rebuild(grads), state)
         there = [
             old.clone() if leaf.grad is None else new  # the optimizer passes over it
-            for new, old, leaf in zip(optree.tree_leaves(after), still.leaves, self.params.leaves, strict=True)
+            for new, old, leaf in zip(optree.tree_leaves(after), still.leaves, params.leaves, strict=True)
         ]
         with torch.no_grad():
             moves = [new - old for new, old in zip(there, still.leaves, strict=True)]
@@ -222,44 +229,61 @@ class Steps:
         change = points[-1][0] - points[0][0]
         with torch.no_grad():
             gradients = [match_direction(tree, still, "validation") for _, tree in points]
-            slopes = mean_slope(self.rule, gradients, moves, change)
+            slopes = mean_slope(self.rule, gradients, moves, change, self._ranks.inner)
             [along], _ = update.share(still, grads, state, [slopes], "step", OFF)
-            along = [torch.where(_is_rounding(g), 0, leaf) for g, leaf in zip(grads, along, strict=True)]
-            by_gradient = inner(along, grads)
-            rest = inner(slopes, moves) - by_gradient
-        along = still.rebuild(along)
-        ids, values = self._samples([self._passes.again(part, along) for part in self._parts])
-        _check_sum(values, by_gradient, slopes, moves)
-        self._expected = _Expected(there, [move.norm() for move in moves], points[-1])
+            along = [torch.where(low, 0, leaf) for low, leaf in zip(self._rounding(grads), along, strict=True)]
+            by_gradient = self._ranks.inner(along, grads)
+            rest = self._ranks.inner(slopes, moves) - by_gradient
+        direction = still.rebuild(along)
+        ids, values = self._samples([self._passes.again(part, direction) for part in self._parts])
+        self._check_sum(values, by_gradient, slopes, moves)
+        self._expected = _Expected(there, self._ranks.norms(moves), points[-1])
         return Settled(ids, values, rest, change)
+
+    def _rounding(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Where a gradient is none but for rounding: what an optimizer that divides by it makes of that is the rest's."""
+        tops = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in grads])
+        tops = self._ranks.largest(tops)
+        return [g.abs() <= 4 * torch.finfo(g.dtype).eps * top for g, top in zip(grads, tops, strict=True)]
+
+    def _check_sum(self, values: Tensor, wanted: Tensor, slopes: list[Tensor], moves: list[Tensor]) -> None:
+        """Values add up to what the gradient did, but for rounding.
+
+        Raises:
+            GhostError: they do not.
+        """
+        inner = self._ranks.inner
+        size = inner(slopes, slopes).sqrt() * inner(moves, moves).sqrt()
+        if not bool((values.sum() - wanted).abs() <= 10 * OFF * torch.maximum(wanted.abs(), size / 100)):
+            raise GhostError(
+                f"the values of the step add up to {float(values.sum()):.3g}, where its gradient did "
+                f"{float(wanted):.3g}. The gradients of samples do not add up to the gradient that is stepped along: it "
+                "is rounded, and Adam's denominators magnify what is left where samples cancel. Take "
+                "pairs_memory=None, or kind='score'."
+            )
 
     def _here(self) -> tuple[Tensor, Tree]:
         """The validation loss and gradient where the parameters are: known, if they are where the last step ended."""
         if self._expected is None or self._ranks.any(bool(self._elsewhere())):
-            return self.validation()
+            with self._ranks.averaging():
+                return self.validation()
         return self._expected.validation
 
     def _validated(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Tree]:
-        with Problem(self.losses, self.params, None).at(leaves):
+        with self._ranks.averaging(), self._ranks.at(leaves):
             return self.validation()
 
     def _elsewhere(self) -> list[str]:
         """The parameters that are not where the last step was to end."""
         assert self._expected is not None
-        ends = zip(self.params.leaves, self._expected.leaves, self._expected.moves, strict=True)
-        near = [
-            (leaf.detach() - end).norm() <= OFF * move + 4 * torch.finfo(leaf.dtype).eps * end.norm()
-            for leaf, end, move in ends
-        ]
-        there = zip(self.params.names, torch.stack(near).tolist(), strict=True)  # one wait for the device
+        ends = self._expected.leaves
+        own = self._ranks.own([leaf.detach() for leaf in self.params.leaves])
+        off = [leaf - end for leaf, end in zip(own, ends, strict=True)]
+        norms = self._ranks.norms([*off, *ends])
+        rounding = norms.new_tensor([4 * torch.finfo(end.dtype).eps for end in ends])
+        near = norms[: len(ends)] <= OFF * self._expected.moves + rounding * norms[len(ends) :]
+        there = zip(self.params.names, near.tolist(), strict=True)  # one wait for the device
         return [name for name, is_near in there if not is_near]
-
-
-def _is_rounding(gradient: Tensor) -> Tensor:
-    """Where a gradient is none but for rounding: what an optimizer that divides by it makes of that is the rest's."""
-    if not gradient.numel():
-        return gradient != 0
-    return gradient.abs() <= 4 * torch.finfo(gradient.dtype).eps * gradient.abs().amax()
 
 
 def _check_fine(params: Params) -> None:
@@ -276,19 +300,4 @@ def _check_fine(params: Params) -> None:
             "bfloat16: model.float(), or from_pretrained(..., dtype=torch.float32), and bf16=True in the trainer's "
             "arguments (torch.autocast in a loop). Adapters (LoRA) are float32 on a bfloat16 base already. Or take "
             "kind='score', which adds nothing up."
-        )
-
-
-def _check_sum(values: Tensor, wanted: Tensor, slopes: list[Tensor], moves: list[Tensor]) -> None:
-    """Values add up to what the gradient did, but for rounding.
-
-    Raises:
-        GhostError: they do not.
-    """
-    size = inner(slopes, slopes).sqrt() * inner(moves, moves).sqrt()
-    if not bool((values.sum() - wanted).abs() <= 10 * OFF * torch.maximum(wanted.abs(), size / 100)):
-        raise GhostError(
-            f"the values of the step add up to {float(values.sum()):.3g}, where its gradient did {float(wanted):.3g}. "
-            "The gradients of samples do not add up to the gradient that is stepped along: it is rounded, and Adam's "
-            "denominators magnify what is left where samples cancel. Take pairs_memory=None, or kind='score'."
         )
