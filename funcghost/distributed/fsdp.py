@@ -116,6 +116,9 @@ class Sharded:
             )
         need(SHARDED_MODELS, "a step on a model under fully_shard", "use data_parallel with whole models on each rank.")
         self.root: Any = model._get_fsdp_state()
+        self.root._lazy_init()  # in it FSDP2 sees parameters that were put in place of others since
+        if not self.root._is_root:
+            raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self.states: list[Any] = list(dict.fromkeys(part._get_fsdp_state() for part in parts))
         self.every = [group for state in self.states for group in state._fsdp_param_groups]
@@ -130,9 +133,6 @@ class Sharded:
         self.params, self.groups, self.backward = params, list(found.values()), NONE
         self.visited: list[int] = []
         self.reached: Sequence[bool] = ()
-        self.root._lazy_init()
-        if not self.root._is_root:
-            raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
         self._check()
 
     def _check(self) -> None:
@@ -271,10 +271,26 @@ class Sharded:
         groups = [(own, self._methods(number, own, known.get(id(own)))) for number, own in enumerate(self.every)]
         self.visited = []
         try:
-            with _standing([*groups, *((state, {_HOOK: _unseen(getattr(state, _HOOK))}) for state in self.states)]):
+            with _standing([*groups, *((state, self._hooks(state)) for state in self.states)]):
                 yield
         finally:
             self.backward = NONE
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the losses: a backward that ends at what the model gives out, of which FSDP2 is not to hear."""
+        with _standing([(self.root, {_ASIDE: _last})]):
+            yield
+
+    def _hooks(self, state: Any) -> dict[str, Callable[..., Any]]:
+        """What stands for the methods of a state while a step runs."""
+        kept = state._pre_backward
+
+        def pre_backward(grad: Tensor) -> Tensor:
+            found: Tensor = grad if _ASIDE in vars(self.root) else kept(grad)
+            return found
+
+        return {_HOOK: _unseen(getattr(state, _HOOK)), "_pre_backward": pre_backward}
 
     def _methods(self, number: int, own: Any, company: "Companion | None") -> dict[str, Callable[..., Any]]:
         """What stands for the methods of a group while a step runs."""
@@ -372,6 +388,7 @@ def _not_own(leaf: Tensor) -> str:
 
 
 _HOOK = "_register_pre_backward_hook"
+_ASIDE = "_funcghost_aside"
 
 
 def _last(*args: Any) -> Any:

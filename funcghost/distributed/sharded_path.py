@@ -9,7 +9,7 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from funcghost.algebra.directions import Stack, stack
@@ -18,8 +18,8 @@ from funcghost.attribution.path import RULES, Account, Path, Rule, Settings
 from funcghost.attribution.validation import Batches, Sets, Validation, some
 from funcghost.distributed.collectives import Group
 from funcghost.distributed.fsdp import Sharded
-from funcghost.distributed.shares import Shares, check_rules, joined, local, over_ranks
 from funcghost.distributed.sharded_validation import validated
+from funcghost.distributed.shares import Shares, check_rules, joined, local, over_ranks
 from funcghost.distributed.together import Together
 from funcghost.engine.plans import Plan
 from funcghost.errors import InputError

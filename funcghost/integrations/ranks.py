@@ -64,6 +64,10 @@ class Ranks:
         """Within it a batch is taken, or the validation loss."""
         return nullcontext()
 
+    def aside(self) -> AbstractContextManager[object]:
+        """Within the losses: a backward that ends at what the model gives out."""
+        return nullcontext()
+
     @property
     def count(self) -> int:
         """How many there are."""

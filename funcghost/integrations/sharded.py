@@ -1,7 +1,7 @@
 """The values of the samples of a step on a model under `fully_shard` (FSDP2), which an optimizer makes in place.
 
-The account is that of `Steps`, kept of this rank's shares, as `sharded.along_path` keeps it. A batch is seen twice: by a
-step that gathers the parameters and averages the gradients as any other does.
+The account is that of `Steps`, kept of this rank's shares, as `sharded.along_path` keeps it. A batch is seen twice, by
+steps that gather the parameters and average the gradients as any other does.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from funcghost.attribution.passes import Taken
 from funcghost.distributed.collectives import Group
 from funcghost.distributed.fsdp import Sharded
-from funcghost.distributed.shares import Shares, local, over_ranks
 from funcghost.distributed.sharded_path import Passes
+from funcghost.distributed.shares import Shares, local, over_ranks
 from funcghost.distributed.together import Together
 from funcghost.errors import InputError
 from funcghost.integrations.passes import Part
@@ -116,6 +116,10 @@ class ShardedRanks(Ranks):
     def averaging(self) -> AbstractContextManager[object]:
         """Within it a batch is taken, or the validation loss."""
         return self.sharded.averaging()
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Within the losses: a backward that ends at what the model gives out."""
+        return self.sharded.aside()
 
     def average(self) -> None:
         """Gradients are averaged as they come."""

@@ -7,6 +7,7 @@ to that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -195,6 +196,10 @@ class Steps:
         found, self._found = self._found, None
         return found
 
+    def aside(self) -> AbstractContextManager[object]:
+        """Entered by losses around a backward of their own, which ends at what the model gives out."""
+        return self._ranks.aside()
+
     def _samples(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The samples of the step, of all ranks, with their values."""
         return self._ranks.samples(torch.cat([part.ids for part in self._parts]), torch.cat(values))
@@ -209,7 +214,9 @@ class Steps:
     def _account(self, optimizer: Any, max_norm: float | None) -> Settled:
         params, own = self.params, self._ranks.own
         still = Params(params.names, tuple(own([leaf.detach() for leaf in params.leaves])), params.spec)
-        blank = [torch.zeros_like(leaf, requires_grad=False) if leaf.grad is None else leaf.grad for leaf in params.leaves]
+        blank = [
+            torch.zeros_like(leaf, requires_grad=False) if leaf.grad is None else leaf.grad for leaf in params.leaves
+        ]
         grads = own(blank)
         rule, state = updates.of(optimizer, params.rebuild(params.leaves))
         update = self._ranks.update(rule if max_norm is None else updates.clipped(rule, max_norm))
@@ -241,7 +248,7 @@ class Steps:
         return Settled(ids, values, rest, change)
 
     def _rounding(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Where a gradient is none but for rounding: what an optimizer that divides by it makes of that is the rest's."""
+        """Where a gradient is none but for rounding: what an optimizer that divides by it makes of it is the rest's."""
         tops = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in grads])
         tops = self._ranks.largest(tops)
         return [g.abs() <= 4 * torch.finfo(g.dtype).eps * top for g, top in zip(grads, tops, strict=True)]
@@ -257,8 +264,8 @@ class Steps:
         if not bool((values.sum() - wanted).abs() <= 10 * OFF * torch.maximum(wanted.abs(), size / 100)):
             raise GhostError(
                 f"the values of the step add up to {float(values.sum()):.3g}, where its gradient did "
-                f"{float(wanted):.3g}. The gradients of samples do not add up to the gradient that is stepped along: it "
-                "is rounded, and Adam's denominators magnify what is left where samples cancel. Take "
+                f"{float(wanted):.3g}. The gradients of samples do not add up to the gradient that is stepped along: "
+                "it is rounded, and Adam's denominators magnify what is left where samples cancel. Take "
                 "pairs_memory=None, or kind='score'."
             )
 

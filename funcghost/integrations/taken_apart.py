@@ -11,7 +11,7 @@ weights, their gradients are those of its terms.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +38,13 @@ class _BackwardCaught(TorchFunctionMode):
         return None
 
 
-def taken_apart(run: Callable[[], Any], module: nn.Module, samples: int, rows: int = 1) -> Tensor:
+def taken_apart(
+    run: Callable[[], Any],
+    module: nn.Module,
+    samples: int,
+    rows: int = 1,
+    aside: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
     """The losses [samples] of a training step, from the scalar that it optimises.
 
     `run()` does what the trainer does for a batch: it calls the module and then `backward` on a scalar L, which is not
@@ -52,6 +58,7 @@ def taken_apart(run: Callable[[], Any], module: nn.Module, samples: int, rows: i
         module: what the samples go through; L depends on parameters through its outputs alone.
         samples: how many there are in the batch.
         rows: of the outputs, for each sample; 2 where chosen and rejected texts are stacked.
+        aside: is entered around the backward from L to the outputs, which a sharded model is not to hear of.
 
     Raises:
         InputError: L has another way to the parameters, its outputs have other rows, or there is no backward.
@@ -78,7 +85,8 @@ def taken_apart(run: Callable[[], Any], module: nn.Module, samples: int, rows: i
                 f"the loss is made of the outputs {names}, and {edges[inner]!r} goes into {name!r}: what is whose "
                 "cannot be told. Make it of outputs that do not follow from one another."
             )
-    slopes = torch.autograd.grad(loss, [GradientEdge(node, place) for node, place in found])
+    with aside():
+        slopes = torch.autograd.grad(loss, [GradientEdge(node, place) for node, place in found])
     total = loss.new_zeros(samples)
     for name, slope in zip(names, slopes, strict=True):
         value = outputs[name]

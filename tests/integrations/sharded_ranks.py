@@ -3,13 +3,11 @@
 from typing import Any
 
 import accelerate
-import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import funcghost as fg

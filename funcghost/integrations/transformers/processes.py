@@ -31,7 +31,8 @@ def told_processes(trainer: Any) -> dict[str, bool]:
     hook = getattr(handler, "comm_hook", None)
     return {
         "several devices in one process (torch.nn.DataParallel: start it by torchrun)": trainer.args.n_gpu > 1,
-        "FSDP, whose forward gathers parameters that the account would move (use DDP)": trainer.is_fsdp_enabled,
+        "FSDP of version 1 (set fsdp_config={'version': 2})": trainer.is_fsdp_enabled
+        and not trainer.accelerator.is_fsdp2,
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "tensor, context or sequence parallel": parallel or trainer.get_tp_size() > 1,
         "a ddp_comm_hook, which changes the gradients that ranks exchange": str(getattr(hook, "value", "no")) != "no",

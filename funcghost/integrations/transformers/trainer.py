@@ -7,17 +7,19 @@ filled with the same gradient, and clipping, optimizer, schedule, logging and ca
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, ClassVar
 
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import TrainOutput
 
 from funcghost.engine.checkpoints import checkpoint_context
 from funcghost.errors import InputError
 from funcghost.integrations.identity import KEY, Identified, Identifying
+from funcghost.integrations.sharded import ShardedSteps
 from funcghost.integrations.steps import Steps
 from funcghost.integrations.taken_apart import outputs_in, taken_apart
 from funcghost.integrations.transformers.packing import check_documents_apart, segments_of
@@ -122,7 +124,8 @@ class Valued(transformers.Trainer):
         """The losses of a batch, [n], of which the gradient of the step is the sum over its batches."""
         with self._unseen():
             rows = len(batch["rows"])
-            found = taken_apart(lambda: self.plain_step(batch), self._model, rows, self.rows_per_sample)
+            aside = nullcontext if self._steps is None else self._steps.aside
+            found = taken_apart(lambda: self.plain_step(batch), self._model, rows, self.rows_per_sample, aside)
             self._runs.append((found.detach().sum(), {name: getattr(self, name) for name in self.counted}))
         return found
 
@@ -186,15 +189,18 @@ class Valued(transformers.Trainer):
                 "eval_dataset."
             )
         self._validation = ValidationSet(self, valuation.validation)
-        self._steps = Steps(
-            self.sample_losses,
-            trainable(self._net),
-            self.validate,
-            kind=valuation.kind,
-            rule=valuation.rule,
-            renew=valuation.renew,
-            pairs_memory=valuation.pairs_memory,
-            options=valuation.options,
+        settings: Any = {
+            "kind": valuation.kind,
+            "rule": valuation.rule,
+            "renew": valuation.renew,
+            "pairs_memory": valuation.pairs_memory,
+            "options": valuation.options,
+        }
+        net, losses, params = self._net, self.sample_losses, trainable(self._net)
+        self._steps = (
+            ShardedSteps(losses, net, params, self.validate, **settings)
+            if isinstance(net, FSDPModule)
+            else Steps(losses, params, self.validate, **settings)
         )
         column = "value" if valuation.kind == "path" else "score"
         if self.is_world_process_zero():

@@ -5,12 +5,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 
 from funcghost.distributed.collectives import several, summed_over_ranks, told_by_all
+from funcghost.distributed.sharded_validation import validated
+from funcghost.distributed.together import Together
 from funcghost.errors import InputError
 from funcghost.losses.modules import trainable
 from funcghost.side_effects import random_state, set_random_state
+from funcghost.trees import split_params
 
 
 class ValidationSet:
@@ -48,23 +52,51 @@ class ValidationSet:
             raise InputError("validation: there is no validation batch.")
         self.items = None if None in items else torch.tensor(sum(items), device=trainer.args.device)
         self.weights = [1.0 if self._is_scaled() else size / total for size in own]
+        self._sharded: Together | None = None
+        self._count = sum(len(sizes) for sizes, _ in told)
+        if isinstance(trainer.model, FSDPModule):
+            self._sharded = Together(self._weighted, trainer.model, "sum", False, None, None, None)
+            self._fill([len(sizes) for sizes, _ in told])
 
     def __call__(self, model: Any, seen: AbstractContextManager[None]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its gradient, by a model that the trainer's loss calls; `seen` is entered around it."""
-        trainer, leaves = self.trainer, trainable(self.trainer.model)
-        total = torch.zeros((), dtype=torch.float64)
-        gradients = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in leaves.items()}
-        with self._evaluating(), seen, _of_one_process(trainer.args), torch.enable_grad():
-            for batch, weight in zip(self.batches, self.weights, strict=True):
-                with trainer.compute_loss_context_manager():
-                    loss = weight * trainer.compute_loss(model, dict(batch), num_items_in_batch=self.items)
+        leaves = trainable(self.trainer.model)
+        with self._evaluating(), seen, _of_one_process(self.trainer.args), torch.enable_grad():
+            if self._sharded is not None:
+                batches = [{"inputs": batch, "weight": weight} for batch, weight in self._weights()]
+                return validated(self._sharded, split_params(leaves), batches)
+            total = torch.zeros((), dtype=torch.float64)
+            gradients = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in leaves.items()}
+            for batch, weight in self._weights():
+                loss = self._loss(model, batch, weight)
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 for gradient, part in zip(gradients.values(), found, strict=True):
                     if part is not None:
                         gradient.add_(part)
                 total = total + loss.detach().cpu().double()
-        (everyone,) = summed_over_ranks([total.to(trainer.args.device)])
+        (everyone,) = summed_over_ranks([total.to(self.trainer.args.device)])
         return everyone.cpu(), dict(zip(gradients, summed_over_ranks(list(gradients.values())), strict=True))
+
+    def _weights(self) -> Iterator[tuple[Any, float]]:
+        """The batches with the weights of their losses."""
+        return zip(self.batches, self.weights, strict=True)
+
+    def _loss(self, model: Any, batch: Any, weight: float) -> Tensor:
+        with self.trainer.compute_loss_context_manager():
+            loss: Tensor = weight * self.trainer.compute_loss(model, dict(batch), num_items_in_batch=self.items)
+        return loss
+
+    def _weighted(self, params: Any, batch: Any) -> Tensor:
+        """Losses [1] of a batch, whose mean over all batches is the loss."""
+        return self._count * self._loss(self.trainer.model, batch["inputs"], batch["weight"])[None]
+
+    def _fill(self, counts: list[int]) -> None:
+        """A sharded model runs on all ranks at once: those with fewer batches run one more often, with no weight."""
+        more = max(counts) - counts[distributed.get_rank()] if several(None) else 0
+        (spare,) = next(found for found in told_by_all(self.batches[:1], None) if found)
+        self.batches += [self.trainer._prepare_inputs(dict(spare))] * more
+        self.weights += [0.0] * more
+        self._count = max(counts) * len(counts)
 
     def _is_scaled(self) -> bool:
         """Whether the loss of a batch is its part of the loss of all batches, as in `Trainer.training_step`."""
