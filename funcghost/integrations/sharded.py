@@ -6,11 +6,14 @@ steps that gather the parameters and average the gradients as any other does.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
 
 from funcghost.attribution.passes import Taken
 from funcghost.distributed.collectives import Group
@@ -18,6 +21,7 @@ from funcghost.distributed.fsdp import Sharded
 from funcghost.distributed.sharded_path import Passes
 from funcghost.distributed.shares import Shares, local, over_ranks
 from funcghost.distributed.together import Together
+from funcghost.engine.checkpoints import checkpoint_context
 from funcghost.errors import InputError
 from funcghost.integrations.passes import Part
 from funcghost.integrations.ranks import Ranks
@@ -29,11 +33,17 @@ from funcghost.training.path_average import Leaves
 from funcghost.trees import Params, Tree
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to it."""
+    return isinstance(model, FSDPModule)
+
+
 class ShardedSteps(Steps):
     """`Steps` of a model under `fully_shard`: the step is of the mean over the ranks of their sums, as FSDP2 makes it.
 
     Every rank takes as many batches as the others, at the same time, each of any size. Gradients of every batch are
-    averaged over ranks, and added to `.grad`: also where the loop is to accumulate them without (`no_sync`).
+    averaged over ranks, and added to `.grad`: also where the loop is to accumulate them without (`no_sync`). Layers in
+    a `checkpoint_wrapper`, as accelerate's `activation_checkpointing` puts them, get `fg.checkpoint_context`.
 
     Args:
         losses: as in `Steps`; they call the model itself.
@@ -61,6 +71,9 @@ class ShardedSteps(Steps):
         **settings: Any,
     ) -> None:
         self.model = model
+        for part in model.modules():
+            if isinstance(part, CheckpointWrapper):
+                part.checkpoint_fn = partial(part.checkpoint_fn, context_fn=checkpoint_context)
         super().__init__(losses, params, validation, **settings)
 
     def _together(self, group: Group) -> Ranks:

@@ -231,7 +231,8 @@ class Steps:
             moves = [new - old for new, old in zip(there, still.leaves, strict=True)]
         points = [self._here(), self._validated(there)]
         if self.rule == "simpson":
-            points.insert(1, self._validated([old + move / 2 for old, move in zip(still.leaves, moves, strict=True)]))
+            middle = [old + move / 2 for old, move in zip(still.leaves, moves, strict=True)]
+            points.insert(1, self._validated(middle))
         self._ranks.check_one_validation([loss for loss, _ in points])
         change = points[-1][0] - points[0][0]
         with torch.no_grad():
@@ -276,7 +277,7 @@ class Steps:
                 return self.validation()
         return self._expected.validation
 
-    def _validated(self, leaves: Sequence[Tensor]) -> tuple[Tensor, Tree]:
+    def _validated(self, leaves: list[Tensor]) -> tuple[Tensor, Tree]:
         with self._ranks.averaging(), self._ranks.at(leaves):
             return self.validation()
 

@@ -1,4 +1,4 @@
-"""What each of two processes runs for `test_ranks.py`: steps and trainers under DDP by accelerate."""
+"""What each of two processes runs for `test_ranks.py`: steps and trainers under DDP by accelerate, and under FSDP2."""
 
 import gc
 import os
@@ -21,7 +21,9 @@ from funcghost.attribution import in_run
 from funcghost.integrations.steps import Kind, Steps
 from funcghost.integrations.transformers import Trainer, Valuation, Valued
 from funcghost.training import updates
+from tests.integrations import sharded_ranks
 from tests.integrations.test_transformers import Own, OwnValued, Seen, assert_adds_up, model, texts
+from tests.versions import SHARDS
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
@@ -185,6 +187,9 @@ def main() -> None:
     refused("gathers over processes", lambda: trained(Gathering, folder / "gathering", texts(7), {}))
     for values, rest, change in trainer_accelerate.main():
         assert abs(values + rest - change) < 1e-4 * abs(change)
+    if SHARDS:
+        torch.manual_seed(1)
+        sharded_ranks.main(folder, texts(3 + 16))
     sys.stdout.write(f"rank {rank} agrees\n")
     distributed.destroy_process_group()
 

@@ -1,9 +1,10 @@
-"""Trainers and loops under DDP, held to one process; `ranks.py` is what each process runs."""
+"""Trainers and loops under DDP and FSDP2, held to one process; `ranks.py` is what each process runs."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from funcghost import store
 from funcghost.integrations.transformers import Trainer
 from tests.integrations.test_transformers import model, texts, train
+from tests.versions import SHARDS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning:torch.utils.data")
@@ -36,12 +38,13 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     rows = texts(3 + 16)
     settings_of_one = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.1, "validation": 3}
     train(Trainer, model(), tmp_path / "alone", rows, {"rule": "simpson"}, **settings_of_one)
-    tables = [
-        store.open_record(tmp_path / name / "values")
-        .table()
-        .sort_by([("step", "ascending"), ("sample_id", "ascending")])
-        for name in ("even", "alone")
-    ]
-    for column in ("step", "sample_id"):
-        assert tables[0][column].to_pylist() == tables[1][column].to_pylist()
-    assert tables[0]["value"].to_pylist() == pytest.approx(tables[1]["value"].to_pylist(), rel=1e-5, abs=1e-9)
+    wanted = kept(tmp_path / "alone")
+    for name in ("even", *(("loaded", "plugin") if SHARDS else ())):
+        found = kept(tmp_path / name)
+        for column in ("step", "sample_id"):
+            assert found[column].to_pylist() == wanted[column].to_pylist(), name
+        assert found["value"].to_pylist() == pytest.approx(wanted["value"].to_pylist(), rel=1e-5, abs=1e-9), name
+
+
+def kept(folder: Path) -> Any:
+    return store.open_record(folder / "values").table().sort_by([("step", "ascending"), ("sample_id", "ascending")])

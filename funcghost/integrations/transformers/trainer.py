@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 
 import transformers
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import TrainOutput
 
 from funcghost.engine.checkpoints import checkpoint_context
 from funcghost.errors import InputError
 from funcghost.integrations.identity import KEY, Identified, Identifying
-from funcghost.integrations.sharded import ShardedSteps
+from funcghost.integrations.sharded import ShardedSteps, is_sharded
 from funcghost.integrations.steps import Steps
 from funcghost.integrations.taken_apart import outputs_in, taken_apart
 from funcghost.integrations.transformers.packing import check_documents_apart, segments_of
@@ -199,7 +198,7 @@ class Valued(transformers.Trainer):
         net, losses, params = self._net, self.sample_losses, trainable(self._net)
         self._steps = (
             ShardedSteps(losses, net, params, self.validate, **settings)
-            if isinstance(net, FSDPModule)
+            if is_sharded(net)
             else Steps(losses, params, self.validate, **settings)
         )
         column = "value" if valuation.kind == "path" else "score"

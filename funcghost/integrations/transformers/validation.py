@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.fsdp import FSDPModule
 
 from funcghost.distributed.collectives import several, summed_over_ranks, told_by_all
 from funcghost.distributed.sharded_validation import validated
 from funcghost.distributed.together import Together
 from funcghost.errors import InputError
+from funcghost.integrations.sharded import is_sharded
 from funcghost.losses.modules import trainable
 from funcghost.side_effects import random_state, set_random_state
 from funcghost.trees import split_params
@@ -54,7 +54,7 @@ class ValidationSet:
         self.weights = [1.0 if self._is_scaled() else size / total for size in own]
         self._sharded: Together | None = None
         self._count = sum(len(sizes) for sizes, _ in told)
-        if isinstance(trainer.model, FSDPModule):
+        if is_sharded(trainer.model):
             self._sharded = Together(self._weighted, trainer.model, "sum", False, None, None, None)
             self._fill([len(sizes) for sizes, _ in told])
 
