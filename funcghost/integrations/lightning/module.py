@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
+import optree
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from funcghost.attribution.path import Rule
+from funcghost.distributed.collectives import several, summed_over_ranks, told_by_all
 from funcghost.errors import InputError
 from funcghost.integrations.steps import Kind, Settled, Steps
 from funcghost.losses.modules import trainable
 from funcghost.options import Options
 from funcghost.store.manifest import JSON
 from funcghost.store.record import Recorder, record
+from funcghost.trees import digest
 
 
 class Valued(lightning.LightningModule):
@@ -25,6 +29,8 @@ class Valued(lightning.LightningModule):
     epoch is shorter. `max_norm` clips, and a scheduler takes a step with each of the optimizer's or at the end of an
     epoch, as its `interval` says. Lightning's own `gradient_clip_val` and `accumulate_grad_batches` are refused by it
     where a module optimises by itself.
+
+    In several processes (strategy "ddp") a step is of the mean over them, as `DistributedDataParallel` makes it.
 
     Law: with kind "path" the values of a step and its rest add up to the change of the validation loss by the
     optimizer's step, see `in_run.along_path`. Without a `Record` it trains the same.
@@ -102,17 +108,21 @@ class Record(lightning.Callback):
     """Values the samples of a `Valued` module while it is fitted, and writes them.
 
     After it `store.open_record(path)` has a row for every sample of every step, and `accounts` has, with kind "path",
-    the sum of the values, the rest and the change of the validation loss by every step.
+    the sum of the values, the rest and the change of the validation loss by every step. Of several processes (strategy
+    "ddp") the first writes the record, of the samples of all; a sample that stands in twice for batches to be even has
+    one row a step.
 
     Args:
         path: the folder of the record.
         validation: a list or a loader of batches; the values are about the mean of the module's losses over them, in
-            evaluation mode.
+            evaluation mode. In several processes it is the same in each, which takes every so-manieth of them.
         kind, rule, renew, pairs_memory, options: see `funcghost.integrations.steps.Steps`.
         origin: what the run follows from, kept in the record.
 
     Raises:
-        InputError: (when it is fitted) the module is not `Valued`, or there are several processes or optimizers.
+        InputError: (when it is fitted) the module is not `Valued`, the strategy is another one than a single device or
+            "ddp", with a hook on its communication, there are several optimizers, or processes are given other
+            validation batches.
     """
 
     def __init__(
@@ -137,13 +147,14 @@ class Record(lightning.Callback):
         """Opens the record."""
         if not isinstance(pl_module, Valued):
             raise InputError(f"Record: values samples of a module that is Valued, found {type(pl_module).__name__}.")
-        if trainer.world_size > 1 or len(trainer.optimizers) != 1 or trainer.precision_plugin.precision == "16-mixed":
-            raise InputError("Record: values samples in one process, with one optimizer, and not in 16-mixed.")
+        _check_plain(trainer)
         state = torch.get_rng_state()  # a loader draws a seed
-        self._batches = [pl_module.transfer_batch_to_device(b, pl_module.device, 0) for b in self.validation]
+        batches = [pl_module.transfer_batch_to_device(b, pl_module.device, 0) for b in self.validation]
         torch.set_rng_state(state)
-        if not self._batches:
+        if not batches:
             raise InputError("Record: there is no validation batch.")
+        _check_alike(batches)
+        self._batches = batches[trainer.global_rank :: trainer.world_size]
 
         def validate() -> tuple[Tensor, dict[str, Tensor]]:
             return self._validate(pl_module)
@@ -152,15 +163,17 @@ class Record(lightning.Callback):
         params = trainable(pl_module)
         pl_module.steps = Steps(pl_module.weighted_losses, params, validate, kind=self.kind, **settings)
         column = "value" if self.kind == "path" else "score"
-        self._recorder = record(self.path, [column], origin=self.origin, resume=trainer.global_step or None)
+        if trainer.is_global_zero:
+            self._recorder = record(self.path, [column], origin=self.origin, resume=trainer.global_step or None)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Writes the values of a step that has been made."""
         found = pl_module.last
-        if found is None or self._recorder is None:
+        if found is None:
             return
         column = "value" if self.kind == "path" else "score"
-        self._recorder.add(trainer.global_step - 1, found.ids, {column: found.values})
+        if self._recorder is not None:
+            self._recorder.add(trainer.global_step - 1, found.ids, {column: found.values})
         if found.rest is not None and found.change is not None:
             self.accounts.append((float(found.values.sum()), float(found.rest), float(found.change)))
 
@@ -173,18 +186,60 @@ class Record(lightning.Callback):
         """Closes the record, also where the fit has failed."""
         if self._recorder is not None:
             self._recorder.close()
-            self._recorder = pl_module.steps = None
+        self._recorder = None
+        if isinstance(pl_module, Valued):
+            pl_module.steps = None
 
     def _validate(self, module: Valued) -> tuple[Tensor, dict[str, Tensor]]:
         params, mode, state = trainable(module), module.training, torch.get_rng_state()
+        total = torch.zeros(2, dtype=torch.float64, device=module.device)
+        grads = [torch.zeros_like(param, requires_grad=False) for param in params.values()]
         module.eval()
         try:
-            with torch.enable_grad():
-                found = [module.losses(batch) for batch in self._batches]
-                loss = torch.cat(found).mean()
-                grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            for batch in self._batches:
+                with torch.enable_grad():
+                    losses = module.losses(batch)
+                    found = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+                grads = [a if b is None else a + b for a, b in zip(grads, found, strict=True)]
+                total += torch.stack([losses.detach().double().sum(), total.new_tensor(len(losses))])
         finally:
             module.train(mode)
             torch.set_rng_state(state)
-        zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), grads, strict=True)]
-        return loss.detach().double(), dict(zip(params, zeros, strict=True))
+        loss, count = summed_over_ranks([total])[0].tolist()
+        mean = [grad / count for grad in summed_over_ranks(grads)]
+        return total.new_tensor(loss / count), dict(zip(params, mean, strict=True))
+
+
+def _check_plain(trainer: Any) -> None:
+    """It trains as `DistributedDataParallel` does, or in one process.
+
+    Raises:
+        InputError: it does not.
+    """
+    strategy = trainer.strategy
+    single = isinstance(strategy, SingleDeviceStrategy)
+    hooked = getattr(strategy, "_ddp_comm_hook", None) or getattr(strategy, "_model_averaging_period", None)
+    if not single and (type(strategy) is not DDPStrategy or hooked):
+        raise InputError(
+            f"Record: values samples on a single device or with strategy='ddp', without a hook on its communication; "
+            f"found {type(strategy).__name__}."
+        )
+    if len(trainer.optimizers) != 1 or trainer.precision_plugin.precision == "16-mixed":
+        raise InputError("Record: values samples with one optimizer, and not in 16-mixed.")
+
+
+def _check_alike(batches: list[Any]) -> None:
+    """Every process has the same validation batches, of which it takes its part.
+
+    Raises:
+        InputError: one has others.
+    """
+    if not several(None):
+        return
+    leaves = [leaf for leaf in optree.tree_leaves(batches) if isinstance(leaf, Tensor)]
+    told = told_by_all(digest([""] * len(leaves), leaves), None)
+    if len(set(told)) > 1:
+        raise InputError(
+            "Record: processes are given other validation batches. Pass the same to each, in the same order, without a "
+            "DistributedSampler: each takes its part of them."
+        )
