@@ -60,10 +60,17 @@ def data(count: int) -> Any:
     return [{"x": torch.randn(3).double(), "y": int(torch.randint(2, ())), "id": place} for place in range(count)]
 
 
+def rows_of_ranks() -> tuple[Any, Any]:
+    """Rows to train on in one process or two, and validation batches, an odd number of them."""
+    torch.manual_seed(2)
+    return data(14), list(DataLoader(data(5), batch_size=2))
+
+
 def fit(module: Any, rows: Any, *callbacks: Any, **settings: Any) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
     torch.manual_seed(1)
-    loader = DataLoader(rows, batch_size=2, shuffle=True)
+    how: Any = {"batch_size": settings.pop("batch_size", 2), "sampler": settings.pop("sampler", None)}
+    loader: Any = DataLoader(rows, shuffle=how["sampler"] is None, **how)
     trainer = lightning.Trainer(
         max_epochs=2, callbacks=list(callbacks), enable_model_summary=False, **quiet, **settings
     )

@@ -18,7 +18,7 @@ from funcghost.losses.modules import trainable
 from funcghost.options import Options
 from funcghost.store.manifest import JSON
 from funcghost.store.record import Recorder, record
-from funcghost.trees import digest
+from funcghost.trees import Tree, digest
 
 
 class Valued(lightning.LightningModule):
@@ -236,7 +236,8 @@ def _check_alike(batches: list[Any]) -> None:
     """
     if not several(None):
         return
-    leaves = [leaf for leaf in optree.tree_leaves(batches) if isinstance(leaf, Tensor)]
+    given: Tree = batches
+    leaves = [leaf for leaf in optree.tree_leaves(given) if isinstance(leaf, Tensor)]
     told = told_by_all(digest([""] * len(leaves), leaves), None)
     if len(set(told)) > 1:
         raise InputError(
