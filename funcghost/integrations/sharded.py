@@ -91,6 +91,11 @@ class ShardedRanks(Ranks):
                 f"ShardedSteps: {self.count} ranks make a step, and {self.sharded.ranks} of them have samples of their "
                 "own. Models that are tensor parallel as well have values by sharded.along_path."
             )
+        if found := {group.divisor for group in self.sharded.groups} - {self.count}:
+            raise InputError(
+                f"ShardedSteps: gradients are divided by {sorted(found)} where {self.count} ranks make a step, which is "
+                "then no mean. Leave set_gradient_divide_factor out."
+            )
 
     def passes(self, losses: Losses, limit: int | None, options: Options | None) -> Any:
         """What sees the batches of a step."""

@@ -69,7 +69,8 @@ class Steps:
     Where there are several processes (a `group`, all by default), the step is of the mean over them of their sums, as
     `DistributedDataParallel` makes it: `settle` averages `.grad`, and `settled` gives the samples of all ranks on each,
     with their shares of the mean. Every rank takes batches of its own, as many as it likes; the validation loss is that
-    of all. Let the losses call the module inside `DistributedDataParallel`, which has its own ideas of a backward.
+    of all. Let the losses call the module inside `DistributedDataParallel`, which has its own ideas of a backward. For
+    a model under `fully_shard` take `funcghost.integrations.sharded.ShardedSteps`.
 
     Args:
         losses: `losses(params, batch) -> [b]` whose sum over the batches of a step is what the step is made of. They

@@ -168,6 +168,9 @@ def what_is_not_sharded_so_is_refused(rank: int) -> None:
     steps = ShardedSteps(world.losses, net, params, validation)
     with pytest.raises(fg.InputError, match="packed in one row"):
         steps.take(world.steps[0][0], torch.arange(4), torch.zeros(1, 4))
+    net.set_gradient_divide_factor(1.0)
+    with pytest.raises(fg.InputError, match="divided by"):
+        ShardedSteps(world.losses, net, params, validation)
     with pytest.raises(fg.InputError, match="fully_shard was applied to"):
         ShardedSteps(world.losses, Net(), params, validation)
 

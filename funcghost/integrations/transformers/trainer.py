@@ -49,10 +49,15 @@ class Valued(transformers.Trainer):
     A sample is a row of what the model gives out. Rows that a collator makes one of (`DataCollatorWithFlattening`) are
     told apart by their lengths.
 
+    In several processes (`torchrun`) the step is of the mean over them, and the record, which the first of them writes,
+    of the samples of all: under DDP; and under FSDP2, as accelerate's plugin shards a model (`fsdp=True`) or
+    transformers while it loads one (`distributed_config=`), where every batch is seen twice with "path".
+
     Raises:
-        InputError: (when it trains) something is asked for that is not supported: several processes, fp16, DeepSpeed,
-            FSDP; with "path" an optimizer that is none of `updates.of`. The loss has terms that are of no sample, or
-            documents that are packed see each other.
+        InputError: (when it trains) something is asked for that is not supported: several devices in one process, fp16,
+            DeepSpeed, FSDP1, tensor parallel; under FSDP2 samples packed in one row, or `pairs_memory`; with "path" an
+            optimizer that is none of `updates.of`. The loss has terms that are of no sample, or documents that are
+            packed see each other.
         GhostError: the step that was made is not the one the values are about.
     """
 
