@@ -32,7 +32,6 @@ class Part:
     """A parameter of the params of a step: its number there, and what FSDP2 knows of it."""
 
     number: int
-    sharded: nn.Parameter
     own: Any
 
     @property
@@ -116,23 +115,23 @@ class Sharded:
             )
         need(SHARDED_MODELS, "a step on a model under fully_shard", "use data_parallel with whole models on each rank.")
         self.root: Any = model._get_fsdp_state()
-        self.root._lazy_init()  # in it FSDP2 sees parameters that were put in place of others since
-        if not self.root._is_root:
-            raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self.states: list[Any] = list(dict.fromkeys(part._get_fsdp_state() for part in parts))
         self.every = [group for state in self.states for group in state._fsdp_param_groups]
-        places = {id(own.sharded_param): (group, own) for group in self.every for own in group.fsdp_params}
+        places = {id(leaf): (group, own) for group in self.every for own in group.fsdp_params for leaf in _sharded(own)}
         found: dict[int, Group] = {}
         for number, (name, leaf) in enumerate(zip(params.names, params.leaves, strict=True)):
             place = places.get(id(leaf))
             if place is None:
                 raise InputError(f"params[{name!r}] {_not_own(leaf)}")
             group, own = place
-            found.setdefault(id(group), Group(group)).parts.append(Part(number, own.sharded_param, own))
+            found.setdefault(id(group), Group(group)).parts.append(Part(number, own))
         self.params, self.groups, self.backward = params, list(found.values()), NONE
         self.visited: list[int] = []
         self.reached: Sequence[bool] = ()
+        self.root._lazy_init()
+        if not self.root._is_root:
+            raise InputError("sharded: the model is a part of another one that is sharded. Pass the root.")
         self._check()
 
     def _check(self) -> None:
@@ -372,6 +371,12 @@ class Sharded:
                 "fully_shard([one, other]); call ordinary torch ops in place of the Function; use fg.dot alone, or "
                 "score the model before fully_shard."
             )
+
+
+def _sharded(own: Any) -> list[nn.Parameter | None]:
+    """The parameter, and what a loading of weights has put in its place, which FSDP2 sees when it is first used."""
+    place = own._module_info
+    return [own.sharded_param, place.module._parameters.get(place.param_name)]
 
 
 def _not_own(leaf: Tensor) -> str:

@@ -93,8 +93,8 @@ class ShardedRanks(Ranks):
             )
         if found := {group.divisor for group in self.sharded.groups} - {self.count}:
             raise InputError(
-                f"ShardedSteps: gradients are divided by {sorted(found)} where {self.count} ranks make a step, which is "
-                "then no mean. Leave set_gradient_divide_factor out."
+                f"ShardedSteps: gradients are divided by {sorted(found)} where {self.count} ranks make a step, which "
+                "is then no mean. Leave set_gradient_divide_factor out."
             )
 
     def passes(self, losses: Losses, limit: int | None, options: Options | None) -> Any:
