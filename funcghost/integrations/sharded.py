@@ -60,6 +60,24 @@ class ShardedSteps(Steps):
     Raises:
         InputError: as in `Steps` and `sharded.grad_and_reduce`; the model is tensor parallel as well; (by `take`)
             samples are packed in one row; `pairs_memory` is given.
+
+    Example:
+        >>> import funcghost as fg, torch
+        >>> from torch import distributed
+        >>> from torch.distributed.fsdp import fully_shard
+        >>> from funcghost.distributed import sharded
+        >>> from funcghost.integrations.sharded import ShardedSteps
+        >>> distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+        >>> model = fully_shard(torch.nn.Linear(2, 1, bias=False), mesh=distributed.init_device_mesh("cpu", (1,)))
+        >>> params, optimizer = fg.trainable(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> losses = lambda params, x: model(x).squeeze(1)
+        >>> steps = ShardedSteps(losses, model, params, sharded.validation(losses, model, params, [torch.eye(2)]))
+        >>> _ = steps.take(torch.eye(2), torch.tensor([7, 8]))
+        >>> steps.settle(optimizer)
+        >>> optimizer.step()
+        >>> steps.settled().values
+        tensor([-0.0500, -0.0500])
+        >>> distributed.destroy_process_group()
     """
 
     def __init__(

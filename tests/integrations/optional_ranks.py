@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from torch import distributed, nn
 
 import funcghost as fg
 from funcghost import store
+from funcghost.integrations.sharded import is_sharded
+from tests.integrations.sharded_ranks import devices_with_fsdp
+from tests.versions import SHARDS
 
 
 def lightning(folder: Path) -> None:
@@ -51,9 +55,7 @@ def trl(folder: Path) -> None:
         _, wanted = tests.train(kind, False, folder / f"{kind}-plain", data, **steps)
         valued, found = tests.train(kind, True, folder / kind, data, {"rule": "simpson"}, **steps)
         torch.testing.assert_close(found.gradients[0], wanted.gradients[0], rtol=1e-4, atol=1e-6)
-        for step in valued.accounts:
-            missing = step.change - step.values - step.rest
-            assert abs(missing) < 1e-2 * (abs(step.values) + abs(step.rest)) + 2e-6, step
+        assert_adds_up(valued)
         distributed.barrier()
         table = store.open_record(folder / kind / "values").table()
         once = list(zip(table["step"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
@@ -61,11 +63,36 @@ def trl(folder: Path) -> None:
         assert {sample for _, sample in once} == set(range(5))
 
 
+def trl_sharded(folder: Path) -> None:
+    """Under FSDP2, by accelerate's plugin."""
+    tests: Any = import_module("tests.integrations.test_trl")
+    made, *others = tests.TRAINERS["sft"]
+    with ExitStack() as until_the_end:
+
+        def with_fsdp(*args: Any, **kwargs: Any) -> Any:
+            until_the_end.enter_context(devices_with_fsdp())
+            return made(*args, **kwargs)
+
+        tests.TRAINERS["sharded"] = (with_fsdp, *others)
+        how = {"fsdp": True, "fsdp_config": {}, "gradient_checkpointing": False, "per_device_train_batch_size": 1}
+        valued, _ = tests.train("sharded", True, folder, tests.rows("sft"), {"rule": "simpson"}, **how)
+        assert is_sharded(valued.model)
+        assert_adds_up(valued)
+
+
+def assert_adds_up(valued: Any) -> None:
+    for step in valued.accounts:
+        missing = step.change - step.values - step.rest
+        assert abs(missing) < 1e-2 * (abs(step.values) + abs(step.rest)) + 2e-6, step
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
     if "trl" in sys.argv:
         trl(folder / "trl")
+        if SHARDS:
+            trl_sharded(folder / "sharded")
     if "lightning" in sys.argv:
         lightning(folder / "lightning")
     assert distributed.get_world_size() == 2

@@ -51,7 +51,7 @@ class SFTTrainer(_WithHead, trl.SFTTrainer):
     has a part of it ("bfd_split"), parts in one step are added up. With `packing_strategy="wrapped"` documents attend
     to one another, so that a sample is a pack, and there is a warning. Memory: the logits are made in full.
 
-    In several processes (DDP), metrics beside the loss are logged as the first of them has them.
+    In several processes (DDP, FSDP2), metrics beside the loss are logged as the first of them has them.
 
     Raises:
         InputError: the balance of experts is part of the loss, which is of no sample: pass `router_aux_loss_coef=0.0`;
@@ -98,6 +98,8 @@ class DPOTrainer(_WithHead, trl.DPOTrainer):
     Raises:
         InputError: the balance of experts is part of the loss; or with kind "path" there are WPO's weights
             (`use_weighting`), whose gradient is not that of the value.
+        UnsupportedOpError: under FSDP2 a reference model is sharded as well, and talks to other processes: pass
+            `precompute_ref_log_probs=True`.
 
     Example: `examples/trainer_trl.py`.
     """
