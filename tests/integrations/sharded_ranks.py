@@ -1,9 +1,11 @@
 """What each of two processes runs of sharded models for `test_ranks.py`: loops and trainers, held to one process."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import accelerate
 import pytest
@@ -89,7 +91,8 @@ def devices_with_fsdp() -> Iterator[None]:
     GradientState._reset_state()
     known["distributed_type"] = DistributedType.MULTI_GPU
     try:
-        yield
+        with mock.patch.dict(os.environ):
+            yield
     finally:
         AcceleratorState._reset_state()
         known["distributed_type"] = kind
@@ -146,7 +149,10 @@ def a_trainers_step_adds_up(folder: Path, rows: Any) -> None:
 
         valued, _ = train(with_fsdp, model(), folder / "plugin", rows, {"rule": "simpson"}, **settings)
         assert valued.accelerator.is_fsdp2
-    assert_adds_up(valued, 1e-5)
+        assert_adds_up(valued, 1e-5)
+        valued.accelerator.state.fsdp_plugin.fsdp_version = 1
+        with pytest.raises(fg.InputError, match="FSDP of version 1"):
+            valued.check_values()
 
 
 def shares_are_measured_as_what_they_are_shares_of(rank: int) -> None:
