@@ -1,6 +1,7 @@
 """Lightning's trainer, held to its automatic optimisation; where Lightning is installed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,3 +105,6 @@ def test_what_cannot_be_valued_is_told(tmp_path: Path) -> None:
         Mine().sample_ids({"x": torch.ones(2, 3)})
     with pytest.raises(fg.InputError, match="no validation batch"):
         fit(Mine(), data(4), ours.Record(tmp_path / "b", []))
+    strategy = lightning.pytorch.strategies.DDPStrategy(ddp_comm_hook=print)
+    with pytest.raises(fg.InputError, match="without a hook on its communication; found DDPStrategy"):
+        ours.Record(tmp_path / "c", []).on_train_start(SimpleNamespace(strategy=strategy), Mine())
