@@ -1,7 +1,10 @@
 """Values samples in a loop with accelerate: accumulation, clipping, a schedule, and the optimizer's own step.
 
 What is added to the loop are three calls: `take` in place of the backward, `settle` before the step, `settled` after.
-They are the same in several processes, which have the values of the samples of all.
+They are the same in several processes, which have the values of the samples of all. Where accelerate shards the model
+(its FSDP plugin, version 2), `ShardedSteps(losses, prepared, fg.trainable(prepared), validation)` of
+`funcghost.integrations.sharded` takes their place, with `validation = sharded.validation(losses, prepared, params,
+batches)` of this process's validation batches, and losses that call `prepared`.
 
     python examples/trainer_accelerate.py
     torchrun --nproc-per-node 2 examples/trainer_accelerate.py
