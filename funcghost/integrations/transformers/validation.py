@@ -53,7 +53,6 @@ class ValidationSet:
         self.items = None if None in items else torch.tensor(sum(items), device=trainer.args.device)
         self.weights = [1.0 if self._is_scaled() else size / total for size in own]
         self._sharded: Together | None = None
-        self._count = sum(len(sizes) for sizes, _ in told)
         if is_sharded(trainer.model):
             self._sharded = Together(self._weighted, trainer.model, "sum", False, None, None, None)
             self._fill([len(sizes) for sizes, _ in told])
