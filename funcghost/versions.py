@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from funcghost.errors import VersionError
 
@@ -56,3 +57,15 @@ def is_autocast(device: torch.device) -> bool:
         return torch.is_autocast_enabled(device.type)
     except RuntimeError:  # a device that has none
         return False
+
+
+def detach_as_placed(value: Tensor) -> Tensor:
+    """The same memory apart from autograd, for whom it is no view; a DTensor stays placed as it is.
+
+    From 2.14 on `detach` gathers what a table whose rows lie on several ranks gives, and uses up the mask that its sum
+    over ranks needs.
+    """
+    if type(value) is Tensor:  # in half the time
+        return value.detach()
+    placed: Tensor = torch.ops.aten._unsafe_view(value, value.shape)
+    return placed

@@ -27,6 +27,7 @@ from funcghost.ops.moves import Maps
 from funcghost.ops.tangent import Pushforward
 from funcghost.side_effects import RandomState, replaying
 from funcghost.trees import gathered, is_distributed
+from funcghost.versions import detach_as_placed
 
 
 class Planned(NamedTuple):
@@ -172,7 +173,7 @@ class EagerTap(torch.autograd.Function):
         ctx.tapped = tapped
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probe, *saved)
-        return tuple([value.detach() for value in values])
+        return tuple([detach_as_placed(value) for value in values])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:

@@ -160,6 +160,7 @@ def main() -> None:
     if SHARDS:
         fsdp_ranks.cases(rank)
         drawn_ranks.cases(rank)
+        distributed_pretraining.main(["--steps", "1", "--windows", "3", "--context", "8", "--layers", "1"])
     else:
         fsdp_ranks.refused_on_an_older_torch()
     tp_ranks.cases(rank)
@@ -167,7 +168,6 @@ def main() -> None:
     strategies = distributed_in_run.STRATEGIES if SHARDS else ("ddp", "tp")
     for strategy in strategies if deep else strategies[-1:]:  # compares with one process
         distributed_in_run.main(["--strategy", strategy, "--steps", "2", "--windows", "5", "--context", "8"])
-    distributed_pretraining.main(["--steps", "1", "--windows", "3", "--context", "8", "--layers", "1"])
     a_corpus(Path(os.environ["FUNCGHOST_CORPUS"]))
     distributed.barrier()
     print(f"rank {rank} agrees", flush=True)

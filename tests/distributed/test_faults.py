@@ -13,8 +13,6 @@ from tests.distributed.fault_ranks import FAULTS
 from tests.distributed.launch import ROOT, SETTINGS, torchrun
 from tests.versions import SHARDS
 
-pytestmark = pytest.mark.skipif(not SHARDS, reason="the faults are of steps on sharded models, too")
-
 SAID = {
     "killed": r"RankError: sharded: .*ranks \[1\] say nothing: killed",
     "killed at first": r"RankError: data_parallel: .*ranks \[1\] say nothing: killed",
@@ -28,6 +26,7 @@ SAID = {
     "other layers": r"InputError: .*the losses of ranks \[1\] went through other layers",
     "other ops, tensor parallel": r"InputError: .*other ops than those on rank 1 of the mesh \(mul here, add there\)",
 }
+JOBS = ["raises", "killed", "hangs"] if SHARDS else [f"{fault}, data parallel" for fault in ("raises", "hangs")]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_the_other_rank_says_who_is_missing_and_what_was_recorded_is_kept(faults
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="the ranks of one launch say as much")
-@pytest.mark.parametrize("name", ["raises", "killed", "hangs"])
+@pytest.mark.parametrize("name", JOBS)
 def test_the_job_ends(tmp_path: Path, name: str) -> None:
     found = torchrun("fault_ranks.py", str(tmp_path), name)
     assert found.returncode == 1

@@ -48,7 +48,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "an eager tap that is a view": Mutation(
         "engine/tap.py",
-        "tuple([value.detach() for",
+        "tuple([detach_as_placed(value) for",
         "tuple([value.view_as(value) for",
         (AWKWARD, "-k", "written or convolutions"),
     ),
