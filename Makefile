@@ -45,7 +45,7 @@ test-deep: $(STAMP) ## run the tests with many more examples, drawn anew
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-range: ## run the tests on the oldest and the newest torch, in scratch environments (RANGE="2.12.1" to choose)
-	ARGS="$(ARGS)" WORKERS=$(WORKERS) tests/range.sh $(RANGE)
+	RANGE="$(RANGE)" WORKERS=$(WORKERS) tests/range.sh $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .
