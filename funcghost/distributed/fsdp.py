@@ -258,7 +258,10 @@ class Sharded:
 
     def reset(self) -> None:
         """Leaves FSDP2 as it is between two steps, also where a forward or a backward ended early."""
+        rows = [(leaf, leaf.grad) for leaf in (own.sharded_param for group in self.every for own in group.fsdp_params)]
         self.root._reset_iter_state()
+        for leaf, gradient in rows:  # from 2.15 on it is taken away, as a part of what ended early
+            leaf.grad = gradient
 
     @contextmanager
     def followed(self, companies: "Mapping[Group, Companion]") -> Iterator[None]:

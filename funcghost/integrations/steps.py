@@ -237,7 +237,7 @@ class Steps:
         self._ranks.check_one_validation([loss for loss, _ in points])
         change = points[-1][0] - points[0][0]
         with torch.no_grad():
-            gradients = [match_direction(tree, still, "validation") for _, tree in points]
+            gradients = [match_direction(own(tree), still, "validation") for _, tree in points]
             slopes = mean_slope(self.rule, gradients, moves, change, self._ranks.inner)
             [along], _ = update.share(still, grads, state, [slopes], "step", OFF)
             along = [torch.where(low, 0, leaf) for low, leaf in zip(self._rounding(grads), along, strict=True)]

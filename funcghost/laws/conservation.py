@@ -51,26 +51,28 @@ class Witness:
         return [_product(wide(g), wide(v)) for g, v in zip(self.gradients, self.direction, strict=True)]
 
 
-def witness(losses: Tensor, weights: Tensor, gradients: list[Tensor], precision: torch.dtype) -> Witness:
+def witness(
+    losses: Tensor, weights: Tensor, gradients: list[Tensor], leaves: Sequence[Tensor], precision: torch.dtype
+) -> Witness:
     """Chooses V so that every parameter has a share of like size, along its gradient and across it, of either sign.
 
     A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it; and in a sum
-    of shares of both signs what rounding does to each adds up as in a random walk. `precision` is the lowest precision
-    met on the way.
+    of shares of both signs what rounding does to each adds up as in a random walk. V has the dtypes of the parameters,
+    which their gradients need not have (`Tensor.grad_dtype`). `precision` is the lowest precision met on the way.
     """
     norms = list(map(_norm, gradients))
     largest = max((n for n in norms if 0 < n < inf), default=1.0)
     generator = torch.Generator().manual_seed(0)
     direction, drawn = [], torch.rand(PERIOD, generator=generator, device="cpu") - 0.5
     signs = (2 * torch.randint(0, 2, (len(gradients),), generator=generator, device="cpu") - 1).tolist()
-    for index, (gradient, norm, sign) in enumerate(zip(gradients, norms, signs, strict=True)):
+    for index, (gradient, norm, sign, leaf) in enumerate(zip(gradients, norms, signs, leaves, strict=True)):
         noise = repeated(drawn.roll(-4001 * index).to(gradient.device), gradient.shape)
         across = max(float(torch.linalg.vector_norm(noise)), 1e-30)
         along = sign * (0.5 + ((index * 7919) % 101) / 101)
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
         boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
         value = torch.add(noise.mul_(boost / across), wide(gradient), alpha=along * boost / max(norm, 1e-30))
-        direction.append(value.to(gradient.dtype))
+        direction.append(value.to(leaf.dtype))
     return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
 
 
@@ -82,7 +84,7 @@ def _norm(value: Tensor) -> float:
 
 def _product(a: Tensor, b: Tensor) -> float:
     """The inner product; added up in float64, which is slower, where it leaves the range of float32."""
-    plain = a.layout is torch.strided and not a.is_complex()
+    plain = a.layout is torch.strided and not a.is_complex() and a.dtype == b.dtype
     found = float(torch.dot(a.flatten(), b.flatten())) if plain else inf
     return found if isfinite(found) else float((a * b).sum(dtype=torch.float64))
 

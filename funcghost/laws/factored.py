@@ -59,7 +59,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
         losses, _ = problem.evaluate(leaves)
         weights = sample_weights(losses)
         gradients = [as_whole(gradient) for gradient in backward(losses, leaves, weights)]
-    seen = witness(losses, weights, gradients, plan.precision)
+    seen = witness(losses, weights, gradients, leaves, plan.precision)
     groups = together(plan, names)
     directions = [[v if i in group else None for i, v in enumerate(seen.direction)] for group in groups]
     apart = PerParamAdditive(Along(dict(zip(names, seen.direction, strict=True))))

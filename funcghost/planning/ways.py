@@ -37,9 +37,10 @@ def verify_plan(problem: Problem, plan: Plan) -> Plan:
 
 def rehearse(problem: Problem, plan: Plan, losses: Tensor, gradients: list[Tensor], check: bool) -> Plan:
     """Finds the ways to `J V` along a plan; `gradients` are autograd's, of the losses times `sample_weights`."""
-    rehearsal, weights = Rehearsal(plan), sample_weights(losses)
+    rehearsal = Rehearsal(plan)
+    seen = witness(losses, sample_weights(losses), gradients, problem.params.leaves, plan.precision)
     try:
-        verified = rehearsal.run(problem, witness(losses, weights, gradients, plan.precision), check)
+        verified = rehearsal.run(problem, seen, check)
     except MismatchError as error:
         raise PlanError(f"the losses do something else each time they run: {error}") from error
     return replace(plan, sites=tuple(rehearsal.sites), verified=verified)

@@ -85,3 +85,18 @@ def test_grad_scaler_backs_off_when_the_scaled_losses_overflow() -> None:
         assert scaler.get_scale() == scale / 2
         assert bool(out.reduced.isfinite().all()) != skipped
     assert all(torch.equal(before[k], p) for k, p in params.items())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_gradients_in_another_dtype_than_their_parameters(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    own, given = dtypes
+    params = {"w": torch.randn(4, 3, dtype=own).requires_grad_(), "b": torch.randn(3, dtype=own).requires_grad_()}
+    batch, direction = torch.randn(5, 4, dtype=own), {name: torch.randn_like(p) for name, p in params.items()}
+    losses = lambda p, x: (x @ p["w"] + p["b"]).tanh().square().sum(1)  # noqa: E731
+    asked = {"norm": fg.squared_norm(), "dot": fg.dot(direction), "gram": fg.gram()}
+    wanted = fg.grad_and_reduce(losses)(params, batch, asked)
+    for param in params.values():
+        param.grad_dtype = given
+    found = fg.grad_and_reduce(losses)(params, batch, asked)
+    assert_trees_close(found.reduced, wanted.reduced, 0)
+    assert {gradient.dtype for gradient in found.grads.values()} == {given}

@@ -320,7 +320,7 @@ def test_a_part_of_one_share_is_missed_in_a_sum_of_many(precision: torch.dtype, 
     params = {name: normal(5, seed=i).float() * 10.0 ** (i % 7 - 3) for i, name in enumerate(names)}
     each = [normal(4, 5, seed=1000 + i).float() * 10.0 ** (i % 3 - 1) for i in range(count)]
     weights = torch.tensor([1.0, -0.7, 1.3, 0.6])
-    seen = witness(torch.ones(4), weights, [weights @ g for g in each], precision)
+    seen = witness(torch.ones(4), weights, [weights @ g for g in each], list(params.values()), precision)
     site = Site("op", (0,), "carry", ("carried",), tuple(names), ((4,),))
     groups = together(Plan((site,), 4, precision=precision), names)
     assert len(groups) == sums
