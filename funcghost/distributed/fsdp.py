@@ -185,8 +185,14 @@ class Sharded:
         """No gradient may be on its way: of a step that is accumulated without its average.
 
         Raises:
-            InputError: gradients are being accumulated.
+            InputError: gradients are being accumulated, or would not be there when a backward ends.
         """
+        context = self.root._state_ctx
+        if not context.is_last_backward or getattr(context, "manual_backward_finalization", False):  # new in 2.15
+            raise InputError(
+                "sharded: a backward is told not to wait for its gradients (set_is_last_backward(False), "
+                "set_manual_backward_finalization(True)), and a step gives them. Switch both back before the step."
+            )
         for group in self.every:
             waiting = group._partial_reduce_output is not None or any(
                 own.unsharded_accumulated_grad is not None for own in group.fsdp_params

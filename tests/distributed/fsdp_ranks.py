@@ -396,6 +396,12 @@ def refused(rank: int) -> None:
     with pytest.raises(fg.InputError, match="being accumulated"):
         step(params, batch, fg.squared_norm())
     net.set_requires_gradient_sync(True)
+    for told, usual in (("set_is_last_backward", True), ("set_manual_backward_finalization", False)):
+        if hasattr(net, told):  # the other is new in 2.15
+            getattr(net, told)(not usual)
+            with pytest.raises(fg.InputError, match="told not to wait for its gradients"):
+                step(params, batch, fg.squared_norm())
+            getattr(net, told)(usual)
 
     def fails(params: Any, batch: Tensor) -> Tensor:
         if rank == 1:
