@@ -142,7 +142,8 @@ def _same_values(value: Tensor) -> Iterator[Edge]:
 
     A trainer may cast what a model gives out after the model has made its loss of it.
     """
-    edge = get_gradient_edge(value)
+    with torch._C.DisableTorchFunction():  # it makes a view where a node is one of Python's, as some are of a plan
+        edge = get_gradient_edge(value)
     node, place = edge.node, edge.output_nr
     yield node, place
     while node.name().startswith("ToCopyBackward") and (before := _before((node, place))):
