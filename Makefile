@@ -10,7 +10,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 WORKERS ?= 2
-RANGE ?= 2.11.0 2.14.1
+RANGE ?= 2.11.0 2.15.0
 BENCH ?= --quick
 PROFILE := $(if $(CI),ci,dev)
 
