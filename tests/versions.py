@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcghost as fg
 from funcghost.versions import COMPILED_STEPS, SHARDED_MODELS, TORCH
@@ -16,6 +17,13 @@ compiles = pytest.mark.since(COMPILED_STEPS)
 
 SHARDS = TORCH >= SHARDED_MODELS
 """Whether steps on models under `fully_shard` run."""
+
+
+@contextmanager
+def differentiated_twice() -> Iterator[None]:
+    """Attention by ops that have a second derivative: from 2.14 on a fused one is taken where it was not."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

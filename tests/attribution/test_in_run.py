@@ -17,6 +17,7 @@ from funcghost.laws.oracle import per_sample_gradients
 from tests.models.programs import Program, programs
 from tests.models.small import like, rows, small_gpt
 from tests.naive import assert_close, assert_trees_close, dots, gradient
+from tests.versions import differentiated_twice
 
 Params = dict[str, Tensor]
 
@@ -38,7 +39,8 @@ def hessian(losses: Any, params: Params, batch: Any) -> Tensor:
         value: Tensor = losses(dict(zip(params, parts, strict=True)), batch).mean()
         return value
 
-    return torch.autograd.functional.hessian(mean, flat(params))
+    with differentiated_twice():
+        return torch.autograd.functional.hessian(mean, flat(params))
 
 
 @given(programs(empty=False), st.sampled_from(["mean", "sum"]), st.booleans())

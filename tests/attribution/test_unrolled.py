@@ -14,6 +14,7 @@ from funcghost.attribution import unrolled
 from funcghost.testing.strategies import Model, models
 from funcghost.training import updates
 from tests.naive import assert_close
+from tests.versions import differentiated_twice
 
 D = torch.float64
 Batch = tuple[Tensor, Tensor]
@@ -140,7 +141,8 @@ def test_drawn_models(model: Model) -> None:
     weights = [torch.ones(2, dtype=D, requires_grad=True) for _ in batches]
     here, now = params, state
     for batch, own in zip(batches, weights, strict=True):
-        total = (own * model.losses(here, batch)).sum() / 2
+        with differentiated_twice():
+            total = (own * model.losses(here, batch)).sum() / 2
         found = torch.autograd.grad(total, list(here.values()), create_graph=True, allow_unused=True)
         grads = {k: torch.zeros_like(here[k]) if g is None else g for k, g in zip(here, found, strict=True)}
         here, now = clipped(here, grads, now)
