@@ -72,7 +72,7 @@ class World:
         direction = in_run.validation_gradient(self.losses, params, self.validation)
         scores = [fg.reduce(self.halves)(params, batch, fg.dot(direction)) for batch in batches]
         update, state = updates.of(self.optimizer, params)
-        how: Any = {"reduction": "sum", "rule": "simpson", "validation_losses": self.losses}
+        how: Any = {"reduction": "sum", "rule": "discrete", "validation_losses": self.losses}
         account = in_run.along_path(self.halves, updates.clipped(update, NORM), **how)
         made = account(params, in_run.Microbatches(batches), state=state, validation=self.validation)
         torch.stack([self.halves(params, batch).sum() for batch in batches]).sum().backward()
@@ -107,7 +107,7 @@ def a_loop_of_accelerate_is_one_process(rank: int, kind: Kind) -> None:
     params: Any = fg.trainable(net)
     assert all(isinstance(leaf, DTensor) for leaf in params.values())
     validation = sharded.validation(world.losses, net, params, [world.validation[rank]])
-    steps = ShardedSteps(world.losses, net, params, validation, kind=kind, rule="simpson")
+    steps = ShardedSteps(world.losses, net, params, validation, kind=kind, rule="discrete")
     for batches in world.steps:
         for place in (rank, rank + 2):
             with accelerator.accumulate(net):
