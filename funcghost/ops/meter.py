@@ -10,7 +10,7 @@ of measure zero. No gradient is kept.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from math import isfinite
+from math import isfinite, prod
 from typing import Literal
 
 import torch
@@ -49,7 +49,8 @@ class Clock:
 
     Before it is started, backwards are those of the losses themselves. The `true` one takes no derivative anywhere but
     at the values that came; nothing is measured by it. Where a gradient is seen to `overflow`, all is measured once
-    more by gradients that meters `keep`: an entry that is not finite in either of two says nothing of both.
+    more by gradients that meters `keep`: an entry that is not finite in either of two says nothing of both. Samples may
+    be in `rows` that data have moved.
     """
 
     batch: int = 0
@@ -58,6 +59,7 @@ class Clock:
     true: bool = False
     overflow: bool = False
     keep: bool = False
+    rows: bool = False
 
 
 class Meter:
@@ -89,7 +91,7 @@ class Meter:
                 base, gradient = marginals(self.kept.where(both, 0)), gradient.where(both, 0)
             own = Coded(self.clock.code, base, marginals(gradient))
             self.clock.overflow |= not all(bool(part.isfinite().all()) for part in own.sums)
-            if not any(self._scales(own, *self._along(layout)) for layout in self._candidates):
+            if self.clock.rows or not self._is_told_by(own):
                 own = replace(own, sizes=sizes(gradient))
             self.coded.append(own)
 
@@ -131,6 +133,18 @@ class Meter:
         assert self.base is not None
         return candidates(self.base.shape, self.clock.batch)
 
+    def _is_told_by(self, coded: "Coded") -> bool:
+        """Whether a layout agrees exactly, or all are off by more than sizes, as large as they may be, allow."""
+        assert self.base is not None
+        off = [float(self._off(coded, *self._along(layout)).max()) for layout in self._candidates]
+        largest = self.base.tolerance * self.base.largest * float(coded.code.max()) * prod(self.base.shape) ** 0.5
+        return 0.0 in off or all(value > largest + self.base.nothing for value in off)
+
+    def _off(self, coded: "Coded", axis: int, samples: Tensor) -> Tensor:
+        """How far the marginals at each index of an axis are off those scaled by the code of its sample."""
+        found, base = coded.sums[axis], coded.base[axis]
+        return (found - base * coded.code[samples].to(base.dtype)).abs()
+
     def _along(self, layout: Layout) -> tuple[int, Tensor]:
         """The axis of a layout, and the sample at each index of it."""
         assert self.base is not None
@@ -140,15 +154,15 @@ class Meter:
     def _scales(self, coded: "Coded", axis: int, samples: Tensor) -> bool:
         """Whether the entries at each index of an axis are scaled by the code of its sample."""
         assert self.base is not None
-        found, expected = coded.sums[axis], coded.base[axis] * coded.code[samples].to(coded.base[axis].dtype)
-        if torch.equal(found, expected):
+        off = self._off(coded, axis, samples)
+        if not bool(off.any()):
             return True
         if not coded.sizes:
             return False
         # Exact up to the order of summation, and to where subnormal numbers are rounded. A wrong one is off by about
         # the size of what is added up.
         allowed = self.base.tolerance * coded.sizes[axis] + self.base.nothing
-        return bool(((found - expected).abs() <= allowed).all())
+        return bool((off <= allowed).all())
 
 
 @dataclass(frozen=True, eq=False)

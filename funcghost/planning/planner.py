@@ -131,8 +131,8 @@ def _observe(problem: Problem, drawn: bool, carry_all: bool, changes: Changes) -
         trace.result = None if result is None else result.number
         _refuse_reentrant_checkpoints(losses)
         check_depends(losses)
-        clock.batch, clock.started = losses.shape[0], True
-        weights, all_of_them = sample_weights(losses), carry_all or any(move.by_data for move in trace.moves.values())
+        clock.batch, clock.started, clock.rows = losses.shape[0], True, any(m.by_data for m in trace.moves.values())
+        weights, all_of_them = sample_weights(losses), carry_all or clock.rows
         want_meters(trace.records, len(leaves), all_of_them=all_of_them)
         if clock.batch:
             measure(None)
