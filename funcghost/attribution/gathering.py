@@ -15,6 +15,7 @@ from funcghost.dtypes import wide
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
+from funcghost.progress import progress
 from funcghost.reducers.bases import Additive
 from funcghost.transforms.steps import Transform
 from funcghost.trees import Tree, split_params
@@ -54,7 +55,7 @@ class Passes:
         self.agreed(shapes)
         sums: dict[str, Tensor] = {}
         count = 0
-        for batch in self.batches:
+        for batch in progress(self.batches, "curvature", "batches"):
             for number, own in enumerate(self.losses):
                 out = self.transforms[id(own)].step(self.tree, batch, reducer)
                 count += len(out.losses) if number == 0 else 0

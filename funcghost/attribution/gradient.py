@@ -25,6 +25,7 @@ from funcghost.engine.plans import Plan
 from funcghost.errors import InputError
 from funcghost.options import Options
 from funcghost.problem import Losses
+from funcghost.progress import progress
 from funcghost.reducers.many import ManyDots
 from funcghost.reducers.quadratic import squared_norm
 from funcghost.transforms.halves import apply
@@ -144,7 +145,7 @@ def _summed(
         if not all(isinstance(rate, int | float) for rate in rates):
             raise InputError(f"{where}: rates must be numbers, one for each checkpoint.")
     total, count = None, 0
-    for params in checkpoints:
+    for params in progress(checkpoints, where, "checkpoints"):
         if rates is not None and count >= len(rates):
             raise InputError(f"{where}: there are {len(rates)} rates, and more checkpoints than that.")
         found = at(params) * (1 if rates is None else rates[count])

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcghost.errors import InputError, ReplayError
 from funcghost.problem import Losses, Problem, Reduction, backward, cotangents
+from funcghost.progress import progress
 from funcghost.side_effects import RandomState, random_state, replaying
 from funcghost.trees import Params, Tree, split_params
 
@@ -64,7 +65,7 @@ class Training:
     def run(self, params: Tree, state: Tree) -> tuple[Params, Tree]:
         """Trains; the parameters and the state at the end."""
         now, devices = split_params(params), Problem(self.losses, split_params(params), None).devices()
-        for step in range(len(self.batches)):
+        for step in progress(range(len(self.batches)), "unrolled: training", "steps"):
             moment = Moment(now, state, random_state(devices))
             if step % self.every == 0:
                 self._keep(step, moment)

@@ -23,6 +23,7 @@ from funcghost.attribution.replay import Training, Update
 from funcghost.errors import InputError
 from funcghost.ops.tangent import differentiable_kernels
 from funcghost.problem import Losses, Reduction
+from funcghost.progress import progress
 from funcghost.trees import Params, Tree, split_params
 
 Query = Callable[[Tree], Tensor]
@@ -108,7 +109,7 @@ def attribute(
         value, adjoint = _of_query(query, final)
         k = len(adjoint[0])
         of_state = [torch.zeros(k, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in floats(last_state)]
-        for step, moment in training.backwards():
+        for step, moment in progress(training.backwards(), "unrolled: backwards", "steps", len(batches)):
             found, adjoint, of_state = pulled(training, step, moment, adjoint, of_state, vectorised)
             scores.append(found if value.dim() else found.squeeze(-1))
     first = adjoint if value.dim() else [leaf.squeeze(0) for leaf in adjoint]

@@ -120,7 +120,7 @@ def by_autograd(problem: Problem, chosen: list[int], named: Named, what: str = "
         if losses.requires_grad:
             with as_written(losses.device):
                 summed = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
-        for sample in progress(chosen, f"funcghost check: {what}"):
+        for sample in progress(chosen, f"funcghost check: {what}", "samples"):
             gradient = gradient_of(losses[sample], leaves)
             largest.append(doubles([largest_entry(leaf) for leaf in gradient]))
             scores.append(doubles([_score(gradient, column, of_sizes=False) for column in columns]))
@@ -211,7 +211,7 @@ def by_funcghost(problem: Problem, plan: Plan, chosen: list[int], named: Named, 
     others = [*sorted(carried), *range(count, len(columns))]
     groups = [tapped] * bool(tapped) + [others[i : i + TOGETHER] for i in range(0, len(others), TOGETHER)]
     scores = torch.zeros(len(chosen), len(columns), dtype=torch.float64, device="cpu")
-    for group in progress(groups, "funcghost check: scores"):
+    for group in progress(groups, "funcghost check: scores", "sums"):
         with untouched(problem.devices()):
             found = run(problem, plan, [columns[k] for k in group], reduction=None).scores
         scores[:, group] = found[chosen].double().cpu()

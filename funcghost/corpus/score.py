@@ -209,7 +209,7 @@ def go_through(source: Source, going: Going, target: Target, progress: bool) -> 
         if writer is not None and writer.store.end() is not None and not writer.store.missing():
             return 0, 0.0
         samples = sum(part.stop - part.start for part in finished.values())
-        meter = held.enter_context(Meter("scoring", "sample", source.total, samples, progress))
+        meter = held.enter_context(Meter("scoring", "samples", source.total, samples, progress))
 
         def due(number: int, start: int) -> bool:
             return number % target.ranks == target.rank and start not in finished

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funcghost.errors import InputError
 from funcghost.evaluation.tables import flags
+from funcghost.progress import progress
 
 Run = Callable[[Tensor, int], Tensor]
 """`run(mask, seed)`: trains on the samples of the mask [n] from the seed, and gives what is to be kept, [q]."""
@@ -82,7 +83,7 @@ def retrain(
     if place is not None:
         found = {job: value for job, given in jobs.items() if (value := place.read(*given)) is not None}
     missing = {job: given for job, given in jobs.items() if job not in found}
-    for job, value in _ran(run, missing, processes):
+    for job, value in progress(_ran(run, missing, processes), "retraining", "runs", len(missing)):
         if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point():
             raise InputError(f"retrain: run(mask, seed) must give floating numbers [q], found {_named(value)}.")
         found[job] = value.detach().cpu()

@@ -264,19 +264,38 @@ def test_a_plain_bar_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     times: Iterator[int] = iter(range(100))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))  # type: ignore[attr-defined]
-    assert list(progress.progress("abcd", "letters")) == list("abcd")
-    assert "\rletters: 2/4\rletters: 3/4" in shown.getvalue()
-    assert "0/4" not in shown.getvalue()
-    assert shown.getvalue().endswith(" \r")
+    assert list(progress.progress("abcd", "letters", "glyphs")) == list("abcd")
+    lines = [line.strip() for line in shown.getvalue().split("\r")]
+    assert lines[1].startswith("letters: 3 of 4 glyphs, 0.8 a second, ")
+    assert lines[1].endswith(" left")
+    assert lines[-2:] == ["", ""]  # it is gone
+
+
+def test_a_cell_of_a_notebook_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not progress.watched()
+    for kernel in (True, False):
+        shell = SimpleNamespace(**({"kernel": object()} if kernel else {}))
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        assert progress.watched() == kernel
+
+
+def test_a_line_in_a_log_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    times: Iterator[int] = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))  # type: ignore[attr-defined]
+    with caplog.at_level("INFO", "funcghost"):
+        assert list(progress.progress("abcdefgh", "letters", "glyphs")) == list("abcdefgh")
+    assert 1 < len(caplog.messages) < 8
+    assert caplog.messages[0].startswith("letters: ")
+    assert " of 8 glyphs, " in caplog.messages[0]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tqdm") is None, reason="needs tqdm")
 def test_a_bar_by_tqdm_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = terminal(monkeypatch)
-    assert list(progress.progress("abcd", "letters")) == list("abcd")
+    assert list(progress.progress("abcd", "letters", "glyphs")) == list("abcd")
     assert not shown.getvalue().strip()
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
-    assert list(progress.progress("abcd", "letters")) == list("abcd")
+    assert list(progress.progress("abcd", "letters", "glyphs")) == list("abcd")
     assert "letters" in shown.getvalue()
 
 
