@@ -192,8 +192,19 @@ def write_api(out: Path) -> None:
     package.__all__ = sorted(name for name in dir(package) if not name.startswith("_") and name not in submodules)  # type: ignore[attr-defined]
     pdoc = importlib.import_module("pdoc")
     pdoc.render.configure(docformat="google", footer_text="funcghost")
-    wings = sorted(PUBLIC & submodules)
-    pdoc.pdoc("funcghost", *(f"funcghost.{name}" for name in wings), output_directory=out / "api")
+    wings = [f"funcghost.{name}" for name in sorted(PUBLIC & submodules)]
+    left_out = [f"!{name}" for name in _without_what_they_need("funcghost.integrations")]
+    pdoc.pdoc("funcghost", *wings, *left_out, output_directory=out / "api")
+
+
+def _without_what_they_need(package: str) -> Iterator[str]:
+    """The modules of a package whose extras are not installed."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            print(f"{module.name} is left out: {error}")
+            yield module.name
 
 
 class Anchors(HTMLParser):
