@@ -141,9 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         for mode in PROMISED:
             torch.manual_seed(0)
             try:
-                rows.append(measured(name, mode, setting, args.seconds))
+                rows.append(row := measured(name, mode, setting, args.seconds))
+                print(f"{name}, {mode}: {row.step:.2f}, planning {row.planning:.1f}", flush=True)
             except fg.GhostError as error:
-                print(f"{name}, {mode}: {type(error).__name__}: {error}")
+                print(f"{name}, {mode}: {type(error).__name__}: {error}", flush=True)
     print(show(rows))
     return rows
 
