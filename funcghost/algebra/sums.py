@@ -29,11 +29,14 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     Cost: that of the product; where k is large, memory for `AT_ONCE` numbers or for one more result.
     """
     (m, k), n = one.shape[-2:], other.shape[-1]
+    if one.dim() > 2 and other.shape[:-2].numel() == 1:  # one matrix for all: torch would copy it for each
+        lead = torch.broadcast_shapes(one.shape[:-2], other.shape[:-2])
+        return product(one.reshape(one.shape[:-1].numel(), k), other[(0,) * (other.dim() - 2)]).view(*lead, m, n)
     step = piece(m, n)
     if one.dtype is not torch.float32 or k <= step:
         return torch.matmul(one, other)
-    lead = max(one.shape[:-2].numel(), other.shape[:-2].numel())
-    group = step * max(1, AT_ONCE // max(1, m * n * lead))
+    many = max(one.shape[:-2].numel(), other.shape[:-2].numel())
+    group = step * max(1, AT_ONCE // max(1, m * n * many))
     if k <= group:
         return _of_pieces(one, other, step)
     first, *others = (slice(start, min(start + group, k)) for start in range(0, k, group))
