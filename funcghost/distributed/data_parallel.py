@@ -131,14 +131,21 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree], g
         >>> data_parallel.validation_gradient(lambda p, x: x @ p["w"], {"w": torch.zeros(2)}, [torch.eye(2)])["w"]
         tensor([0.5000, 0.5000])
     """
+    return validated(losses, params, batches, group)[1]
+
+
+def validated(losses: Losses, params: Tree, batches: Sequence[Tree], group: Group = None) -> tuple[Tensor, Tree]:
+    """The mean validation loss over the batches of all ranks, in float64, and `validation_gradient`."""
     split = split_params(params)
     check_whole(split)
     with named("validation_gradient", group):
         total, found = summed_gradient(losses, split, batches)
-        everyone = _total(len(found), total[0].device, group)
+        own = [found.sum(dtype=torch.float64), found.new_tensor(len(found), dtype=torch.float64)]
+        loss, everyone = summed_over_ranks([torch.stack(own).to(total[0].device)], group)[0]
         if not int(everyone):
             raise InputError("validation_gradient: no rank has a validation sample. Pass batches to at least one.")
-        return split.rebuild([leaf / everyone.to(leaf.dtype) for leaf in summed_over_ranks(total, group)])
+        gradients = [leaf / everyone.to(leaf.dtype) for leaf in summed_over_ranks(total, group)]
+        return loss / everyone, split.rebuild(gradients)
 
 
 def across(group: Group = None) -> Callable[[Tensor], Tensor]:

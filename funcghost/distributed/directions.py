@@ -14,7 +14,8 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from funcghost.algebra.directions import Direction, Leaf, LowRank
-from funcghost.distributed.fsdp import Group, Part, Sharded
+from funcghost.distributed.fsdp import Sharded
+from funcghost.distributed.fsdp_groups import Group, Part
 
 
 @contextmanager

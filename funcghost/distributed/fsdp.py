@@ -3,21 +3,22 @@
 What a layer reads is, in every forward, the same tensor, a leaf of autograd's graph: the whole parameter, whose memory
 is there only while its group is unsharded. The engine is given these leaves as parameters.
 
-FSDP2 has no interface for any of this: the names of `torch.distributed.fsdp._fully_shard` stand in this file alone.
+FSDP2 has no interface for any of this: the names of `torch.distributed.fsdp._fully_shard` stand in
+this file and in `fsdp_groups.py` alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, _common_utils
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.tensor import DTensor
 
+from funcghost.distributed.fsdp_groups import Companion, Group, Part, last, sharded_as, standing, unseen
 from funcghost.engine.checkpoints import active
 from funcghost.errors import InputError, UnsupportedOpError
 from funcghost.trees import Params
@@ -25,76 +26,6 @@ from funcghost.versions import SHARDED_MODELS, need
 
 NONE = -1
 """The number of no backward."""
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A parameter of the params of a step: its number there, and what FSDP2 knows of it."""
-
-    number: int
-    own: Any
-
-    @property
-    def leaf(self) -> Tensor:
-        """What layers read."""
-        leaf: Tensor = self.own.unsharded_param
-        return leaf
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of what layers read."""
-        return torch.Size(self.own._orig_size)
-
-    @property
-    def axis(self) -> int:
-        """The axis that it is sharded along."""
-        return int(self.own.fsdp_placement.dim)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Parameters that are gathered in one message, and freed together."""
-
-    own: Any
-    parts: list[Part] = field(default_factory=list)
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks the average of a gradient is taken over."""
-        info = self.own.mesh_info
-        return int(info.shard_mesh_size * getattr(info, "replicate_mesh_size", 1))
-
-    @property
-    def shards(self) -> int:
-        """How many ranks have a share each."""
-        return int(self.own.mesh_info.shard_mesh_size)
-
-    @property
-    def members(self) -> distributed.ProcessGroup:
-        """These ranks."""
-        members: distributed.ProcessGroup = self.own.mesh_info.shard_process_group
-        return members
-
-    @property
-    def divisor(self) -> float:
-        """What a sum of gradients over ranks is divided by in a backward."""
-        factor: float | None = self.own.gradient_divide_factor
-        return self.ranks if factor is None else factor
-
-
-class Companion(Protocol):
-    """What is gathered along with the parameters of a group; `early` if it is wanted from the forward on."""
-
-    early: bool
-
-    def start(self) -> None:
-        """The parameters are sent for."""
-
-    def finish(self) -> None:
-        """They have come."""
-
-    def free(self) -> None:
-        """They are freed."""
 
 
 class Sharded:
@@ -118,7 +49,8 @@ class Sharded:
         parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self.states: list[Any] = list(dict.fromkeys(part._get_fsdp_state() for part in parts))
         self.every = [group for state in self.states for group in state._fsdp_param_groups]
-        places = {id(leaf): (group, own) for group in self.every for own in group.fsdp_params for leaf in _sharded(own)}
+        every = [(group, own) for group in self.every for own in group.fsdp_params]
+        places = {id(leaf): (group, own) for group, own in every for leaf in sharded_as(own)}
         found: dict[int, Group] = {}
         for number, (name, leaf) in enumerate(zip(params.names, params.leaves, strict=True)):
             place = places.get(id(leaf))
@@ -245,17 +177,17 @@ class Sharded:
                 self.visited.append(number)
                 return args, kwargs
 
-            return {"pre_forward": pre_forward, "post_forward": _last}
+            return {"pre_forward": pre_forward, "post_forward": last}
 
         self.visited = []
         try:
             for group in self.every:
                 group.unshard()
                 group.wait_for_unshard()
-            with _standing(
+            with standing(
                 [
                     *((group, inert(number)) for number, group in enumerate(self.every)),
-                    *((state, {_HOOK: _last}) for state in self.states),
+                    *((state, {_HOOK: last}) for state in self.states),
                 ]
             ):
                 yield
@@ -270,7 +202,7 @@ class Sharded:
             leaf.grad = gradient
 
     @contextmanager
-    def followed(self, companies: "Mapping[Group, Companion]") -> Iterator[None]:
+    def followed(self, companies: Mapping[Group, Companion]) -> Iterator[None]:
         """A step runs: what goes with the parameters of a group comes and goes with them, from FSDP2's own hooks.
 
         What FSDP2 runs to gather is not shown to any mode.
@@ -279,7 +211,7 @@ class Sharded:
         groups = [(own, self._methods(number, own, known.get(id(own)))) for number, own in enumerate(self.every)]
         self.visited = []
         try:
-            with _standing([*groups, *((state, self._hooks(state)) for state in self.states)]):
+            with standing([*groups, *((state, self._hooks(state)) for state in self.states)]):
                 yield
         finally:
             self.backward = NONE
@@ -287,7 +219,7 @@ class Sharded:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within the losses: a backward that ends at what the model gives out, of which FSDP2 is not to hear."""
-        with _standing([(self.root, {_ASIDE: _last})]):
+        with standing([(self.root, {_ASIDE: last})]):
             yield
 
     def _hooks(self, state: Any) -> dict[str, Callable[..., Any]]:
@@ -298,9 +230,9 @@ class Sharded:
             found: Tensor = grad if _ASIDE in vars(self.root) else kept(grad)
             return found
 
-        return {_HOOK: _unseen(getattr(state, _HOOK)), "_pre_backward": pre_backward}
+        return {_HOOK: unseen(getattr(state, _HOOK)), "_pre_backward": pre_backward}
 
-    def _methods(self, number: int, own: Any, company: "Companion | None") -> dict[str, Callable[..., Any]]:
+    def _methods(self, number: int, own: Any, company: Companion | None) -> dict[str, Callable[..., Any]]:
         """What stands for the methods of a group while a step runs."""
 
         def wanted() -> bool:
@@ -349,7 +281,7 @@ class Sharded:
         parts: dict[str, Callable[..., Any]] = {
             "unshard": unshard,
             "wait_for_unshard": wait_for_unshard,
-            "reshard": _unseen(own.reshard),
+            "reshard": unseen(own.reshard),
             "pre_forward": pre_forward,
             "pre_backward": pre_backward,
             "post_backward": post_backward,
@@ -382,12 +314,6 @@ class Sharded:
             )
 
 
-def _sharded(own: Any) -> list[nn.Parameter | None]:
-    """The parameter, and what a loading of weights has put in its place, which FSDP2 sees when it is first used."""
-    place = own._module_info
-    return [own.sharded_param, place.module._parameters.get(place.param_name)]
-
-
 def _not_own(leaf: Tensor) -> str:
     if isinstance(leaf, DTensor):
         return (
@@ -403,31 +329,3 @@ def _not_own(leaf: Tensor) -> str:
 
 _HOOK = "_register_pre_backward_hook"
 _ASIDE = "_funcghost_aside"
-
-
-def _last(*args: Any) -> Any:
-    return args[-1]
-
-
-def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, whose ops no function mode sees: they are none of the losses."""
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return method(*args, **kwargs)
-
-    return called
-
-
-@contextmanager
-def _standing(methods: Sequence[tuple[Any, Mapping[str, Callable[..., Any]]]]) -> Iterator[None]:
-    """Lets functions stand for methods of single objects, for as long as the body runs."""
-    try:
-        for own, parts in methods:
-            for name, part in parts.items():
-                setattr(own, name, part)
-        yield
-    finally:
-        for own, parts in methods:
-            for name in parts:
-                own.__dict__.pop(name, None)

@@ -118,7 +118,9 @@ class Plan:
 
     def with_implied(self, sizes: Sizes) -> "Plan":
         """The plan, also verified for these sizes where this follows from others."""
-        return replace(self, sizes=self.sizes.with_implied(sizes), factored=self.factored.with_implied(sizes))
+        known, factored = self.sizes.with_implied(sizes), self.factored.with_implied(sizes)
+        same = known is self.sizes and factored is self.factored
+        return self if same else replace(self, sizes=known, factored=factored)
 
     @property
     def flops(self) -> int:

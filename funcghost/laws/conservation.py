@@ -11,6 +11,7 @@ from math import ceil, hypot, inf, isfinite
 import torch
 from torch import Tensor
 
+from funcghost.algebra.sums import applied
 from funcghost.dtypes import wide, wide_dtype
 from funcghost.engine.plans import Plan
 from funcghost.errors import ConservationError
@@ -85,7 +86,7 @@ def _norm(value: Tensor) -> float:
 def _product(a: Tensor, b: Tensor) -> float:
     """The inner product; added up in float64, which is slower, where it leaves the range of float32."""
     plain = a.layout is torch.strided and not a.is_complex() and a.dtype == b.dtype
-    found = float(torch.dot(a.flatten(), b.flatten())) if plain else inf
+    found = float(applied(a.reshape(1, a.numel()), b.flatten())) if plain else inf
     return found if isfinite(found) else float((a * b).sum(dtype=torch.float64))
 
 

@@ -1,10 +1,12 @@
 """Long sums in float32, against float64: every product of factors by every route, with few rows and columns or many."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcghost as fg
 from funcghost.algebra.contractions import along, inner_products, squared_norms, weighted_sum
@@ -136,3 +138,32 @@ def test_scores_over_many_inputs_hold_to_float64() -> None:
 
     found = fg.reduce(losses)({"w": w}, x, fg.dot({"w": w}))
     assert off(found, fg.reduce(losses)({"w": w.double()}, x.double(), fg.dot({"w": w.double()}))) < ALLOWED
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest memory that ops give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("k", [64, 4096])
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+def test_a_matrix_that_all_samples_share_is_not_copied_for_each(lead: tuple[int, ...], k: int) -> None:
+    one, other = torch.randn(8, 1, 1, k), torch.randn(*lead, 32, k).mT
+    with Largest() as largest:
+        found = product(one, other)
+    assert largest.bytes == 4 * 32 * k  # its own
+    torch.testing.assert_close(found.double(), one.double() @ other.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_shared_matrix_meets_no_sample() -> None:
+    assert product(torch.ones(0, 1, 3), torch.ones(1, 3, 2)).shape == (0, 1, 2)
+    assert product(torch.ones(4, 1, 0), torch.ones(1, 0, 2)).tolist() == [[[0.0, 0.0]]] * 4

@@ -42,7 +42,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "parameters of zeros hide": Mutation(
         "planning/planner.py",
-        "zero = [leaf.numel() > 0 and not any(bool(part.any()) for part in _parts(as_whole(leaf))) for leaf in leaves]",
+        "zero = [leaf.numel() > 0 and not _has_any(as_whole(leaf)) for leaf in leaves]",
         "zero = [False for leaf in leaves]",
         (MOVES, "-k", "gate"),
     ),

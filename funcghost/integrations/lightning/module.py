@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from funcghost.attribution.path import Rule
-from funcghost.distributed.collectives import several, summed_over_ranks, told_by_all
+from funcghost.distributed.collectives import several, told_by_all
+from funcghost.distributed.data_parallel import validated
 from funcghost.errors import InputError
 from funcghost.integrations.steps import Kind, Settled, Steps
 from funcghost.losses.modules import trainable
@@ -156,7 +157,7 @@ class Record(lightning.Callback):
         _check_alike(batches)
         self._batches = batches[trainer.global_rank :: trainer.world_size]
 
-        def validate() -> tuple[Tensor, dict[str, Tensor]]:
+        def validate() -> tuple[Tensor, Tree]:
             return self._validate(pl_module)
 
         settings: Any = self.settings
@@ -190,24 +191,15 @@ class Record(lightning.Callback):
         if isinstance(pl_module, Valued):
             pl_module.steps = None
 
-    def _validate(self, module: Valued) -> tuple[Tensor, dict[str, Tensor]]:
-        params, mode, state = trainable(module), module.training, torch.get_rng_state()
-        total = torch.zeros(2, dtype=torch.float64, device=module.device)
-        grads = [torch.zeros_like(param, requires_grad=False) for param in params.values()]
+    def _validate(self, module: Valued) -> tuple[Tensor, Tree]:
+        mode, state = module.training, torch.get_rng_state()
         module.eval()
         try:
-            for batch in self._batches:
-                with torch.enable_grad():
-                    losses = module.losses(batch)
-                    found = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
-                grads = [a if b is None else a + b for a, b in zip(grads, found, strict=True)]
-                total += torch.stack([losses.detach().double().sum(), total.new_tensor(len(losses))])
+            with torch.enable_grad():
+                return validated(lambda _, batch: module.losses(batch), trainable(module), self._batches)
         finally:
             module.train(mode)
             torch.set_rng_state(state)
-        loss, count = summed_over_ranks([total])[0].tolist()
-        mean = [grad / count for grad in summed_over_ranks(grads)]
-        return total.new_tensor(loss / count), dict(zip(params, mean, strict=True))
 
 
 def _check_plain(trainer: Any) -> None:
