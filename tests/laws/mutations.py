@@ -7,17 +7,25 @@ REDUCERS = "tests/reducers/test_reducers.py"
 VERIFY = "tests/laws/test_conservation.py"
 
 MUTATIONS: dict[str, Mutation] = {
-    "no law of factors": Mutation("laws/factored.py", "if wrong:", "if False:", (REDUCERS, "-k", "law_of_factors")),
+    "no law of factors": Mutation(
+        "laws/factored.py",
+        "_compare",
+        "wrong += [names[i] for i in group]",
+        "wrong += []",
+        (REDUCERS, "-k", "law_of_factors"),
+    ),
     "no law": Mutation(
         "laws/conservation.py",
-        "if not abs(ours - wanted) <= seen.tolerance * scale:",
-        "if False:",
+        "_broken",
+        "not abs(ours - wanted) <= seen.tolerance * scale",
+        "False",
         (AWKWARD, "-k", "hidden or view or vmap"),
     ),
     "small gradients vanish": Mutation(
         "laws/conservation.py",
-        "boost = min(largest / max(norm, 1e-30), 1e3)",
-        "boost = min(1.0, 1e3)",
+        "witness",
+        "boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0",
+        "boost = min(1.0, 1e3) if isfinite(norm) else 1.0",
         (VERIFY, "-k", "missed"),
     ),
 }

@@ -9,54 +9,67 @@ PAIRS = "tests/algebra/test_pairs.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "a Function hides its second derivative": Mutation(
-        "transforms/one_op.py", 'hasattr(node, "_forward_cls") or', "False or", (ONE_OP,)
+        "transforms/one_op.py",
+        "_is_torchs_own",
+        'hasattr(node, "_forward_cls") or "Graph" in node.name() or "ToCopy" in node.name()',
+        'False or "Graph" in node.name() or "ToCopy" in node.name()',
+        (ONE_OP,),
     ),
     "a backward that is not linear": Mutation(
-        "transforms/one_op.py", "if due(sizes not in self.verified) and len(losses):", "if False:", (ONE_OP,)
+        "transforms/one_op.py", "OneOp.run", "due(sizes not in self.verified) and len(losses)", "False", (ONE_OP,)
     ),
     "a zero times NaN": Mutation(
-        "transforms/one_op.py", "if not all(bool(row.isfinite().all())", "if not all(True", (ONE_OP,)
+        "transforms/one_op.py",
+        "_fill",
+        "bool(row.isfinite().all())",
+        "True",
+        (ONE_OP,),
     ),
     "factors of other sizes are trusted": Mutation(
         "transforms/steps.py",
+        "Transform.attempt",
         "self.due(not checked.factored.knows(outcome.sizes))",
         "self.due(not checked.factored)",
         (PAIRS, "-k", "verified_once"),
     ),
     "what the losses read is not guarded": Mutation(
         "transforms/reading.py",
+        "_guarded",
         'local["losses"].call_function(tx, [local["params"], local["batch"]], {})',
-        "pass",
+        "None",
         (COMPILED, "-k", "vmapped_loss or mode_of"),
     ),
     "one graph for all steps": Mutation(
         "transforms/compiling.py",
-        "return FunctionType(code,",
-        "return FunctionType(function.__code__,",
+        "with_code_of_its_own",
+        "function.__code__.replace(co_name=f'{function.__name__}_{next(_numbers)}')",
+        "function.__code__",
         (COMPILED, "-k", "graphs_of_its_own"),
     ),
     "numbers of another call": Mutation(
         "transforms/reading.py",
+        "read_losses",
         "not step.prepare(*whole)",
         "False",
         (COMPILED, "-k", "name_the_rows or one_size"),
     ),
     "directions and members swapped": Mutation(
         "transforms/lifting.py",
+        "Scores.vmap",
         "found.unflatten(1, (info.batch_size, k)), 1",
         "found.unflatten(1, (k, info.batch_size)).mT, 1",
         (LIFTING, "-k", "directions"),
     ),
     "other draws for a derivative": Mutation(
         "transforms/lifting.py",
-        """            with untouched(self.problem.devices()), replaying(self.drawn):
-                losses""",
-        """            with untouched(self.problem.devices()):
-                losses""",
+        "BelowGrad.pulled",
+        "replaying(self.drawn)",
+        "torch.set_grad_enabled(torch.is_grad_enabled())",
         (LIFTING, "-k", "dropout"),
     ),
     "derivatives of unweighted losses": Mutation(
         "transforms/lifting.py",
+        "BelowGrad.pulled",
         "column = column.to(losses.dtype)",
         "column = torch.ones_like(losses)",
         (LIFTING, "-k", "transforms"),
