@@ -1,5 +1,6 @@
 """The command for a GPU runs end to end on a CPU, as small as it can be."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -25,6 +26,13 @@ def test_one_command_for_a_gpu_runs_here(tmp_path: Path) -> None:
     assert list(found["stages"]) == [stage.name for stage in on_gpu.stages("cpu", "float32", True, tmp_path)]
     assert all(stage["status"] == "done" for stage in found["stages"].values())
     assert "step with dot, rank 32" in (tmp_path / "on_gpu.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests/benchmarks").glob("bench_*.py")))
+def test_every_benchmark_takes_what_make_bench_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(f"tests.benchmarks.{name}").main(["--quick", "--out", "rows.json", "--help"])
+    assert "--threads" in capsys.readouterr().out
 
 
 def test_its_profile_runs_here(tmp_path: Path) -> None:

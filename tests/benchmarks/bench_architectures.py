@@ -4,7 +4,6 @@ Every round times both steps, in turn. FLOPs are counted once, by `torch.utils.f
 the CPU; where they come to more than 4/3, the ops that add them are named. Promises stand beside what is measured.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -34,7 +33,7 @@ from tests.benchmarks.bench_dot import (
     seconds,
     training_gradient,
 )
-from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, quartiles, table
 
 SIZE: dict[str, Any] = {
     "hidden_size": 256,
@@ -201,15 +200,13 @@ def show(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Prints the table, and gives its rows."""
-    parser = argparse.ArgumentParser(description="Times exact fg.dot on architectures of Hugging Face.")
-    parser.add_argument("--quick", action="store_true", help="about a minute: fewer rounds")
+    parser = parser_of("Times exact fg.dot on architectures of Hugging Face.", quick="about a minute: fewer rounds")
     parser.add_argument("--seconds", type=positive(float), help="time per architecture; default 45, with --quick 8")
     parser.add_argument("--cases", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process alone; with --threads 1")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     if args.clock == "cpu" and (args.device.type != "cpu" or args.threads != 1):
         parser.error("--clock cpu adds up the time of all threads, and sees none of a GPU's: use it with --threads 1")

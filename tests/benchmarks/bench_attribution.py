@@ -10,7 +10,6 @@ compared before anything is timed. A library that is missing is a row that says 
 The sweep of unrolled attribution is held to plain training steps of the same loop.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ from funcghost.attribution.against import against
 from funcghost.evaluation.tables import spearman
 from tests.benchmarks import attribution_contenders as peers
 from tests.benchmarks.attribution_contenders import Problem, criterion, problems, quiet
-from tests.benchmarks.common import describe, positive, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, table
 
 BATCH = {"mlp": 100, "gpt": 16}
 
@@ -194,12 +193,10 @@ def sweep(problem: Problem, rounds: int, k: int) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the benchmark; its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three rounds")
+    parser = parser_of(__doc__, quick="three rounds")
     parser.add_argument("--rounds", type=positive(int), default=9)
     parser.add_argument("--threads", type=positive(int), default=1)
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--out", type=writable_file, help="file to write the rows to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rounds = 3 if args.quick else args.rounds

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,7 +40,7 @@ from funcghost.store import Column, Manifest, VectorColumn, writing
 from funcghost.store.tables import schema_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import describe, positive, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, table
 from tests.benchmarks.corpus_contenders import CONTENDERS, LENGTH, VOCABULARY, MissingError, Sizes
 from tests.benchmarks.models import GPT, next_token
 
@@ -209,9 +209,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What a pass over a corpus costs.")
-    parser.add_argument("--quick", action="store_true", help="small sizes, for CI")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of("What a pass over a corpus costs.", quick="small sizes, for CI")
     parser.add_argument("--threads", type=positive(int))
     parser.add_argument("--rounds", type=positive(int), default=3)
     parser.add_argument("--batch", type=positive(int), default=16, help="(default: 16, that of corpus.score)")
@@ -220,8 +219,7 @@ def main() -> None:
     parser.add_argument("--samples", type=positive(int), help="for memory (default: 10^6, quick: 5 10^4)")
     parser.add_argument("--only", choices=("pass", "peers", "nearest", "memory"))
     parser.add_argument("--peer", choices=tuple(CONTENDERS), help="one of the peers")
-    parser.add_argument("--out", type=writable_file, metavar="JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.vectors = args.vectors or (100_000 if args.quick else 1_000_000)
     args.samples = args.samples or (50_000 if args.quick else 1_000_000)
     if args.threads:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, quartiles, table
 from tests.benchmarks.models import GPT, LARGE, Losses, Params, decoder, half_square, next_token, perceptron
 
 # Typed for literal arguments, not for sizes handed on from one place; only two cases need it.
@@ -328,8 +328,7 @@ def show_overheads(overheads: Sequence[Overhead]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times exact fg.dot against a plain step and vmap(grad).")
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer rounds")
+    parser = parser_of("Times exact fg.dot against a plain step and vmap(grad).", quick="under a minute: fewer rounds")
     parser.add_argument("--seconds", type=positive(float), help="time per case; default 45, with --quick 7")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *LARGE_CASES, "overhead"], default=[*CASES, "overhead"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
@@ -337,7 +336,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process alone; with --threads 1")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     if args.clock == "cpu" and (args.device.type != "cpu" or args.threads != 1):
         parser.error("--clock cpu adds up the time of all threads, and sees none of a GPU's: use it with --threads 1")

@@ -22,7 +22,7 @@ from torch import Tensor
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import positive, writable_file
+from tests.benchmarks.common import parser_of, positive
 from tests.benchmarks.models import Params
 
 Route = Callable[[], Any]
@@ -96,8 +96,7 @@ def times(args: argparse.Namespace, seconds: float) -> dict[str, list[float]]:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measures, prints the table and gives what --out writes."""
-    parser = argparse.ArgumentParser(description="Peak memory and time of a step with a large vocabulary.")
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer rounds")
+    parser = parser_of("Peak memory and time of a step with a large vocabulary.", quick="under a minute: fewer rounds")
     parser.add_argument("--seconds", type=positive(float), help="time for all rounds; default 60, with --quick 20")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; default 1")
     parser.add_argument("--batch", type=positive(int), default=8)
@@ -106,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--vocabulary", type=positive(int), default=50257)
     parser.add_argument("--chunk", type=positive(int), help="tokens at a time; default that of the function")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(given)

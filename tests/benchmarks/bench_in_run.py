@@ -30,7 +30,7 @@ from tests.benchmarks.bench_dot import (
     tiny_gpt,
     tiny_mlp,
 )
-from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, quartiles, table, writable_file
 from tests.benchmarks.in_run_contenders import (
     COMPILED,
     COMPILED_BOTH,
@@ -256,8 +256,9 @@ def show_verdicts(found: Sequence[Verdict]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times every way to score in the run against plain training.")
-    parser.add_argument("--quick", action="store_true", help="under two minutes: few rounds, nothing compiled")
+    parser = parser_of(
+        "Times every way to score in the run against plain training.", quick="few rounds, nothing compiled"
+    )
     parser.add_argument("--seconds", type=positive(float), help="time per case; default 90, with --quick 20")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *LARGE_CASES], default=list(CASES))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="default all; with --quick not compiled")
@@ -267,7 +268,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; more lose much on shared cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this file")
     parser.add_argument("--plot", type=writable_file, help="draw the ratios, and the curves, to this file (png, svg)")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -4,7 +4,6 @@ Every round times each contender once, in turn, and divides by the plain step of
 process of its own for each. Results are compared before anything is timed. See the README beside this file.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -21,7 +20,7 @@ from torch import Tensor
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, quartiles, table
 from tests.benchmarks.contenders import LARGE_SHAPES, SHAPES, Contender, Route, Shape, contenders, quiet
 from tests.benchmarks.memory import Children, Memory, first_line
 
@@ -191,8 +190,10 @@ def show(shape: Shape, rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the tables and gives what --out writes."""
-    parser = argparse.ArgumentParser(description="Times and weighs reducers of per-sample gradients and alternatives.")
-    parser.add_argument("--quick", action="store_true", help="two shapes, no forced routes, no memory")
+    parser = parser_of(
+        "Times and weighs reducers of per-sample gradients and alternatives.",
+        quick="two shapes, nothing forced, no memory",
+    )
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *LARGE_SHAPES], help="default all, with --quick two")
     parser.add_argument("--only", type=re.compile, help="contenders whose name has this regular expression")
     parser.add_argument(
@@ -202,7 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     quiet()

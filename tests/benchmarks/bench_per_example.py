@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import positive, writable_file
+from tests.benchmarks.common import parser_of, positive
 from tests.benchmarks.models import GPT, Losses, Params, next_token
 
 Route = Callable[[], Any]
@@ -111,8 +111,7 @@ def show(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measures, prints the table and gives what --out writes."""
-    parser = argparse.ArgumentParser(description="Times fg.per_example against the batched losses.")
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer rounds")
+    parser = parser_of("Times fg.per_example against the batched losses.", quick="under a minute: fewer rounds")
     parser.add_argument("--seconds", type=positive(float), help="time per step; default 45, with --quick 10")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; default 1")
@@ -121,7 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--width", type=positive(int), default=256)
     parser.add_argument("--vocabulary", type=positive(int), default=8192)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     seconds = args.seconds or (10.0 if args.quick else 45.0)

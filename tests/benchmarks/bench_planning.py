@@ -6,7 +6,6 @@ step, and a plain one. With `--epoch N`, also N batches of lengths that differ, 
 new, as in the first epoch with ordinary padding.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -21,7 +20,7 @@ import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_dot import CASES, Case, Setting, hf, next_token_of_mapping, training_gradient
-from tests.benchmarks.common import describe, positive, quartiles, table, writable_file
+from tests.benchmarks.common import describe, parser_of, positive, quartiles, table
 from tests.benchmarks.memory import peak_allocated
 
 Route = Callable[[], Any]
@@ -131,22 +130,23 @@ def show(name: str, rows: Sequence[Measured]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the cases, prints the tables and gives what --out writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(ALL), default=["gpt", "mlp", "gpt2-8192", "llama"])
-    parser.add_argument("--seconds", type=positive(float), default=20.0, help="time per case")
+    parser = parser_of(__doc__, quick="two cases, few rounds")
+    parser.add_argument("--cases", nargs="+", choices=list(ALL), help="default four of them, with --quick two")
+    parser.add_argument("--seconds", type=positive(float), help="time per case; default 20, with --quick 5")
     parser.add_argument("--epoch", type=positive(int), default=0, help="also this many lengths, one after the other")
     parser.add_argument("--threads", type=positive(int), help="CPU threads; default torch's own choice")
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
+    seconds = args.seconds or (5.0 if args.quick else 20.0)
+    cases = args.cases or (["gpt", "mlp"] if args.quick else ["gpt", "mlp", "gpt2-8192", "llama"])
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = Setting(torch.device("cpu"), torch.float32, time.perf_counter)
     report: dict[str, Any] = {"setting": describe(setting.device), "cases": {}}
     print(", ".join(f"{key} {value}" for key, value in report["setting"].items()))
-    for name in args.cases:
+    for name in cases:
         torch.manual_seed(0)
         case = ALL[name](setting)
-        rows = measure(case, setting, args.seconds, lengths=name != "mlp", epoch=args.epoch)
+        rows = measure(case, setting, seconds, lengths=name != "mlp", epoch=args.epoch)
         report["cases"][case.name] = [asdict(row) for row in rows]
         print(show(case.name, rows), flush=True)
     if args.out:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from lm_corpus import DOMAINS, SHORTEST, WindowSampler, build_corpus, validation_tokens
 from lm_model import GPT, HEADS, Batch, ModelSize, WindowLosses
-from tests.benchmarks.common import positive, table, writable_file
+from tests.benchmarks.common import parser_of, positive, table
 
 Params = dict[str, Tensor]
 
@@ -179,8 +179,9 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures what fg.compress and fg.track drop from scores.")
-    parser.add_argument("--quick", action="store_true", help="under two minutes: a smaller model and fewer steps")
+    parser = parser_of(
+        "Measures what fg.compress and fg.track drop from scores.", quick="a smaller model and fewer steps"
+    )
     parser.add_argument(
         "--stops", type=int, nargs="+", help="steps to stop at; default 0 100 600, with --quick 0 20 100"
     )
@@ -193,7 +194,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=positive(float), default=1e-3)
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; more lose much on shared cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     args.stops = args.stops or ([0, 20, 100] if args.quick else [0, 100, 600])
     args.width = args.width or (128 if args.quick else 256)

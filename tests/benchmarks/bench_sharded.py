@@ -27,7 +27,7 @@ from funcghost.algebra.directions import LowRank
 from funcghost.distributed import sharded
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import positive, table, writable_file
+from tests.benchmarks.common import parser_of, positive, table
 from tests.benchmarks.memory import peak_allocated
 from tests.benchmarks.models import GPT, next_token
 
@@ -73,8 +73,7 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the processes; in each of them measures, of which rank 0 prints the table and writes what --out says."""
-    parser = argparse.ArgumentParser(description="Times steps of a sharded model.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser = parser_of("Times steps of a sharded model.", quick="fewer rounds")
     parser.add_argument("--rounds", type=positive(int), help="default 31, with --quick 9")
     parser.add_argument("--ranks", type=positive(int), default=2, help="processes to start; default 2")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads of a rank; default 1")
@@ -84,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive(int), default=4)
     parser.add_argument("--vocabulary", type=positive(int), default=8192)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     if "RANK" not in os.environ:
         start = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]

@@ -3,7 +3,6 @@
 Every round times each in turn, in CPU time of one thread; a new length is another one in every round.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 import funcghost as fg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.common import positive, table, writable_file
+from tests.benchmarks.common import parser_of, positive, table
 
 Params = dict[str, Tensor]
 AIMS = {"step": {"positions": 6.0, "samples": 4.0}, "new length": {"positions": 12.0, "samples": 12.0}}
@@ -94,11 +93,9 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measures, prints the table and gives what --out writes."""
-    parser = argparse.ArgumentParser(description="Times losses that are many small ops.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser = parser_of("Times losses that are many small ops.", quick="fewer rounds")
     parser.add_argument("--rounds", type=positive(int), help="default 41, with --quick 15")
     parser.add_argument("--threads", type=positive(int), default=1, help="CPU threads; default 1")
-    parser.add_argument("--out", type=writable_file, help="write everything to this JSON file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -5,12 +5,12 @@ is tapped. Medians over the models, and the worst, stand beside what is promised
 over 60 ms. `pip install 'funcghost[zoo]'` brings the models, and a torch that they fit.
 """
 
-import argparse
 import importlib
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import funcghost as fg
 from tests.benchmarks.bench_dot import Case, Setting, agree, interleave, make_plan, planned_routes, training_gradient
-from tests.benchmarks.common import describe, positive, quartiles, table
+from tests.benchmarks.common import describe, parser_of, positive, quartiles, table
 
 SAMPLES, SIDE, LONG = 8, 96, 0.06
 TORCHVISION = (
@@ -125,8 +125,8 @@ def show(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Prints the table, and gives its rows."""
     known = [*(f"torchvision/{name}" for name in TORCHVISION), *(f"timm/{name}" for name in TIMM)]
-    parser = argparse.ArgumentParser(description="Times exact fg.dot on vision models in training and in eval mode.")
-    parser.add_argument("--quick", action="store_true", help=f"a minute: {', '.join(QUICK)}")
+    said = "Times exact fg.dot on vision models in training and in eval mode."
+    parser = parser_of(said, quick=f"a minute: {', '.join(QUICK)}")
     parser.add_argument("--models", nargs="+", choices=known, help="default all")
     parser.add_argument(
         "--seconds", type=positive(float), default=2.0, help="time per model and mode, past three rounds"
@@ -145,7 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
                 print(f"{name}, {mode}: {row.step:.2f}, planning {row.planning:.1f}", flush=True)
             except fg.GhostError as error:
                 print(f"{name}, {mode}: {type(error).__name__}: {error}", flush=True)
+            except ModuleNotFoundError as error:
+                print(f"{name}, {mode}: left out: {error}; pip install 'funcghost[zoo]'", flush=True)
     print(show(rows))
+    if args.out:
+        report = {"setting": describe(setting.device), "rows": [asdict(row) for row in rows]}
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
     return rows
 
 

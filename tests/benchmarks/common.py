@@ -43,6 +43,14 @@ def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[s
     }
 
 
+def parser_of(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """A parser of what `make bench` passes to every script: `quick` says what that leaves out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=writable_file, metavar="JSON", help="write everything to this JSON file")
+    return parser
+
+
 def writable_file(text: str) -> Path:
     """A path in a folder that exists."""
     path = Path(text)
