@@ -1,5 +1,6 @@
 """A call of an op: its flat arguments, what came out, and what can be remembered of it."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -7,6 +8,7 @@ from typing import Any
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcghost.ops.rules import Op, find_rule
@@ -20,6 +22,14 @@ PLAIN = frozenset(
 """What is known by its value alone."""
 LEAVES = PLAIN - {type(None)} | {Tensor, torch.nn.Parameter}
 MOST_KEYS = 4096
+ACTIVATIONS: dict[Op, int] = {
+    op: list(inspect.signature(op).parameters).index("inplace")
+    for op in (
+        *(F.relu, F.relu6, F.hardtanh, F.threshold, F.leaky_relu, F.elu, F.selu, F.celu, F.silu, F.mish),
+        *(F.hardswish, F.hardsigmoid),
+    )
+}
+"""Functions that write to their input if they are told to, and where they are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +63,14 @@ class Call:
         return tuple(known)
 
     def evaluate(self, leaves: Sequence[Any]) -> Outputs:
-        """The differentiable outputs of the op on these leaves; what the op writes to is copied first."""
-        if not self.written:
+        """The differentiable outputs of the op on these leaves; what it writes to is copied first, or not written."""
+        at = ACTIVATIONS.get(self.op) if self.written else None
+        if not self.written or at is not None:
             args, kwargs = optree.tree_unflatten(self.spec, leaves)
+            if at is not None and len(args) > at:
+                args = (*args[:at], False)
+            elif at is not None:
+                kwargs = {**kwargs, "inplace": False}
             return outputs(self.op(*args, **kwargs), ())
         copied = list(leaves)
         for slot in self.written:

@@ -38,17 +38,23 @@ Slice = Callable[[Mapping[str, Any], Sequence[Any]], Slices | None]
 """From the slots of the arguments by name, and all arguments."""
 
 
+Derivative = Callable[[Arguments, Mapping[str, Tensor]], Tensor]
+"""`J V` of an op with one output, from its arguments and from the tangents of some of them, by name."""
+
+
 class Known(NamedTuple):
     """What is known of an op.
 
     `arguments`: the names of the arguments in their order.
     `product`: describes a call as a product, or as a lookup in a table.
     `samples`: says which axes of a call are the samples', where it treats each by itself.
+    `derivative`: gives `J V` where no rule of linearity does, for less than torch's forward derivative.
     """
 
     arguments: tuple[str, ...]
     product: Describe | None
     samples: Slice | None
+    derivative: Derivative | None
 
 
 _KNOWN: dict[Op, Known] = {}
@@ -62,6 +68,7 @@ def know(
     factor: Callable[[Arguments], Any] | None = None,
     product: Describe | None = None,
     samples: Slice | None = None,
+    derivative: Derivative | None = None,
 ) -> None:
     """States what is known of some ops: `linear`, `when` and `factor` as in `fg.register_rule`, the others in `Known`.
 
@@ -70,14 +77,21 @@ def know(
     for op in ops:
         if linear is not None:
             register_rule(op, linear=linear, arguments=arguments or None, when=when, factor=factor)
-        if product is not None or samples is not None:
-            _KNOWN[op] = Known(tuple(arguments or inspect.signature(op).parameters), product, samples)
+        if product is not None or samples is not None or derivative is not None:
+            names = tuple(arguments or inspect.signature(op).parameters)
+            _KNOWN[op] = Known(names, product, samples, derivative)
 
 
 def description(op: Op) -> Description | None:
     """What describes an op as a product, if anything does."""
     known = _KNOWN.get(op)
     return None if known is None or known.product is None else (known.arguments, known.product)
+
+
+def derivative_of(op: Op) -> tuple[tuple[str, ...], Derivative] | None:
+    """The names of an op's arguments and its derivative, if it is known."""
+    known = _KNOWN.get(op)
+    return None if known is None or known.derivative is None else (known.arguments, known.derivative)
 
 
 def slices_of(call: Call) -> Slices | None:

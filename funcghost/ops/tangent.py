@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcghost.dtypes import as_written
 from funcghost.ops.call import Call, Outputs, is_float, is_operand, physical, remembered
+from funcghost.ops.known import Derivative, derivative_of
+from funcghost.ops.products import bound
 from funcghost.ops.rules import Op, Rule, find_rule
 
 Way = Literal["rule", "forward", "transpose", "each"]
@@ -58,6 +60,9 @@ def pushforward(call: Call, way: Way) -> Pushforward:
     if way == "rule" and rule is not None:
         found: Pushforward = _by_rule(call, rule)
         return found
+    derivative = derivative_of(call.op) if way == "forward" else None
+    if derivative is not None:
+        return _by_formula(call, *derivative)
     return _by_derivative(call, _forward if way == "forward" else _transpose)
 
 
@@ -129,10 +134,27 @@ def _bind(call: Call, rule: Rule, leaves: Sequence[Any]) -> dict[str, Any]:
     return rule.bind(*nest)
 
 
-Derivative = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
+def _by_formula(call: Call, names: Sequence[str], derivative: Derivative) -> Pushforward:
+    """What is known of the op; what it writes to besides, as running statistics, has no derivative."""
+    needed = tuple(slot for slot, leaf in enumerate(call.leaves) if is_operand(leaf))
+    call = call.emptied()
+    slots = {slot: name for name, slot in bound(call, names, range(len(call.leaves))).items()}
+
+    def evaluate(saved: Sequence[Tensor], tangents: Sequence[Tensor]) -> Outputs:
+        leaves = list(call.leaves)
+        for slot, value in zip(needed, saved, strict=True):
+            leaves[slot] = value
+        moved = {slots[slot]: tangent for slot, tangent in zip(call.tracked, tangents, strict=True)}
+        found = derivative(bound(call, names, leaves), moved)
+        return (found, *(torch.zeros_like(leaves[slot]) for slot in call.written if is_float(leaves[slot])))
+
+    return Pushforward(needed, evaluate)
 
 
-def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
+Differentiate = Callable[[Callable[..., Outputs], Outputs, Outputs], Outputs]
+
+
+def _by_derivative(call: Call, differentiate: Differentiate) -> Pushforward:
     needed = tuple(slot for slot, leaf in enumerate(call.leaves) if is_operand(leaf))
     call = replace(call.emptied(), op=WRITTEN_OUT.get(call.op, call.op))
 
@@ -144,7 +166,7 @@ def _by_derivative(call: Call, derivative: Derivative) -> Pushforward:
             return call.evaluate([moved.get(slot, leaf) for slot, leaf in enumerate(call.leaves)])
 
         with differentiable_kernels():
-            return derivative(op, tuple(values[slot] for slot in call.tracked), tuple(tangents))
+            return differentiate(op, tuple(values[slot] for slot in call.tracked), tuple(tangents))
 
     return Pushforward(needed, evaluate)
 

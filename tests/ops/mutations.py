@@ -4,6 +4,7 @@ from tests.mutation import Mutation
 
 AWKWARD = "tests/engine/test_awkward.py"
 CHECKPOINTS = "tests/engine/test_checkpointing.py"
+DERIVATIVES = "tests/ops/test_derivatives.py"
 EXAMPLE = "tests/losses/test_per_example.py"
 LAYERS = "tests/engine/test_nn_layers.py"
 LAYOUT = "tests/ops/test_layout.py"
@@ -15,6 +16,15 @@ RULES = "tests/ops/test_rules.py"
 VERIFY = "tests/laws/test_conservation.py"
 
 MUTATIONS: dict[str, Mutation] = {
+    "statistics that do not move": Mutation(
+        "ops/families/norms.py", "_batch_norm", 'a.get("training", False)', "False", (DERIVATIVES,)
+    ),
+    "a shift without its scale": Mutation(
+        "ops/families/norms.py", "_batch_norm", "torch.zeros_like(shift)", "torch.ones_like(shift)", (DERIVATIVES,)
+    ),
+    "activations that write after all": Mutation(
+        "ops/call.py", "Call.evaluate", "(*args[:at], False)", "(*args[:at], True)", (DERIVATIVES,)
+    ),
     "folds swapped": Mutation(
         "ops/layout.py", "Layout.by_sample", 'high = self.fold == "high"', 'high = self.fold != "high"', (LAYOUT,)
     ),
