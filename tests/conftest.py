@@ -10,6 +10,7 @@ from hypothesis import register_random, settings
 
 from funcghost.ops import rules
 from funcghost.transforms import one_op
+from tests.depth import DEEP
 from tests.versions import refused_on_older
 
 # `dev` and `ci` draw the same examples in every run, and so pass in every run or in none; `deep` draws anew.
@@ -46,7 +47,11 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # the workers share the cores already
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not DEEP:
+        left_out = [item for item in items if item.get_closest_marker("deep")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("deep")]
     if torch.cuda.is_available():
         return
     for item in items:

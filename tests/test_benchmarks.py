@@ -16,7 +16,7 @@ from tests.benchmarks.models import LARGE
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="takes a minute: in the deep profile")
+@pytest.mark.deep  # takes a minute
 def test_one_command_for_a_gpu_runs_here(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "tests/benchmarks/on_gpu.sh"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHON": sys.executable}

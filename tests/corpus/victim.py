@@ -7,7 +7,6 @@ with a limit on the size of files; FOLDER/on: a record written until the process
 plan of the passes: no gradient is taken before a fork, as autograd refuses to work in a child after that.
 """
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost import corpus
+from tests.depth import DEEP
 from tests.store.victim import broken_off, killed, limit, on_and_on
 
 PARAMS = {"w": torch.tensor([1.0, -2.0, 3.0])}
 DATA = torch.randint(-4, 5, (23, 3), generator=torch.Generator().manual_seed(0)).float()
 REDUCERS = {"norm": fg.squared_norm(), "sketch": fg.project(4)}
 SIZES = (1, 600, 2500)
-EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 4
+EVERY = 1 if DEEP else 4
 """File calls are killed at every so-manieth."""
 
 

@@ -1,6 +1,5 @@
 """Meshes, placements, groups, uneven shares and lengths, drawn alike on every rank, and held to one process."""
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import funcghost as fg
 from funcghost.distributed import data_parallel, sharded
 from funcghost.distributed.collectives import told_by_all
 from funcghost.problem import Reduction
+from tests.depth import DEEP
 from tests.distributed.fsdp_ranks import close, drawn, like, losses_of, model, whole
 
 
@@ -112,10 +112,10 @@ def held_to_one_process(rank: int, case: Case) -> None:
 
 def cases(rank: int) -> None:
     """As many as the profile says, the same on all ranks: what fails on one fails in its first try."""
-    ranks, deep = distributed.get_world_size(), os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+    ranks = distributed.get_world_size()
 
     @settings(
-        max_examples=40 if deep else 2,
+        max_examples=40 if DEEP else 2,
         derandomize=True,
         database=None,
         deadline=None,

@@ -1,6 +1,5 @@
 """What each of two ranks runs on models under `fully_shard`: everything is compared with one process on all samples."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from funcghost.attribution import in_run
 from funcghost.distributed import sharded
 from funcghost.distributed.collectives import summed_over_ranks
 from funcghost.training import updates
+from tests.depth import DEEP
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 5
 
@@ -431,7 +431,7 @@ def cases(rank: int) -> None:
     held_to_one_process(
         rank, (2, 2), "mean", mp_policy=rounded, shard_placement_fn=along_rows, offload_policy=offloaded, rtol=2e-5
     )
-    if os.environ.get("HYPOTHESIS_PROFILE") == "deep":
+    if DEEP:
         held_to_one_process(rank, (1, 1), "sum", checkpointed=True, reshard_after_forward=False)
         held_to_one_process(rank, (5, 0), "mean", mesh=hybrid)
         held_to_one_process(rank, (2, 1), "mean", shard_placement_fn=along_rows)
@@ -441,7 +441,7 @@ def cases(rank: int) -> None:
     carried(rank)
     other_ops_on_other_ranks(rank)
     accounted(rank, clipped_muon, mesh=hybrid, nested=False)
-    if os.environ.get("HYPOTHESIS_PROFILE") == "deep":
+    if DEEP:
         accounted(rank, adamw)
         accounted(rank, clipped_muon)
         accounted(rank, adamw, mesh=hybrid)

@@ -17,6 +17,7 @@ import funcghost as fg
 from funcghost.attribution import curvature
 from funcghost.distributed import data_parallel
 from funcghost.distributed.collectives import summed_over_ranks
+from tests.depth import DEEP
 from tests.distributed import drawn_ranks, fsdp_ranks, tp_ranks
 from tests.models.corpora import COUNT, make
 from tests.versions import SHARDS
@@ -164,9 +165,8 @@ def main() -> None:
     else:
         fsdp_ranks.refused_on_an_older_torch()
     tp_ranks.cases(rank)
-    deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
     strategies = distributed_in_run.STRATEGIES if SHARDS else ("ddp", "tp")
-    for strategy in strategies if deep else strategies[-1:]:  # compares with one process
+    for strategy in strategies if DEEP else strategies[-1:]:  # compares with one process
         distributed_in_run.main(["--strategy", strategy, "--steps", "2", "--windows", "5", "--context", "8"])
     a_corpus(Path(os.environ["FUNCGHOST_CORPUS"]))
     distributed.barrier()

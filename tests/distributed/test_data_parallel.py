@@ -1,6 +1,5 @@
 """Steps of several processes against one process on all samples; `ranks.py` is what each of them runs."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARDS, reason="what is drawn is sharded")
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="two ranks draw in every profile")
+@pytest.mark.deep  # two ranks draw in every profile
 def test_four_ranks_are_one_process() -> None:
     found = torchrun("drawn_ranks.py", ranks=4)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -53,7 +53,7 @@ def test_the_other_rank_says_who_is_missing_and_what_was_recorded_is_kept(faults
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "deep", reason="the ranks of one launch say as much")
+@pytest.mark.deep  # the ranks of one launch say as much
 @pytest.mark.parametrize("name", JOBS)
 def test_the_job_ends(tmp_path: Path, name: str) -> None:
     found = torchrun("fault_ranks.py", str(tmp_path), name)

@@ -1,6 +1,5 @@
 """What each of two ranks runs on tensor parallel models: everything is compared with one process."""
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.distributed import sharded, tensor_parallel
 from funcghost.training import updates
+from tests.depth import DEEP
 from tests.versions import SHARDS
 
 VOCABULARY, WIDTH, LENGTH = 10, 6, 4
@@ -226,12 +226,11 @@ def refused(rank: int, mesh: Any) -> None:
 def cases(rank: int) -> None:
     """All of them, on two ranks."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-    for name in PLANS if deep else ("sequence",):
+    for name in PLANS if DEEP else ("sequence",):
         held_to_one_process(mesh, PLANS[name]())
     pure_functions(mesh)
     refused(rank, mesh)
     for shards in {1, distributed.get_world_size() // 2}:
         if SHARDS:
-            sharded_as_well(shards, PLANS if deep else ("columns and rows",))
+            sharded_as_well(shards, PLANS if DEEP else ("columns and rows",))
             accounted(shards)

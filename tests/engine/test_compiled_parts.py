@@ -1,7 +1,6 @@
 """Models with compiled parts are seen through."""
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcghost as fg
+from tests.depth import thinned
 from tests.models.small import like
 from tests.models.wrapped import Mlp, Net, Params, assert_exact, made, normal, squares
 from tests.naive import assert_scores, assert_trees_close, expected, gradient
@@ -22,8 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:quantized..linear_dynamic. an autograd kernel was not registered:UserWarning"),
 ]
-DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-BACKENDS = ["eager", "aot_eager", *(["inductor"] if DEEP else [])]  # seen through alike; the last takes half a minute
+BACKENDS = thinned(["eager", "aot_eager", "inductor"], ["eager", "aot_eager"])  # seen through alike; the last takes half a minute
 
 
 class Disguised(nn.Module):

@@ -1,8 +1,8 @@
 """Models of Hugging Face's transformers, as they are: batched, and held to per-sample gradients taken one by one."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 import funcghost as fg
+from tests.depth import thinned
 from tests.models.architectures import (
     ARCHITECTURES,
     TRAINED_ALONE,
 )
 from tests.models.building import (
+    EAGER_AND_SDPA,
+    EITHER_SIDE,
     SINGLE,
     SPEECH,
     Architecture,
@@ -37,11 +40,13 @@ from tests.models.huggingface import (
     main,
     parameters,
 )
+from tests.models.mechanisms import MECHANISMS
 from tests.models.text_models import (
     EXPERT_DECODERS,
 )
 
-CASES = full_product(ARCHITECTURES) if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else covering(ARCHITECTURES)
+CASES = full_product(ARCHITECTURES)
+SLICE = [case for name, case in zip(ARCHITECTURES, covering(ARCHITECTURES), strict=True) if name in MECHANISMS]
 REPLANNED = ("switch_transformers",)
 """Models that run an expert only where a token of the batch goes to it."""
 TRAINED = {
@@ -67,7 +72,7 @@ def assert_same_step(out: fg.Step, gradients: Params, losses: Tensor, dtype: tor
 
 
 def check_everything(case: Case, most_plans: int = 1) -> None:
-    """Steps on two batches along one plan, then scores alone, all from one state of the random numbers."""
+    """Steps on two batches, then scores alone, along one plan and all from one state of the random numbers."""
     model = case.model()
     params, losses = parameters(model), case.losses(model)
     first, second = draw_direction(params), draw_direction(params)
@@ -80,7 +85,7 @@ def check_everything(case: Case, most_plans: int = 1) -> None:
         model.load_state_dict(before)
         return function(*arguments)
 
-    step = fg.grad_and_reduce(losses)
+    step: Any = fg.grad_and_reduce(losses)
     with CountedPlans() as counted:
         for batch in (case.batch(), case.batch()):
             truth = again(find_truth, losses, params, batch)
@@ -93,7 +98,7 @@ def check_everything(case: Case, most_plans: int = 1) -> None:
             assert torch.equal(torch.get_rng_state(), drawn)
             assert all(torch.equal(value, buffers[name]) for name, value in model.state_dict().items())
     assert 1 <= counted.plans <= most_plans
-    both = again(fg.reduce(losses), params, batch, fg.dot(fg.stack([first, second])))
+    both = again(fg.reduce(losses, plan=step.__self__.plans[-1]), params, batch, fg.dot(fg.stack([first, second])))
     truth.check(both[:, 0], first, case.tolerance)
     truth.check(both[:, 1], second, case.tolerance)
     assert model.training is case.training
@@ -103,9 +108,15 @@ def check_everything(case: Case, most_plans: int = 1) -> None:
         assert parameter.requires_grad == trained[name]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES, SLICE))
 def test_dot_is_exact(name: str) -> None:
     check_everything(CASES[name], most_plans=2 if name.startswith(REPLANNED) else 1)
+
+
+def test_the_slice_meets_every_attention_and_padding() -> None:
+    assert MECHANISMS.keys() <= ARCHITECTURES.keys()
+    assert len(SLICE) == len(MECHANISMS)
+    assert {(CASES[name].attention, CASES[name].padding) for name in SLICE} == {*product(EAGER_AND_SDPA, EITHER_SIDE)}
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -1,6 +1,5 @@
 """The chunked head against the head that it stands for: values, derivatives, scores, memory."""
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.functional import linear_cross_entropy
+from tests.depth import left
 from tests.models.small import Params, like
 from tests.naive import assert_close, assert_scores, assert_trees_close, expected, gradient
 from tests.versions import compiles
@@ -331,11 +331,7 @@ def test_vmap_of_grad_and_of_batched_weights() -> None:
 
 
 # Inductor is asked of whole models in `engine/test_modes.py`; here it takes a minute.
-DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-COMPILED = [
-    *(("aot_eager", "sample first"), ("aot_eager", "per example")),
-    *([("inductor", "sample first")] if DEEP else []),
-]
+COMPILED = [("aot_eager", "sample first"), ("aot_eager", "per example"), left(("inductor", "sample first"))]
 
 
 @pytest.mark.parametrize(("backend", "kind"), COMPILED)
