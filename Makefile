@@ -41,7 +41,7 @@ docs: $(STAMP) ## write the site of pages: site/index.html
 test: $(STAMP) ## run the tests, the same drawn examples every time (ARGS="-k name" to choose, WORKERS=1: one process)
 	HYPOTHESIS_PROFILE=$(PROFILE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-deep: $(STAMP) ## run the tests with many more examples, drawn anew
+test-deep: $(STAMP) ## run all cases of the tests, with many more examples, drawn anew
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-range: ## run the tests on the oldest and the newest torch, in scratch environments (RANGE="2.12.1" to choose)

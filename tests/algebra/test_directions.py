@@ -11,6 +11,7 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.laws.oracle import per_sample_gradients
+from tests.depth import fewer
 from tests.models.programs import Program, programs
 from tests.models.small import rows, small_gpt
 from tests.naive import Params, assert_scores, dots, expected
@@ -35,6 +36,7 @@ def dense(direction: Mapping[str, Any]) -> Params:
     return {name: leaf.dense() if isinstance(leaf, fg.LowRank) else leaf for name, leaf in direction.items()}
 
 
+@fewer(3)
 @given(program=programs(), rank=st.integers(1, 3))
 def test_low_rank_directions_score_as_their_dense_form(program: Program, rank: int) -> None:
     batch, direction = program.batch(), program.direction()
@@ -49,6 +51,7 @@ def test_low_rank_directions_score_as_their_dense_form(program: Program, rank: i
         assert torch.equal(out.grads[name], gradient)
 
 
+@fewer(3)
 @given(program=programs(), rank=st.integers(1, 2))
 def test_stacked_with_dense_ones_and_by_parameter(program: Program, rank: int) -> None:
     batch, direction = program.batch(), program.direction()
@@ -66,6 +69,7 @@ def test_stacked_with_dense_ones_and_by_parameter(program: Program, rank: int) -
         assert_scores(found, (value, wanted[0][1]))
 
 
+@fewer(3)
 @given(program=programs(), rank=st.integers(1, 3))
 def test_kept_pairs_along_low_rank_directions(program: Program, rank: int) -> None:
     batch, small = program.batch(), low_rank(program.direction(), rank)
@@ -94,6 +98,7 @@ def test_by_token_and_by_example(per_example: bool) -> None:
         assert_scores(by_token.sum(1), wanted)
 
 
+@fewer(3)
 @given(program=programs(empty=False), rank=st.integers(1, 2), seed=st.integers(0, 99))
 def test_the_error_never_exceeds_the_bound(program: Program, rank: int, seed: int) -> None:
     """Beyond rounding; leaves that are not compressed are exact."""
@@ -108,6 +113,7 @@ def test_the_error_never_exceeds_the_bound(program: Program, rank: int, seed: in
         assert not bool(bound.any())
 
 
+@fewer(3)
 @given(width=st.integers(4, 12), rank=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_the_bound_holds_where_much_is_dropped(width: int, rank: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -126,6 +132,7 @@ def test_the_bound_holds_where_much_is_dropped(width: int, rank: int, seed: int)
         assert float((scores - wanted).abs().max()) > 1e-6 * float(size.max())
 
 
+@fewer(3)
 @given(program=programs(empty=False), seed=st.integers(0, 99))
 def test_pairs_are_directions(program: Program, seed: int) -> None:
     batch, other = program.batch(), program.batch(seed=seed + 1)

@@ -16,6 +16,7 @@ from funcghost.corpus.describing import of_reducers
 from funcghost.testing import assert_reducer_laws
 from funcghost.testing.strategies import Model, models
 from funcghost.testing.strategies import pairs as drawn_pairs
+from tests.depth import fewer
 
 
 def leaf(shape: tuple[int, ...], kronecker: bool, source: torch.Generator) -> tuple[Any, Tensor]:
@@ -68,6 +69,7 @@ def test_laws() -> None:
     assert_reducer_laws(lambda params, samples: fg.gram(weights(params, samples)), examples=2)
 
 
+@fewer(3)
 @given(models(), st.data())
 def test_a_damped_curvature_is_a_metric(model: Model, data: st.DataObject) -> None:
     """`<g_i, (F + damping)^-1 g_i>` by the metric and by the direction."""

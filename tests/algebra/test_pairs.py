@@ -18,6 +18,7 @@ import funcghost as fg
 from funcghost.algebra.factors import Dense
 from funcghost.laws.oracle import per_sample_gradients
 from funcghost.testing import pairs as drawn_pairs
+from tests.depth import fewer
 from tests.models.programs import Program, programs
 from tests.models.small import rows, small_gpt
 from tests.naive import gradient
@@ -48,6 +49,7 @@ def all_options(verify: Any = "first") -> st.SearchStrategy[fg.Options]:
     )
 
 
+@fewer(3)
 @given(program=programs(), options=all_options())
 def test_quadratic_reducers_equal_naive_gradients(program: Program, options: fg.Options) -> None:
     batch = program.batch()
@@ -75,6 +77,7 @@ def test_quadratic_reducers_equal_naive_gradients(program: Program, options: fg.
             torch.testing.assert_close(out.grads[name], wanted, rtol=1e-9, atol=1e-9)
 
 
+@fewer(3)
 @given(program=programs(empty=False), options=all_options(), seed=st.integers(0, 99))
 def test_pairs_are_the_gradients(program: Program, options: fg.Options, seed: int) -> None:
     batch = program.batch()

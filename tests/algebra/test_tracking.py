@@ -16,6 +16,7 @@ from funcghost.algebra.compression import certified_bound
 from funcghost.algebra.factors import Dense, Lookup, Outer, matrix_form
 from funcghost.algebra.pairs import Pairs
 from tests.algebra.test_directions import dense, low_rank
+from tests.depth import fewer
 from tests.models.programs import Program, programs
 from tests.models.small import like, rows, small_gpt
 from tests.naive import Params
@@ -50,6 +51,7 @@ def assert_tracked(found: Any, wanted: Params, before: Any, atol: float = 1e-11)
         torch.testing.assert_close(own.dense(), projected(wanted[name], leaf), rtol=1e-9, atol=atol * size * leaf.rank)
 
 
+@fewer(3)
 @given(program=programs(empty=False), rank=st.integers(1, 3), seed=st.integers(0, 99))
 def test_pairs_and_their_sum_are_tracked_by_the_equation(program: Program, rank: int, seed: int) -> None:
     pairs = fg.pairs(program.losses)(program.params, program.batch(seed=seed))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from funcghost.attribution import in_run
 from funcghost.attribution.path import RULES
 from funcghost.laws.oracle import per_sample_gradients
 from funcghost.training import updates
+from tests.depth import fewer
 from tests.models.programs import Program, programs
 from tests.models.small import rows, small_gpt
 from tests.naive import assert_close, assert_trees_close, dots, gradient
@@ -234,6 +235,7 @@ def test_permuted_equal_and_idle_samples(which: str, credit: Any, order: list[in
     assert float((again.values - out.values[order]).abs().max()) <= 1e-9 * size
 
 
+@fewer(3)
 @given(st.sampled_from(["step", "impulse"]), st.sampled_from([0.2, 0.7]))
 def test_values_are_linear_in_the_validation_loss(credit: Any, share: float) -> None:
     one, other, batch = rows(3)[0], rows(3)[0], rows(4)
@@ -255,7 +257,7 @@ def test_values_are_linear_in_the_validation_loss(credit: Any, share: float) -> 
     assert_close(chained.values, fresh.values, 1e-9)
 
 
-@settings(max_examples=max(3, settings().max_examples // 3))
+@fewer(6)
 @given(st.sampled_from([[4], [1, 3], [2, 1, 1]]), st.sampled_from([None, 0, 1, 20_000, 10**9]), st.booleans())
 def test_splitting_the_batch_changes_nothing(sizes: list[int], pairs_memory: int | None, impulse: bool) -> None:
     credit = "impulse" if impulse else "step"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 
 import funcghost as fg
@@ -18,6 +18,7 @@ from funcghost.attribution.inverses import Curvature
 from funcghost.attribution.spectra import Whole
 from funcghost.laws.oracle import per_sample_gradients
 from funcghost.testing.strategies import Model, models
+from tests.depth import fewer
 from tests.naive import assert_close
 
 Make = Callable[..., Curvature]
@@ -41,7 +42,7 @@ def small(size: float) -> float:
     return 1e-9 * (size + 1e-6)
 
 
-@settings(max_examples=max(3, settings().max_examples // 3))
+@fewer(3)
 @given(models())
 def test_every_curvature_of_drawn_models(model: Model) -> None:
     """Tied, reused, convolved, looked-up, merged weights, norms and shifts, with all that is between their uses."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from funcghost.reducers.many import ManyDots
 from funcghost.testing import assert_reducer_laws
 from funcghost.testing.strategies import Model, models
 from funcghost.testing.strategies import pairs as drawn_pairs
+from tests.depth import fewer
 from tests.naive import assert_close
 
 
@@ -45,7 +46,7 @@ def test_laws() -> None:
     assert_reducer_laws(lambda params, samples: ManyDots(drawn(params, 2)), examples=5)
 
 
-@settings(max_examples=max(3, settings().max_examples // 3))
+@fewer(3)
 @given(models(), st.integers(2, 3))
 def test_dot_on_drawn_models(model: Model, b: int) -> None:
     first, second, query = model.batch(b), model.batch(b), model.batch(2)

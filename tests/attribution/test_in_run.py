@@ -14,6 +14,7 @@ from torch import Tensor
 import funcghost as fg
 from funcghost.attribution import in_run
 from funcghost.laws.oracle import per_sample_gradients
+from tests.depth import fewer
 from tests.models.programs import Program, programs
 from tests.models.small import like, rows, small_gpt
 from tests.naive import assert_close, assert_trees_close, dots, gradient
@@ -43,6 +44,7 @@ def hessian(losses: Any, params: Params, batch: Any) -> Tensor:
         return torch.autograd.functional.hessian(mean, flat(params))
 
 
+@fewer(3)
 @given(programs(empty=False), st.sampled_from(["mean", "sum"]), st.booleans())
 def test_values_are_those_of_the_paper(program: Program, reduction: Any, scaled: bool) -> None:
     assume("no grad" not in program.features)  # a Hessian through torch.no_grad() is not a matter of definition

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import funcghost as fg
 from funcghost.attribution import unrolled
 from funcghost.testing.strategies import Model, models
 from funcghost.training import updates
+from tests.depth import fewer
 from tests.naive import assert_close
 from tests.versions import differentiated_twice
 
@@ -128,7 +129,7 @@ def test_reductions_scalars_and_loops(reduction: Any, vectorised: bool) -> None:
     assert alone.initial["a"].shape == params["a"].shape
 
 
-@settings(max_examples=max(3, settings().max_examples // 3))
+@fewer(3)
 @given(models())
 def test_drawn_models(model: Model) -> None:
     """Tied, reused, attended, convolved; with clipped gradients and a momentum."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
@@ -18,6 +18,7 @@ from funcghost.corpus import asking
 from funcghost.store import vectors
 from funcghost.store.files import checksum
 from tests.corpus.stores import stored
+from tests.depth import fewer
 from tests.models.corpora import COUNT, collate, losses_of, make, reducers_of, samples
 
 
@@ -31,7 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NUMBERS = st.sampled_from([-np.inf, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, np.inf, np.nan])
 
 
-FEWER = settings(max_examples=max(10, settings().max_examples // 2))
+FEWER = fewer(2)
 
 
 @FEWER

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import funcghost as fg
 from funcghost import corpus
 from tests.corpus.stores import contents
+from tests.depth import fewer
 from tests.models.corpora import COUNT, collate, losses_of, make, padded_collate, reducers_of, samples
 
 
@@ -148,7 +149,7 @@ def counting() -> Callable[[Any], int]:
     return lambda sample: next(numbers)
 
 
-@settings(max_examples=max(3, settings().max_examples // 8))
+@fewer(8)
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 3))
 def test_no_cut_of_the_data_matters(
     tmp_path_factory: pytest.TempPathFactory, batch_size: int, part: int, ranks: int

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:quantized..linear_dynamic. an autograd kernel was not registered:UserWarning"),
 ]
-BACKENDS = thinned(["eager", "aot_eager", "inductor"], ["eager", "aot_eager"])  # seen through alike; the last takes half a minute
+BACKENDS = thinned(
+    ["eager", "aot_eager", "inductor"], ["eager", "aot_eager"]
+)  # seen through alike; the last takes half a minute
 
 
 class Disguised(nn.Module):
@@ -75,9 +78,11 @@ def whole_model(net: Net, backend: Any) -> None:
     net.compile(backend=backend)
 
 
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("block", [Mlp, Disguised, Gate])
-@pytest.mark.parametrize("wrap", [wrapped_block, own_compile, fullgraph, dynamic, whole_model])
+WAYS = [*product([wrapped_block, own_compile, fullgraph, dynamic, whole_model], [Mlp, Disguised, Gate], [False, True])]
+EACH = [case for case in WAYS if case[0] is wrapped_block or case[1:] == (Disguised, True)]
+
+
+@pytest.mark.parametrize(("wrap", "block", "warm"), thinned(WAYS, EACH))
 def test_compiled_parts_are_seen_through_and_stay_compiled(
     wrap: Callable[[Net, Any], None], block: Callable[[], nn.Module], warm: bool
 ) -> None:

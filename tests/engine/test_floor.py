@@ -366,7 +366,7 @@ NARROW = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("kind", ["dot", "low rank", "stack", "norm", "gram", "cross"])
 def test_compute_dtype_leaves_gradients_alone_and_costs_its_rounding(kind: str, dtype: torch.dtype) -> None:
     """The operands of products are off by eps / 2 each, so a score by the size of its terms times their number."""
-    _, losses, params = small_gpt(width=32)
+    _, losses, params = small_gpt(width=32, layers=1)
     batch = rows(8)
     reducer = reducers(params)[kind]
     plain = fg.grad_and_reduce(losses)(params, batch, reducer)
@@ -384,7 +384,7 @@ def test_compute_dtype_leaves_gradients_alone_and_costs_its_rounding(kind: str, 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_compute_dtype_is_within_the_rounding_of_two_operands(dtype: torch.dtype) -> None:
     """|error_i| <= eps sum |terms_i|: half an eps for the activation, half for the direction."""
-    _, losses, params = small_gpt(width=32)
+    _, losses, params = small_gpt(width=32, layers=1)
     batch, direction = rows(8), like(params)
     wanted = expected(losses, params, batch, direction)
     found = fg.reduce(losses, options=fg.Options(compute_dtype=dtype))(params, batch, fg.dot(direction))

@@ -73,13 +73,13 @@ def perceptron(*widths: int) -> nn.Sequential:
 
 
 def gpt2() -> nn.Module:
-    size = {"n_embd": 16, "n_layer": 4, "n_head": 2, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**size, attn_implementation="sdpa")).eval()
 
 
 def llama() -> nn.Module:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     return hf.LlamaForCausalLM(hf.LlamaConfig(**size, **heads, attn_implementation="sdpa"))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.laws.oracle import per_sample_gradients
+from tests.depth import fewer
 from tests.models.programs import FEATURES, Program, programs
 from tests.naive import assert_scores, assert_trees_close, dots, expected, gradient
 
@@ -60,6 +61,7 @@ def test_scores_gradient_and_losses_are_those_of_autograd(program: Program, redu
         assert_trees_close(out.grads, grads)
 
 
+@fewer(2)
 @given(programs())
 def test_scoring_alone_and_forward_route_agree(program: Program) -> None:
     batch, direction = program.batch(), program.direction()
@@ -69,6 +71,7 @@ def test_scoring_alone_and_forward_route_agree(program: Program) -> None:
     assert_scores(forward(program.params, batch, fg.dot(direction)), wanted)
 
 
+@fewer(2)
 @given(programs(), st.floats(-3, 3), st.floats(-3, 3))
 def test_linear_in_the_direction(program: Program, a: float, b: float) -> None:
     batch, u, v = program.batch(), program.direction(1), program.direction(2)
@@ -80,6 +83,7 @@ def test_linear_in_the_direction(program: Program, a: float, b: float) -> None:
     assert_scores(combined, (stacked @ torch.tensor([a, b], dtype=torch.float64), size))
 
 
+@fewer(2)
 @given(programs(empty=False))
 def test_sum_over_samples_is_the_training_gradient(program: Program) -> None:
     batch, direction = program.batch(), program.direction()
@@ -100,6 +104,7 @@ def test_permutation_of_the_batch(program: Program, random: Any) -> None:
     assert_scores(after, (before[order], size[order]))
 
 
+@fewer(2)
 @given(programs(empty=False), st.integers(0, 4))
 def test_any_split_of_the_batch_gives_the_same_scores(program: Program, cut: int) -> None:
     assume(not program.mixes)

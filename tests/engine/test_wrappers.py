@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import funcghost as fg
 from funcghost.laws.oracle import per_sample_gradients
+from tests.depth import thinned
 from tests.models.small import like, next_token
 from tests.models.wrapped import KEPT, Losses, Params, assert_exact, huggingface, made, normal, squares
 from tests.naive import assert_close, dots, gradient
@@ -66,8 +67,10 @@ def unwanted(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("a plan was made")
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+LORA = [("gpt2", False), ("gpt2", True), ("llama", False), ("llama", True)]
+
+
+@pytest.mark.parametrize(("name", "dora"), thinned(LORA, [("gpt2", True), ("llama", False)]))
 def test_lora_by_peft(name: str, dora: bool) -> None:
     base, _, _, batch = huggingface(name)
     targets = ["c_attn", "c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "down_proj"]

@@ -48,8 +48,11 @@ def test_digits_of_large_gradients_are_worth_more(capsys: pytest.CaptureFixture[
     assert "rank correlation of GraNd and EL2N 0.9" in capsys.readouterr().out
 
 
-def test_attribution_methods_are_held_to_retraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The smallest size, which runs all of it and claims nothing."""
+def test_attribution_methods_are_held_to_retraining(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest size and a narrow model, which run all of it and claim nothing."""
+    monkeypatch.setattr(attribution_digits, "HIDDEN", 8)
     rows = attribution_digits.main(["--size", "tiny", "--out", str(tmp_path / "digits")])
     assert [row.method for row in rows] == list(attribution_digits.METHODS)
     assert all(0 <= row.auroc <= 1 and -1 <= row.lds <= 1 and row.cost > 0 for row in rows)

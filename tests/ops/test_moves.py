@@ -14,6 +14,7 @@ import funcghost as fg
 from funcghost.ops.call import flatten_call
 from funcghost.ops.layout import Layout, Rows
 from funcghost.ops.moves import MOVES, Move, resolve
+from tests.depth import fewer
 from tests.naive import assert_scores, expected
 
 Params = dict[str, Tensor]
@@ -127,6 +128,7 @@ def check(experts: Experts, seeds: list[int]) -> list[fg.Plan]:
 
 
 @pytest.mark.parametrize("experts", LASTING, ids=lambda f: f.__name__)
+@fewer(5)
 @given(seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=2))
 def test_one_plan_serves_every_route(experts: Experts, seeds: list[int]) -> None:
     [plan] = check(experts, [0, *seeds])  # with 0 the samples lie in no regular order, as they may by chance
@@ -135,6 +137,7 @@ def test_one_plan_serves_every_route(experts: Experts, seeds: list[int]) -> None
 
 
 @pytest.mark.parametrize("experts", CHANGING, ids=lambda f: f.__name__)
+@fewer(5)
 @given(seeds=st.lists(st.integers(0, 10**6), min_size=2, max_size=2))
 def test_routes_with_other_sizes_are_exact(experts: Experts, seeds: list[int]) -> None:
     check(experts, seeds)

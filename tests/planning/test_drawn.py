@@ -17,6 +17,7 @@ from funcghost.laws.draws import PERIOD
 from funcghost.ops.call import Call, Outputs, flatten_call
 from funcghost.ops.meter import Clock
 from funcghost.planning.drawn import DRAWN, FEW, TRUE, Generic
+from tests.depth import fewer
 from tests.naive import assert_scores, expected
 
 Params = dict[str, Tensor]
@@ -579,6 +580,7 @@ def sequences(draw: st.DrawFn) -> tuple[str, str, list[int]]:
     return name, kind, draw(st.lists(st.integers(0, count - 1), min_size=2, max_size=4))
 
 
+@fewer(3)
 @given(sequences())
 def test_switched_by_data(drawn: tuple[str, str, list[int]]) -> None:
     name, kind, order = drawn

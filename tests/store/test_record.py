@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import funcghost as fg
 from funcghost import store
+from tests.depth import fewer
 from tests.store.runs import ROWS, STEPS, add, begin, write
 
 
@@ -61,7 +62,7 @@ def test_nothing_written_is_a_table_without_rows(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "run" / "values").schema.names == found.table().schema.names
 
 
-@settings(max_examples=max(8, settings().max_examples // 4))
+@fewer(4, least=8)
 @given(st.lists(st.tuples(st.integers(0, STEPS), st.integers(1, 4)), max_size=3), st.integers(1, 4))
 def test_resuming_anywhere_gives_the_run_without_a_break(
     tmp_path_factory: pytest.TempPathFactory, whole: Path, breaks: list[tuple[int, int]], every: int

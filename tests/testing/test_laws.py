@@ -28,6 +28,7 @@ from funcghost.testing import (
 )
 from funcghost.testing.strategies import LAYERS
 from funcghost.trees import Params
+from tests.depth import fewer
 
 POSITIONS_FIRST = tuple(name for name in LAYERS if name not in ("convolution", "channels"))
 
@@ -235,6 +236,7 @@ def test_what_rules_cannot_be_asked() -> None:
 # -- models --------------------------------------------------------------------------------------------
 
 
+@fewer(3)
 @given(models())
 def test_drawn_models_match_naive_gradients(model: Model) -> None:
     assert_matches_naive(model.losses, model.params, model.batch(3), [fg.project(4), fg.per_param(fg.squared_norm())])

@@ -14,6 +14,7 @@ import funcghost as fg
 from funcghost.training import updates
 from funcghost.training.update_kinds import Clipped, Update
 from funcghost.trees import split_params
+from tests.depth import fewer
 from tests.naive import assert_close, assert_trees_close
 
 Params = dict[str, Tensor]
@@ -244,6 +245,7 @@ def compositions(update: Update, how: str, params: Params, grads: Params) -> Upd
     return updates.clipped(update, 0.4 * norm if how == "clipped" else 2 * norm)
 
 
+@fewer(3)
 @given(st.sampled_from([*OPTIMIZERS]), st.integers(0, 2), st.sampled_from(["as it is", "clipped", "not clipped"]))
 def test_parts_add_up_to_what_the_gradient_moves(which: str, before: int, how: str) -> None:
     optimizer, params = begun(which, before)
