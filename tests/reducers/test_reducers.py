@@ -62,7 +62,7 @@ ONE_OF_EACH = [
     (name, variant)
     for name, variant in VARIANTS
     if not name.startswith("Lazy")  # which is another when it has met its input
-    and (variant == next(iter(LAYERS[name])) or name.startswith(("Embedding", "Conv", "LSTM")))
+    and (variant == next(iter(LAYERS[name])) or name.startswith(("Embedding", "Conv", "LSTM", "GRU")))
 ]
 
 
