@@ -112,9 +112,10 @@ def followed(call: Call, found: Outputs, tracked: Sequence[Shadow], way: Way | N
     )
     if any(physical(leaf) is not leaf for leaf in call.leaves if isinstance(leaf, Tensor)):
         raise UnsupportedOpError(
-            "per-sample gradients in factored form are not to be had where a tangent is carried through "
-            "torch.func.vmap, as with chunk_size or where a parameter is written into a value in place. Write ops out "
-            "of place; leave chunk_size out, or split the batch and call the step for each part."
+            "per-sample gradients in factored form are not to be had where a tangent is carried through a torch.func "
+            "transform: under vmap with chunk_size, or where a parameter is written into a value in place; under grad "
+            "or jvp, where samples mix. Write ops out of place; leave chunk_size out, or split the batch and call the "
+            "step for each part; take derivatives inside the losses by torch.autograd.grad(..., create_graph=True)."
         )
     values: Outputs = found
     if not (found and owns and alone):

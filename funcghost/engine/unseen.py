@@ -13,13 +13,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import CheckpointError
 
 from funcghost.algebra.factors import Dense, Factor
 from funcghost.dtypes import as_written
 from funcghost.engine.contributions import ByFactors, Tangents, Tapped
 from funcghost.engine.shadows import Computed, Constant, Shadow
 from funcghost.engine.tap import Taps, behind
-from funcghost.errors import UnsupportedOpError
+from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.ops.apart import Level, Use, Where, of_sample
 from funcghost.ops.call import alias
 
@@ -117,7 +118,7 @@ class Stretch:
             UnsupportedOpError: the backward cannot be differentiated.
         """
         slope, drawn = torch.zeros_like(self.value, requires_grad=False), list[Tensor | None]()
-        with torch.enable_grad(), as_written(self.value.device):
+        with torch.enable_grad(), as_written(self.value.device), through_no_checkpoint():
             dual = torch.zeros_like(self.value, requires_grad=True)
             try:
                 pulled = self.pull(dual, differentiable=True)
@@ -133,6 +134,8 @@ class Stretch:
                     drawn = drawn or self.pull(torch.ones_like(self.value))
                     if (whole := drawn[place]) is not None and bool(whole.any()):
                         raise RuntimeError("what it returns does not depend on what comes in, as far as autograd sees")
+            except MismatchError:
+                raise
             except RuntimeError as error:
                 raise self._refused(str(error).splitlines()[0]) from error
         return slope
@@ -181,6 +184,22 @@ class Stretch:
                 own.update(kept)
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def through_no_checkpoint() -> Iterator[None]:
+    """Where a backward runs while the losses do.
+
+    Raises:
+        UnsupportedOpError: it comes to a region of `torch.utils.checkpoint`.
+    """
+    try:
+        yield
+    except (CheckpointError, MismatchError) as error:
+        raise UnsupportedOpError(
+            "the losses take a derivative through a region of torch.utils.checkpoint, which can be run again for the "
+            "backward of the losses alone. Leave the checkpoint out where the losses call torch.autograd.grad."
+        ) from error
 
 
 def stretch_of(value: Tensor, walked: Walked[Any]) -> Stretch:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import optree
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcghost.engine.unseen import Edge, edge_of
+from funcghost.engine.unseen import Edge, edge_of, through_no_checkpoint
 from funcghost.ops.call import flatten_call, physical
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest
@@ -25,6 +26,9 @@ QUESTIONS = frozenset(
     ]
 )
 """What models ask of tensors at every turn, and what says nothing of their values."""
+
+DERIVATIVES = frozenset([torch.autograd.grad, torch._VF._unpack_dual, _T.grad.__get__])
+"""What gives derivatives: not of its arguments, but of the graph behind them, parameters on the way included."""
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +84,13 @@ class Walker(TorchFunctionMode, ABC, Generic[Note]):
             move, self.moving = self.moving, self.moving + 1
         of = self.values.of
         values = [of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        returned = self.visit(Visit(op, args, kwargs, leaves, spec, values, move))
+        visit = Visit(op, args, kwargs, leaves, spec, values, move)
+        if op in DERIVATIVES:
+            with through_no_checkpoint():
+                returned = self.run(visit)
+            self._give(returned, watching=False)
+            return returned
+        returned = self.visit(visit)
         if self.watching:
             for leaf, value in zip(leaves, values, strict=True):
                 if value is not None and leaf.requires_grad:

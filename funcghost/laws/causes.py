@@ -13,10 +13,11 @@ from funcghost.trees import as_whole
 
 ANY = (
     "They are used where neither a torch function mode nor the graph of autograd shows how (inside a custom autograd "
-    "Function whose backward detaches what it returns or is not linear in the incoming gradient, or under "
-    "torch.func.vmap; a torch.func transform of their own), their gradient is changed by a hook that is not linear, "
-    "or an op's rule is wrong. Call ordinary torch ops on these parameters, out of place, with derivatives written "
-    "out by hand; take the hook off; correct the rule given to fg.register_rule; or leave them out of params."
+    "Function whose backward detaches what it returns or is not linear in the incoming gradient; in a Function or a "
+    "derivative under torch.func.vmap), their gradient is changed by a hook that is not linear, or an op's rule is "
+    "wrong. Call ordinary torch ops on these parameters, out of place; take derivatives of the whole batch, or in a "
+    "loop, with torch.autograd.grad(..., create_graph=True); take the hook off; correct the rule given to "
+    "fg.register_rule; or leave them out of params."
 )
 
 

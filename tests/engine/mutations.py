@@ -183,6 +183,9 @@ MUTATIONS: dict[str, Mutation] = {
         "fine = torch.tensor(True)",
         (MOVES, AWKWARD, "-k", "anew or packed or added"),
     ),
+    "a derivative comes from its arguments": Mutation(
+        "engine/walker.py", "Walker.__torch_function__", "op in DERIVATIVES", "False", (UNSEEN, "-k", "inside")
+    ),
     "gradients past an end": Mutation(
         "engine/unseen.py", "_stop", "torch._C._current_graph_task_id() == outer", "True", (UNSEEN,)
     ),

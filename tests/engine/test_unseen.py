@@ -17,6 +17,7 @@ from torch.func import functional_call
 import funcghost as fg
 from funcghost import versions
 from funcghost.engine.unseen import Stretch, edge_of
+from tests.depth import fewer
 from tests.models.small import Product
 
 Losses = Callable[[Any, Any], Tensor]
@@ -549,3 +550,75 @@ def test_expanded_parameter_in_an_op_without_a_rule() -> None:
         return (h[0][:, None] * x).sum(-1).square().sum(1)
 
     assert_exact(losses, own(q=(4,), g=(4,), w=(4, 4)), normal(3, 5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_derivative_by_backward_inside_the_losses() -> None:
+    def losses(p: Any, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        value = (x @ p["w"]).tanh() @ p["v"]
+        value.sum().backward(inputs=[x], create_graph=True)
+        assert x.grad is not None
+        return value + (x.grad.norm(dim=1) - 1).square()
+
+    assert_exact(losses, own(w=(4, 3), v=(3,)), normal(3, 4))
+
+
+def by_autograd(potential: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    at = at if at.requires_grad else at.detach().requires_grad_()
+    found: Tensor = torch.autograd.grad(potential(at).sum(), at, create_graph=True)[0]
+    return found
+
+
+def by_func(potential: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    found: Tensor = torch.func.grad(lambda at: potential(at).sum())(at)
+    return found
+
+
+def by_jvp(potential: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    found: Any = torch.func.jvp(potential, (at,), (torch.ones_like(at),))
+    along: Tensor = found[1]
+    return along[:, None] * at.cos()
+
+
+# Autograd itself is not to be called within a transform of torch.func.
+WAYS = [(by_autograd, None), (by_autograd, by_autograd)]
+WAYS += [(first, second) for first in (by_func, by_jvp) for second in (None, by_autograd, by_func, by_jvp)]
+
+
+@fewer(5)
+@given(
+    ways=st.sampled_from(WAYS),
+    at=st.sampled_from(["batch", "activation"]),
+    mixes=st.booleans(),
+    samples=st.integers(1, 4),
+)
+def test_derivatives_inside_the_losses(ways: tuple[Any, Any], at: str, mixes: bool, samples: int) -> None:
+    first, second = ways
+    params, x = own(w=(4, 3), u=(3, 4), v=(4,)), normal(samples, 4)
+
+    def losses(p: Any, x: Tensor) -> Tensor:
+        def potential(z: Tensor) -> Tensor:
+            h = (z @ p["w"]).tanh()
+            if mixes:
+                h = h - h.mean(0)
+            return (h @ p["u"]).sin() @ p["v"]
+
+        def slope(z: Tensor) -> Tensor:
+            found: Tensor = first(potential, z)
+            return found
+
+        start = x if at == "batch" else (x @ p["w"] @ p["u"]).sin()
+        found = slope(start) if second is None else second(lambda z: slope(z) @ p["v"], start)
+        return found.square().sum(1) + potential(start)
+
+    if not mixes or first is by_autograd:
+        assert_exact(losses, params, x)
+        return
+    rows, _ = truth(losses, params, x)
+    flat = torch.cat([p.detach().flatten() for p in params.values()])
+    torch.testing.assert_close(fg.reduce(losses)(params, x, fg.dot(params)), rows @ flat)
+    try:
+        assert_exact(losses, params, x)
+    except fg.UnsupportedOpError as error:
+        assert "torch.autograd.grad" in str(error)  # noqa: PT017

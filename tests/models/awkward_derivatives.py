@@ -1,8 +1,11 @@
 """Randomness, derivatives inside the losses, losses of several samples."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import funcghost as fg
@@ -46,24 +49,56 @@ def small_net(p: Params, x: Tensor) -> Tensor:
     return torch.tanh(x @ p["w"]) @ p["v"]
 
 
-@row(w=(6, 3), v=(3,), outcome=fg.ConservationError, says="by hand", remedy="gradient_penalty_by_hand", batch=rows)
+def slope_of(values: Tensor, at: Tensor) -> Tensor:
+    slope: Tensor = torch.autograd.grad(values.sum(), at, create_graph=True)[0]
+    return slope
+
+
+@row(w=(6, 3), v=(3,), batch=rows)
 def gradient_penalty(p: Params, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
-    [slope] = torch.autograd.grad(small_net(p, x).sum(), x, create_graph=True)
-    return small_net(p, x) + (slope.norm(dim=1) - 1).square()
+    value = small_net(p, x)
+    return value + (slope_of(value, x).norm(dim=1) - 1).square()
 
 
-@row(w=(6, 3), v=(3,), outcome=fg.ConservationError, says="by hand", remedy="gradient_penalty_by_hand", batch=rows)
+@row(w=(6, 3), v=(3,), batch=rows)
 def gradient_penalty_by_torch_func(p: Params, x: Tensor) -> Tensor:
     slope = torch.func.grad(lambda x: small_net(p, x).sum())(x)
     return small_net(p, x) + (slope.norm(dim=1) - 1).square()
 
 
+@row(w=(7, 3), v=(3,), u=(3, 3), batch=lambda: normal(4, 3, 3))
+def forces_of_a_potential(p: Params, places: Tensor) -> Tensor:
+    # Three atoms a sample, each with a message from the two others: their energy, and its slope in the places.
+    at = places.flatten(0, 1).detach().requires_grad_()
+    to, other = torch.tensor([(i, j) for i in range(12) for j in range(12) if i != j and i // 3 == j // 3]).T
+    apart = at[to] - at[other]
+    features = torch.cat([apart, apart.norm(dim=1, keepdim=True), at[other].square()], 1)
+    atoms = torch.zeros(12, 3, dtype=at.dtype).index_add(0, to, torch.tanh(features @ p["w"]))
+    energy = (torch.tanh(atoms @ p["u"]) @ p["v"]).unflatten(0, (4, 3)).sum(1)
+    return energy.square() + squares(slope_of(energy, at).unflatten(0, (4, 3)) + 0.1)
+
+
 @row(w=(6, 3), v=(3,), batch=rows)
-def gradient_penalty_by_hand(p: Params, x: Tensor) -> Tensor:
+def laplacian_by_slopes(p: Params, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    slope = slope_of(small_net(p, x), x)
+    return (torch.stack([slope_of(slope[:, i], x)[:, i] for i in range(6)]).sum(0) - 1).square()
+
+
+@row(w=(6, 3), batch=rows)
+def jacobian_at_once(p: Params, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    units = torch.eye(3, dtype=x.dtype)[:, None].expand(3, 4, 3)
+    [rows] = torch.autograd.grad(torch.tanh(x @ p["w"]), x, units, is_grads_batched=True, create_graph=True)
+    return rows.square().sum((0, 2))
+
+
+@row(w=(6, 3), v=(3,), batch=rows)
+def slope_at_an_activation(p: Params, x: Tensor) -> Tensor:
     h = torch.tanh(x @ p["w"])
-    slope = ((1 - h.square()) * p["v"]) @ p["w"].T
-    return h @ p["v"] + (slope.norm(dim=1) - 1).square()
+    value = (h @ p["v"]).square()
+    return (slope_of(value, h) * h.sin()).sum(1) + value
 
 
 @row(w=(6, 3), v=(3,), batch=rows, forward_route=False)
@@ -73,29 +108,37 @@ def laplacian(p: Params, x: Tensor) -> Tensor:
 
 
 @row(w=(6, 3), v=(3,), batch=rows)
-def laplacian_by_hand(p: Params, x: Tensor) -> Tensor:
-    h = torch.tanh(x @ p["w"])
-    bent = (-2 * h * (1 - h.square()) * p["w"].square().sum(0)) @ p["v"]
-    return (bent - 1).square()
-
-
-@row(w=(6, 3), v=(3,), outcome=fg.ConservationError, says="by hand", remedy="inner_step_by_hand", batch=rows)
 def inner_step_by_torch_func(p: Params, x: Tensor) -> Tensor:
     inner = torch.func.grad(lambda v: (x.flip(1) @ p["w"] @ v).square().mean())(p["v"])
     return (x @ p["w"] @ (p["v"] - 0.1 * inner)).square()
 
 
-@row(w=(6, 3), v=(3,), outcome=fg.UnsupportedOpError, says="used by grad", remedy="inner_step_by_hand", batch=rows)
-def inner_step_by_autograd(p: Params, x: Tensor) -> Tensor:
-    [inner] = torch.autograd.grad((x.flip(1) @ p["w"] @ p["v"]).square().mean(), p["v"], create_graph=True)
-    return (x @ p["w"] @ (p["v"] - 0.1 * inner)).square()
+@row(w=(6, 3), v=(3,), rate=(), batch=rows)
+def inner_steps(p: Params, x: Tensor) -> Tensor:
+    # The inner loss is of all samples: each of them has a part in every other one's.
+    own = {"w": p["w"], "v": p["v"]}
+    for _ in range(2):
+        found = torch.autograd.grad(small_net(own, x.flip(1)).square().mean(), [*own.values()], create_graph=True)
+        own = {name: value - p["rate"] * slope for (name, value), slope in zip(own.items(), found, strict=True)}
+    return small_net(own, x).square()
+
+
+@row(w=(6, 3), v=(3,), outcome=fg.ConservationError, says="in a loop", remedy="inner_step_in_a_loop", batch=rows)
+def inner_step_under_vmap(p: Params, x: Tensor) -> Tensor:
+    def one(x: Tensor) -> Tensor:
+        inner = torch.func.grad(lambda v: (x.flip(0) @ p["w"] @ v).square())(p["v"])
+        return (x @ p["w"] @ (p["v"] - 0.1 * inner)).square()
+
+    return torch.func.vmap(one)(x)
 
 
 @row(w=(6, 3), v=(3,), batch=rows)
-def inner_step_by_hand(p: Params, x: Tensor) -> Tensor:
-    features = x.flip(1) @ p["w"]
-    inner = 2 * features.T @ (features @ p["v"]) / len(x)
-    return (x @ p["w"] @ (p["v"] - 0.1 * inner)).square()
+def inner_step_in_a_loop(p: Params, x: Tensor) -> Tensor:
+    def one(x: Tensor) -> Tensor:
+        [inner] = torch.autograd.grad((x.flip(0) @ p["w"] @ p["v"]).square(), p["v"], create_graph=True)
+        return (x @ p["w"] @ (p["v"] - 0.1 * inner)).square()
+
+    return torch.stack([one(row) for row in x])
 
 
 @row(w=(6, 3), v=(3,), batch=rows)
@@ -112,22 +155,18 @@ def adversarial_input(p: Params, x: Tensor) -> Tensor:
     return small_net(p, x + 0.1 * slope.sign()).square()
 
 
-@row(
-    w=(6, 3),
-    v=(3,),
-    outcome=fg.ConservationError,
-    says="a torch.func transform of their own",
-    remedy="slope_along_by_hand",
-    batch=rows,
-)
+@row(w=(6, 3), v=(3,), batch=rows)
 def slope_along_by_jvp(p: Params, x: Tensor) -> Tensor:
-    return torch.func.jvp(lambda x: small_net(p, x), (x,), (torch.ones_like(x),))[1].square()
+    found: Any = torch.func.jvp(lambda x: small_net(p, x), (x,), (torch.ones_like(x),))
+    total: Tensor = found[0] + found[1]
+    return total.square()
 
 
 @row(w=(6, 3), v=(3,), batch=rows)
-def slope_along_by_hand(p: Params, x: Tensor) -> Tensor:
-    h = torch.tanh(x @ p["w"])
-    return (((1 - h.square()) * (torch.ones_like(x) @ p["w"])) @ p["v"]).square()
+def slope_along_by_duals(p: Params, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(small_net(p, forward_ad.make_dual(x, torch.ones_like(x))))
+        return (found.primal + found.tangent).square()
 
 
 @row(w=(6, 6), rate=())
