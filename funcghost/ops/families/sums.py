@@ -52,6 +52,7 @@ know(
     *(torch.chunk, T.chunk, torch.split, T.split, torch.unbind, T.unbind),
     linear="jointly",
 )
+know(torch._VF._make_dual, linear="jointly", arguments=("input", "tangent", "level"))  # what jvp makes of its inputs
 know(torch.cat, torch.stack, linear="jointly", arguments=("tensors", "dim"), when=_all_float)
 for _ops, _signs in (((torch.add, T.add), (1, 1)), ((torch.sub, T.sub), (1, -1)), ((T.__rsub__,), (-1, 1))):
     know(*_ops, linear=(("input", "other"),), arguments=("input", "other"), product=_add(*_signs))
