@@ -197,8 +197,9 @@ def through_no_checkpoint() -> Iterator[None]:
         yield
     except (CheckpointError, MismatchError) as error:
         raise UnsupportedOpError(
-            "the losses take a derivative through a region of torch.utils.checkpoint, which can be run again for the "
-            "backward of the losses alone. Leave the checkpoint out where the losses call torch.autograd.grad."
+            "the losses take a derivative through a region of torch.utils.checkpoint, which is not run again there as "
+            "it ran. Leave the checkpoint out where the losses call torch.autograd.grad; without create_graph=True it "
+            "is enough to pass it context_fn=fg.checkpoint_context."
         ) from error
 
 

@@ -160,16 +160,22 @@ def test_reentrant_checkpoint_does_not_pass_for_zero() -> None:
 def test_a_derivative_through_a_checkpoint_is_refused(context: dict[str, Any]) -> None:
     params, x = {"w": normal(3, 2)}, normal(4, 3)
 
-    def losses(params: Params, x: Tensor, region: bool = True) -> Tensor:
+    def losses(params: Params, x: Tensor, region: bool = True, twice: bool = True) -> Tensor:
         def layer(x: Tensor) -> Tensor:
             return (x @ params["w"]).sin()
 
         x = x.detach().requires_grad_()
         value = checkpoint(layer, x, use_reentrant=False, **context) if region else layer(x)
-        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-        return slope.square().sum(1)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=twice)
+        return slope.square().sum(1) if twice else layer(x + slope).sum(1)
 
     with pytest.raises(fg.UnsupportedOpError, match=says("Leave the checkpoint out")):
         fg.reduce(losses)(params, x, fg.dot(params))
     remedied = partial(losses, region=False)
     assert_scores(fg.reduce(remedied)(params, x, fg.dot(params)), expected(remedied, params, x, params))
+    once = partial(losses, twice=False)
+    if context:
+        assert_scores(fg.reduce(once)(params, x, fg.dot(params)), expected(once, params, x, params))
+    else:
+        with pytest.raises(fg.UnsupportedOpError, match=says("checkpoint_context")):
+            fg.reduce(once)(params, x, fg.dot(params))
