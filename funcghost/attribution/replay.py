@@ -30,24 +30,28 @@ class Moment:
     random: RandomState
 
 
-class _Precisions(TorchDispatchMode):
-    """Notes the dtypes of less than 32 bits that ops compute in."""
+class _Look(TorchDispatchMode):
+    """Notes the dtypes of less than 32 bits that ops compute in, and the bytes of the largest tensor they give."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.narrow = set[torch.dtype]()
+        self.narrow, self.largest = set[torch.dtype](), 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in optree.tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
-                self.narrow.add(leaf.dtype)
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.numel() * leaf.itemsize)
+                if leaf.is_floating_point() and leaf.dtype.itemsize < 4:
+                    self.narrow.add(leaf.dtype)
         return out
 
 
 @dataclass(eq=False)
 class Training:
     """A training over batches, and what is kept of it: every so many moments, and the losses of all steps.
+
+    `largest` is how many bytes the largest tensor of the first step has.
 
     Gone through forwards and backwards under the same kernels, which whoever goes through it sees to.
     """
@@ -61,6 +65,7 @@ class Training:
     kept: dict[int, Moment] = field(default_factory=dict)
     reads: dict[int, Callable[[], Moment]] = field(default_factory=dict)
     found: list[Tensor] = field(default_factory=list)
+    largest: int = 1
 
     def run(self, params: Tree, state: Tree) -> tuple[Params, Tree]:
         """Trains; the parameters and the state at the end."""
@@ -69,7 +74,7 @@ class Training:
             moment = Moment(now, state, random_state(devices))
             if step % self.every == 0:
                 self._keep(step, moment)
-            now, state, losses = self._step(step, moment, check=step == 0)
+            now, state, losses = self._step(step, moment, look=step == 0)
             self.found.append(losses)
         return now, state
 
@@ -102,10 +107,10 @@ class Training:
                 "torch.use_deterministic_algorithms(True)."
             )
 
-    def _step(self, step: int, moment: Moment, check: bool = False) -> tuple[Params, Tree, Tensor]:
-        """One step; with `check`, low precision on the way is refused."""
-        problem, precisions = Problem(self.losses, moment.params, self.batches[step]), _Precisions()
-        with precisions if check else nullcontext():
+    def _step(self, step: int, moment: Moment, look: bool = False) -> tuple[Params, Tree, Tensor]:
+        """One step; with a `look`, low precision on the way is refused, and sizes are noted."""
+        problem, seen = Problem(self.losses, moment.params, self.batches[step]), _Look()
+        with seen if look else nullcontext():
             leaves = problem.leaves()
             values, _ = problem.evaluate(leaves)
             gradients = backward(values, leaves, cotangents(values, self.reduction))
@@ -113,12 +118,13 @@ class Training:
                 result = self.update(moment.params.rebuild(leaves), moment.params.rebuild(gradients), moment.state)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputError("unrolled: update(params, grads, state) must return (params, state).")
-        if precisions.narrow:
+        if seen.narrow:
             raise InputError(
-                f"unrolled: the losses or the update compute in {', '.join(sorted(map(str, precisions.narrow)))}. "
+                f"unrolled: the losses or the update compute in {', '.join(sorted(map(str, seen.narrow)))}. "
                 "Rounding of that size is not part of the derivative, and what a long training makes of it drowns the "
                 "scores: train in float32 or float64 for this."
             )
+        self.largest = max(self.largest, seen.largest)
         after = split_params(result[0])
         if after.names != moment.params.names:
             raise InputError("unrolled: update must return a tree like params.")

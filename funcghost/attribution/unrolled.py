@@ -7,8 +7,8 @@ query of the final parameters, the sweep goes backwards with the adjoint `a` of 
     d query / d eps_ti = <grad l_ti, d_grads> / b       (mean; without 1/b for a sum)
     a = (d_params + H_t d_grads, d_state)               H_t the Hessian of step t's training loss
 
-both from one double backward of that step's loss. No approximation: it is what autograd through the training would
-give, in the memory of a step and of what is kept of the training.
+all from one backward through that step, its gradient and its update. No approximation: it is what autograd through the
+training would give, in the memory of a step and of what is kept of the training.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +27,9 @@ from funcghost.progress import progress
 from funcghost.trees import Params, Tree, split_params
 
 Query = Callable[[Tree], Tensor]
+
+CACHE = 2**19
+"""Bytes that what an op makes may have on a core of a CPU: more than a cache holds, memory takes longer than sums."""
 
 
 class Attribution(NamedTuple):
@@ -73,8 +76,8 @@ def attribute(
         reduction: of the training loss; "mean" or "sum".
         every: how many steps apart states are kept; those between are recomputed, one stretch at a time.
         folder: where to keep them, instead of in memory.
-        vectorised: whether the k adjoints go through a step together, by `torch.func.vmap`; one after another where
-            an op does not allow that.
+        vectorised: whether the k adjoints go through a step together, by `torch.func.vmap` (on a CPU as many at a time
+            as leave what an op makes of them in a cache); one after another where an op does not allow that.
 
     Shapes: `scores[t]` is [b] or [b, k]. Units: those of the query.
 
@@ -108,9 +111,10 @@ def attribute(
         final, last_state = training.run(params, state)
         value, adjoint = _of_query(query, final)
         k = len(adjoint[0])
+        together = _together(training, final, k) if vectorised else 1
         of_state = [torch.zeros(k, *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in floats(last_state)]
         for step, moment in progress(training.backwards(), "unrolled: backwards", "steps", len(batches)):
-            found, adjoint, of_state = pulled(training, step, moment, adjoint, of_state, vectorised)
+            found, adjoint, of_state = pulled(training, step, moment, adjoint, of_state, together)
             scores.append(found if value.dim() else found.squeeze(-1))
     first = adjoint if value.dim() else [leaf.squeeze(0) for leaf in adjoint]
     return Attribution(
@@ -237,6 +241,12 @@ def _checked(
     if any(place.glob("step*.pt")):
         raise InputError(f"unrolled: folder {place} has steps of another training. Pass an empty one.")
     return place
+
+
+def _together(training: Training, params: Params, k: int) -> int:
+    """How many of k adjoints go through a step at a time."""
+    on_cpu = all(leaf.device.type == "cpu" for leaf in params.leaves)
+    return max(1, min(k, CACHE * torch.get_num_threads() // training.largest)) if on_cpu else k
 
 
 def _wide(what: str, leaf: Tensor) -> None:

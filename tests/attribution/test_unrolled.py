@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor
 
 import funcghost as fg
-from funcghost.attribution import unrolled
+from funcghost.attribution import adjoint, unrolled
 from funcghost.testing.strategies import Model, models
 from funcghost.training import updates
 from tests.depth import fewer
@@ -127,6 +127,27 @@ def test_reductions_scalars_and_loops(reduction: Any, vectorised: bool) -> None:
         assert_close(found, own[:, 1], 1e-9)
     assert alone.value.dim() == 0
     assert alone.initial["a"].shape == params["a"].shape
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_adjoints_go_through_a_step_so_many_at_a_time(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = start()
+    update, state = updates.of(torch.optim.SGD(list(params.values()), lr=0.2, momentum=0.8), params)
+    wanted, initial = truth(update, params, state)
+    first = params["a"].nbytes  # the largest tensor of a step
+    monkeypatch.setattr(unrolled, "CACHE", together * first // torch.get_num_threads())
+    back, rows = adjoint._back, set[int]()
+
+    def counted(outputs: Any, inputs: Any, given: Any) -> list[Tensor]:
+        rows.add(len(given[0]))
+        return back(outputs, inputs, given)
+
+    monkeypatch.setattr(adjoint, "_back", counted)
+    out = unrolled.attribute(losses, update, params, state, BATCHES, query)
+    assert rows == {1: {1}, 2: {2, 1}, 3: {3}}[together]
+    for found, own in zip(out.scores, wanted, strict=True):
+        assert_close(found, own, 1e-9)
+    assert_close(out.initial["a"], initial[0], 1e-9)
 
 
 @fewer(3)
