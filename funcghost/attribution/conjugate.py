@@ -11,7 +11,7 @@ Source: O'Leary, "The block conjugate gradient algorithm and related methods" (1
 block conjugate gradients" (2001), for orthonormal directions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,10 +34,10 @@ class Solution(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Directions [m, *shape], their products with the matrix, and the small matrix `S` [m, m] between the two."""
+    """Directions [m, size], their products with the matrix, and the small matrix `S` [m, m] between the two."""
 
-    directions: list[Tensor]
-    products: list[Tensor]
+    directions: Tensor
+    products: Tensor
     between: Tensor
 
 
@@ -70,37 +70,38 @@ class ConjugateGradients:
     def solve(self, direction: Tree) -> Solution:
         """As a call, whatever the residual is, which is told."""
         params = blank(self.product.params)
-        right, many = stacked(direction, params)
-        size = _gram(right, right).diagonal().sqrt()
+        leaves, many = stacked(direction, params)
+        right = _flat(leaves)
+        size = _norms(right)
         scale = torch.where(size > 0, size, 1)
-        x, r = [torch.zeros_like(leaf) for leaf in right], _mixed(torch.diag(1 / scale), right)
+        x, r = torch.zeros_like(right), _mixed(torch.diag(1 / scale), right)
         residuals, steps, last = size / scale, 0, None
         while steps < self.most and bool((open_ := residuals > self.tolerance).any()):
-            directions = self._directions(params, [leaf[open_] for leaf in r], last)
-            if not len(directions[0]):
+            directions = self._directions(params, r[open_], last)
+            if not len(directions):
                 break  # there are no digits left to go on with
-            last = self._block(directions)
-            shares = torch.linalg.solve(last.between, _gram(last.directions, r)).T
-            x = [a + b for a, b in zip(x, _mixed(shares, last.directions), strict=True)]
-            r = [a - b for a, b in zip(r, _mixed(shares, last.products), strict=True)]
+            last = self._block(params, directions)
+            shares = torch.linalg.solve(last.between, _gram(last.directions, r)).T.to(r.dtype)
+            x.addmm_(shares, last.directions)
+            r.addmm_(shares, last.products, alpha=-1)
             residuals, steps = _norms(r), steps + 1
-        x = _mixed(torch.diag(scale), x)
-        found = x if many is not None else [leaf.squeeze(0) for leaf in x]
-        return Solution(params.rebuild(found), residuals, steps)
+        found = _leaves(params, _mixed(torch.diag(scale), x))
+        return Solution(
+            params.rebuild(found if many is not None else [leaf.squeeze(0) for leaf in found]), residuals, steps
+        )
 
-    def _directions(self, params: Params, residuals: list[Tensor], last: _Block | None) -> list[Tensor]:
+    def _directions(self, params: Params, residuals: Tensor, last: _Block | None) -> Tensor:
         """The next directions, from the residuals that are to fall."""
         z = residuals
         if self.preconditioner is not None:
-            z = stacked(self.preconditioner(params.rebuild(residuals)), params)[0]
+            z = _flat(stacked(self.preconditioner(params.rebuild(_leaves(params, z))), params)[0])
         if last is not None:
             shares = torch.linalg.solve(last.between, _gram(last.products, z)).T
-            z = [a - b for a, b in zip(z, _mixed(shares, last.directions), strict=True)]
+            z = z - _mixed(shares, last.directions)
         return _orthonormal(z)
 
-    def _block(self, directions: list[Tensor]) -> _Block:
-        bent = self.product.of_leaves(directions)
-        bent = [a + self.damping * b for a, b in zip(bent, directions, strict=True)]
+    def _block(self, params: Params, directions: Tensor) -> _Block:
+        bent = _flat(self.product.of_leaves(_leaves(params, directions))).add_(directions, alpha=self.damping)
         between = _gram(directions, bent)
         between = (between + between.T) / 2
         # Its least eigenvalue is not below that of the matrix, since the directions are orthonormal.
@@ -112,30 +113,42 @@ class ConjugateGradients:
         return _Block(directions, bent, between)
 
 
-def _orthonormal(leaves: Leaves) -> list[Tensor]:
+def _orthonormal(rows: Tensor) -> Tensor:
     """An orthonormal basis of what k directions span, without those that are others' but for rounding.
 
     Each is brought to norm 1 first, so that residuals far below the others' are not taken for rounding.
     """
-    norms = _norms(leaves)
-    unit = _mixed(torch.diag(1 / torch.where(norms > 0, norms, 1)), leaves)
-    values, basis = torch.linalg.eigh(_gram(unit, unit))
-    kept = values > values.max() * 16 * max(torch.finfo(leaf.dtype).eps for leaf in leaves)
-    return _mixed((basis[:, kept] / values[kept].sqrt()).T, unit)
+    between = _gram(rows, rows)
+    norms = between.diagonal().sqrt()
+    unit = torch.diag(1 / torch.where(norms > 0, norms, 1))
+    values, basis = torch.linalg.eigh(unit @ between @ unit)
+    kept = values > values.max() * 16 * torch.finfo(rows.dtype).eps
+    return _mixed((unit @ basis[:, kept] / values[kept].sqrt()).T, rows)
 
 
-def _gram(a: Leaves, b: Leaves) -> Tensor:
+def _flat(leaves: Leaves) -> Tensor:
+    """Directions [k, *shape] side by side, [k, size]."""
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
+
+
+def _leaves(params: Params, rows: Tensor) -> list[Tensor]:
+    """The directions [k, *shape] of rows [k, size]."""
+    parts = rows.split([leaf.numel() for leaf in params.leaves], 1)
+    return [
+        part.reshape(len(rows), *leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, params.leaves, strict=True)
+    ]
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
     """`<a_i, b_j>` in float64, [i, j]."""
-    flat = [[x.double().reshape(len(x), -1) for x in leaves] for leaves in (a, b)]
-    terms = [x @ y.T for x, y in zip(*flat, strict=True)]
-    return torch.stack(terms).sum(0)
+    return a.double() @ b.double().T
 
 
-def _norms(leaves: Leaves) -> Tensor:
+def _norms(rows: Tensor) -> Tensor:
     """In float64, [k]."""
-    return torch.stack([leaf.double().square().reshape(len(leaf), -1).sum(1) for leaf in leaves]).sum(0).sqrt()
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def _mixed(shares: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """`sum_j shares[i, j] leaves[j]`, [i, *shape]."""
-    return [torch.tensordot(shares.to(leaf.dtype), leaf, 1) for leaf in leaves]
+def _mixed(shares: Tensor, rows: Tensor) -> Tensor:
+    """`sum_j shares[i, j] rows[j]`, [i, size]."""
+    return shares.to(rows.dtype) @ rows

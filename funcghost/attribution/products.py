@@ -34,9 +34,10 @@ class Product:
 
     def of_leaves(self, leaves: Leaves) -> list[Tensor]:
         """The products with k directions, [k, *shape]."""
-        total, count = [torch.zeros_like(leaf) for leaf in leaves], 0
+        total, count = list[Tensor](), 0
         for linear, samples in self.parts():
-            total = [a + b for a, b in zip(total, linear(leaves), strict=True)]
+            found = linear(leaves)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
             count += samples
         if not count:
             raise InputError("matrix_free: the batches have no samples.")
