@@ -146,7 +146,8 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     """In float64, [k]."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return found
 
 
 def _mixed(shares: Tensor, rows: Tensor) -> Tensor:
