@@ -15,7 +15,7 @@ from funcghost.algebra.sums import applied
 from funcghost.dtypes import wide, wide_dtype
 from funcghost.engine.plans import Plan
 from funcghost.errors import ConservationError
-from funcghost.laws.draws import PERIOD, TOLERANCE, repeated
+from funcghost.laws.draws import PERIOD, TOLERANCE, no_evidence, repeated
 from funcghost.trees import Params
 
 Scores = Callable[[Sequence[Sequence[Tensor | None]]], Tensor]
@@ -33,8 +33,13 @@ class Witness:
     weights: Tensor
     gradients: list[Tensor]
     direction: list[Tensor]
-    tolerance: float
+    precision: torch.dtype
     share: float
+
+    @property
+    def tolerance(self) -> float:
+        """How far off a sum may be, relative to its terms."""
+        return TOLERANCE[self.precision]
 
     @property
     def finite(self) -> bool:
@@ -74,7 +79,7 @@ def witness(
         boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
         value = torch.add(noise.mul_(boost / across), wide(gradient), alpha=along * boost / max(norm, 1e-30))
         direction.append(value.to(leaf.dtype))
-    return Witness(losses.detach(), weights, gradients, direction, TOLERANCE[precision], largest)
+    return Witness(losses.detach(), weights, gradients, direction, precision, largest)
 
 
 def _norm(value: Tensor) -> float:
@@ -115,10 +120,11 @@ def check_conservation(
     culprits = sorted(index for group in wrong for index in group)
     if not culprits:
         return
-    shares, moved = seen.shares, [replace(seen, gradients=list(nearby(seed))).shares for seed in (1, 2)]
+    seeds, times = no_evidence(seen.precision)
+    shares, moved = seen.shares, [replace(seen, gradients=list(nearby(seed))).shares for seed in seeds]
     found = _weighted(scores(_restricted(seen.direction, [[index] for index in culprits])), seen.weights).sum(0)
     ours = dict(zip(culprits, found.tolist(), strict=True))
-    rounding = {index: 16 * max(abs(other[index] - shares[index]) for other in moved) for index in culprits}
+    rounding = {index: times * max(abs(other[index] - shares[index]) for other in moved) for index in culprits}
     culprits = [index for index in culprits if not abs(ours[index] - shares[index]) <= rounding[index]]
     if not culprits:
         return

@@ -17,9 +17,19 @@ def shaken(value: Tensor, size: float, seed: int) -> Tensor:
     return value.detach() * (1 + size * sign)
 
 
-def near(leaves: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Parameters that are off by a little rounding."""
-    return [shaken(leaf, rounding(leaf.dtype), 1000 * seed + number) for number, leaf in enumerate(leaves, 1)]
+def near(leaves: Sequence[Tensor], seed: int, precision: torch.dtype) -> list[Tensor]:
+    """Parameters that are off by a little rounding, of the lowest precision that they come to on the way."""
+    sizes = [max(rounding(leaf.dtype), rounding(precision)) for leaf in leaves]
+    return [shaken(leaf, size, 1000 * seed + n) for n, (leaf, size) in enumerate(zip(leaves, sizes, strict=True), 1)]
+
+
+def no_evidence(precision: torch.dtype) -> tuple[range, int]:
+    """The seeds for what is `near`, and how many times the largest change that they make is no evidence.
+
+    In half precision that may be some percent of a gradient: a few times of it must stay below the whole. So it is
+    asked more often.
+    """
+    return (range(1, 3), 16) if precision in (torch.float64, torch.float32) else (range(1, 7), 4)
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -19,7 +19,7 @@ from funcghost.engine.plans import Contraction, Plan
 from funcghost.engine.run import Outcome, run
 from funcghost.errors import ConservationError
 from funcghost.laws.conservation import Witness, together, witness
-from funcghost.laws.draws import near, sample_weights
+from funcghost.laws.draws import near, no_evidence, sample_weights
 from funcghost.options import Options
 from funcghost.problem import Problem, backward
 from funcghost.reducers.bases import Additive
@@ -77,7 +77,7 @@ def verify_factors(problem: Problem, plan: Plan, options: Options, tasks: Sequen
     if options.verify != "never" and seen.finite:
 
         def nearby(seed: int) -> Tensor:
-            with problem.at(near(problem.params.leaves, seed)) as moved:
+            with problem.at(near(problem.params.leaves, seed, plan.precision)) as moved:
                 other, _, own = measured(moved)
             return torch.stack([other.scores, own])
 
@@ -99,16 +99,16 @@ def _compare(
     `nearby(seed)` gives both where all differs by rounding: what that does to them is no evidence.
     """
     wrong, moved = list[str](), list[Tensor]()
-    scores = scores.double()
+    scores, (seeds, times) = scores.double(), no_evidence(seen.precision)
     for column, group in enumerate(groups):
         wanted, found = scores[0, :, column], scores[1, :, column]
         off = (found - wanted).abs()
         allowed = seen.tolerance * (seen.share + wanted.abs().max() + found.abs())
         if bool((off <= allowed).all()):
             continue
-        moved = moved or [(nearby(seed).double() - scores).abs() for seed in (1, 2)]
+        moved = moved or [(nearby(seed).double() - scores).abs() for seed in seeds]
         shift = torch.stack([other[..., column] for other in moved]).max()
-        if not bool((off <= allowed + 16 * shift).all()):
+        if not bool((off <= allowed + times * shift).all()):
             wrong += [names[i] for i in group]
     if wrong:
         raise ConservationError(

@@ -16,7 +16,7 @@ from funcghost.engine.run import run
 from funcghost.errors import MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.causes import causes
 from funcghost.laws.conservation import Witness, check_conservation, together, witness
-from funcghost.laws.draws import near, rounding, sample_weights, shaken
+from funcghost.laws.draws import near, sample_weights
 from funcghost.ops.call import Call, Outputs, physical
 from funcghost.ops.tangent import Pushforward, Way, backward_sees, covered_by_rule, pushforward
 from funcghost.problem import Problem, backward
@@ -49,15 +49,13 @@ def rehearse(problem: Problem, plan: Plan, losses: Tensor, gradients: list[Tenso
 def nearby_gradients(problem: Problem, plan: Plan, weights: Tensor, seed: int) -> list[Tensor]:
     """The gradients of `<weights, losses>` by autograd, with parameters and weights off by a little rounding."""
     with (
-        problem.at(near([as_whole(leaf) for leaf in problem.params.leaves], seed)) as moved,
+        problem.at(near([as_whole(leaf) for leaf in problem.params.leaves], seed, plan.precision)) as moved,
         untouched(problem.devices(), plan.written),
     ):
         inputs = moved.leaves()
         losses, _ = moved.evaluate(inputs)
-        return [
-            as_whole(gradient)
-            for gradient in backward(losses, inputs, shaken(weights, rounding(weights.dtype), 1000 * seed))
-        ]
+        (cotangents,) = near([weights], seed, plan.precision)
+        return [as_whole(gradient) for gradient in backward(losses, inputs, cotangents)]
 
 
 def losses_that_are_not_finite(losses: Tensor) -> str:

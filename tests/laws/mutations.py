@@ -14,6 +14,13 @@ MUTATIONS: dict[str, Mutation] = {
         "wrong += []",
         (REDUCERS, "-k", "law_of_factors"),
     ),
+    "rounding of the parameters alone": Mutation(
+        "laws/draws.py",
+        "near",
+        "max(rounding(leaf.dtype), rounding(precision))",
+        "rounding(leaf.dtype)",
+        (VERIFY, "-k", "autocast"),
+    ),
     "no law": Mutation(
         "laws/conservation.py",
         "_broken",
