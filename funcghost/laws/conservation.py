@@ -4,8 +4,7 @@ Autograd knows nothing of sites. A use of a parameter that was not seen, a wrong
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from math import ceil, hypot, inf, isfinite
 
 import torch
@@ -24,14 +23,16 @@ Scores = Callable[[Sequence[Sequence[Tensor | None]]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """What autograd says: the gradient of `<c, losses>`, and the direction V to test it in.
+    """What autograd says: `<gradient, V>` of each parameter, its share, for the gradient of `<c, losses>`.
 
-    `share` is the size of the share that a parameter has in `<gradient, V>`.
+    `direction`: V.
+    `precision`: the lowest met on the way.
+    `share`: the size of the share that a parameter has.
     """
 
     losses: Tensor
     weights: Tensor
-    gradients: list[Tensor]
+    shares: list[float]
     direction: list[Tensor]
     precision: torch.dtype
     share: float
@@ -51,11 +52,6 @@ class Witness:
         off, size = (losses - self.losses).abs().max(), self.losses.abs().max()
         return bool(off <= self.tolerance * size) if losses.numel() else True
 
-    @cached_property
-    def shares(self) -> list[float]:
-        """`<gradient, V>` of each parameter."""
-        return [_product(wide(g), wide(v)) for g, v in zip(self.gradients, self.direction, strict=True)]
-
 
 def witness(
     losses: Tensor, weights: Tensor, gradients: list[Tensor], leaves: Sequence[Tensor], precision: torch.dtype
@@ -64,22 +60,32 @@ def witness(
 
     A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it; and in a sum
     of shares of both signs what rounding does to each adds up as in a random walk. V has the dtypes of the parameters,
-    which their gradients need not have (`Tensor.grad_dtype`). `precision` is the lowest precision met on the way.
+    which their gradients need not have (`Tensor.grad_dtype`). The list of gradients is used up on the way, so that no
+    more than one of them is there beside V.
     """
     norms = list(map(_norm, gradients))
     largest = max((n for n in norms if 0 < n < inf), default=1.0)
     generator = torch.Generator().manual_seed(0)
-    direction, drawn = [], torch.rand(PERIOD, generator=generator, device="cpu") - 0.5
+    shares, direction = list[float](), list[Tensor]()
+    drawn = torch.rand(PERIOD, generator=generator, device="cpu") - 0.5
     signs = (2 * torch.randint(0, 2, (len(gradients),), generator=generator, device="cpu") - 1).tolist()
-    for index, (gradient, norm, sign, leaf) in enumerate(zip(gradients, norms, signs, leaves, strict=True)):
-        noise = repeated(drawn.roll(-4001 * index).to(gradient.device), gradient.shape)
+    gradients.reverse()
+    for index, (norm, sign, leaf) in enumerate(zip(norms, signs, leaves, strict=True)):
+        gradient = wide(gradients.pop())
+        noise = repeated(drawn.roll(-4001 * index).to(gradient.device), gradient.shape).to(gradient.dtype)
         across = max(float(torch.linalg.vector_norm(noise)), 1e-30)
         along = sign * (0.5 + ((index * 7919) % 101) / 101)
         # A gradient that is zero but for rounding (the bias of an attention's keys) is not blown up without end.
         boost = min(largest / max(norm, 1e-30), 1e3) if isfinite(norm) else 1.0
-        value = torch.add(noise.mul_(boost / across), wide(gradient), alpha=along * boost / max(norm, 1e-30))
+        value = noise.mul_(boost / across).add_(gradient, alpha=along * boost / max(norm, 1e-30))
         direction.append(value.to(leaf.dtype))
-    return Witness(losses.detach(), weights, gradients, direction, precision, largest)
+        shares.append(_product(gradient, wide(direction[-1])))
+    return Witness(losses.detach(), weights, shares, direction, precision, largest)
+
+
+def shares_of(gradients: Sequence[Tensor], direction: Sequence[Tensor]) -> list[float]:
+    """`<gradient, V>` of each parameter."""
+    return [_product(wide(g), wide(v)) for g, v in zip(gradients, direction, strict=True)]
 
 
 def _norm(value: Tensor) -> float:
@@ -121,7 +127,7 @@ def check_conservation(
     if not culprits:
         return
     seeds, times = no_evidence(seen.precision)
-    shares, moved = seen.shares, [replace(seen, gradients=list(nearby(seed))).shares for seed in seeds]
+    shares, moved = seen.shares, [shares_of(nearby(seed), seen.direction) for seed in seeds]
     found = _weighted(scores(_restricted(seen.direction, [[index] for index in culprits])), seen.weights).sum(0)
     ours = dict(zip(culprits, found.tolist(), strict=True))
     rounding = {index: times * max(abs(other[index] - shares[index]) for other in moved) for index in culprits}

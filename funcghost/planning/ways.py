@@ -36,7 +36,10 @@ def verify_plan(problem: Problem, plan: Plan) -> Plan:
 
 
 def rehearse(problem: Problem, plan: Plan, losses: Tensor, gradients: list[Tensor], check: bool) -> Plan:
-    """Finds the ways to `J V` along a plan; `gradients` are autograd's, of the losses times `sample_weights`."""
+    """Finds the ways to `J V` along a plan.
+
+    `gradients` are autograd's, of the losses times `sample_weights`: the list is used up.
+    """
     rehearsal = Rehearsal(plan)
     seen = witness(losses, sample_weights(losses), gradients, problem.params.leaves, plan.precision)
     try:

@@ -153,7 +153,7 @@ class _Transpose:
         """Holds the scores to the gradient at another cotangent."""
         weights = sample_weights(self.losses)
         gradients = backward(self.losses, self.leaves, weights, keep_graph=True)
-        seen = witness(self.losses, weights, gradients, self.leaves, self.losses.dtype)
+        seen = witness(self.losses, weights, list(gradients), self.leaves, self.losses.dtype)
         if seen.finite:
             everything = [list(range(len(self.leaves)))]
             check_conservation(problem.params, self.scores, seen, everything, lambda seed: gradients, lambda: "")
