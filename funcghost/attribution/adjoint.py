@@ -8,12 +8,11 @@ Everything is one graph, made once for all of k adjoints: the Hessian products a
 them go through it together, by `torch.func.vmap`.
 """
 
-from collections.abc import Sequence
-
 import optree
 import torch
 from torch import Tensor
 
+from funcghost.attribution.products import grads, pullback
 from funcghost.attribution.replay import Moment, Training
 from funcghost.problem import Problem, cotangents
 from funcghost.side_effects import replaying
@@ -38,10 +37,14 @@ def pulled(
         weights = cotangents(values.detach(), training.reduction)
         state, held = _held(moment.state)
         rebuild = moment.params.rebuild
-        gradients = _gradient(values, leaves, weights.requires_grad_())
+        gradients = grads(values, leaves, weights.requires_grad_(), create_graph=True)
         after, last = training.update(rebuild(leaves), rebuild(gradients), state)
         outputs, inputs = [*split_params(after).leaves, *floats(last)], [weights, *leaves, *held]
-        found, *before = _pullbacks(outputs, inputs, [*adjoint, *of_state], together)
+        given = [*adjoint, *of_state]
+        parts = [
+            pullback(outputs, inputs, [u[j : j + together] for u in given]) for j in range(0, len(given[0]), together)
+        ]
+        found, *before = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
     return found.T * weights.detach().unsqueeze(1), before[: len(leaves)], before[len(leaves) :]
 
 
@@ -54,34 +57,3 @@ def _held(state: Tree) -> tuple[Tree, list[Tensor]]:
     ]
     held = [leaf for leaf in fresh if isinstance(leaf, Tensor) and leaf.requires_grad]
     return optree.tree_unflatten(spec, fresh), held
-
-
-def _gradient(values: Tensor, leaves: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    """Of the losses times their weights; zeros where they do not depend on a leaf."""
-    if not values.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(values, leaves, weights, create_graph=True, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
-
-
-def _pullbacks(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], together: int
-) -> list[Tensor]:
-    """Of k cotangents, so many at a time, [k, *shape] for each input."""
-    pairs = [(out, u) for out, u in zip(outputs, cotangents, strict=True) if out.requires_grad]
-    k = len(cotangents[0])
-    if not pairs:
-        return [leaf.new_zeros((k, *leaf.shape)) for leaf in inputs]
-    outs = [out for out, _ in pairs]
-    parts = [_back(outs, inputs, [u[j : j + together] for _, u in pairs]) for j in range(0, k, together)]
-    return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def _back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
-    some = len(rows[0])
-    batched, given = some > 1, rows if some > 1 else [u[0] for u in rows]
-    found = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True, is_grads_batched=batched)
-    return [
-        leaf.new_zeros((some, *leaf.shape)) if g is None else g.detach().view(some, *leaf.shape)
-        for g, leaf in zip(found, inputs, strict=True)
-    ]

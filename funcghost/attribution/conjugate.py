@@ -18,11 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcghost.algebra.sums import total
 from funcghost.attribution.batches import stacked
 from funcghost.attribution.inverses import blank
 from funcghost.attribution.products import Leaves, Product
 from funcghost.errors import InputError
 from funcghost.trees import Params, Tree
+
+PART = 2**18
+"""Numbers of a direction that are in float64 at a time."""
 
 
 class Solution(NamedTuple):
@@ -74,7 +78,7 @@ class ConjugateGradients:
         right = _flat(leaves)
         size = _norms(right)
         scale = torch.where(size > 0, size, 1)
-        x, r = torch.zeros_like(right), _mixed(torch.diag(1 / scale), right)
+        x, r = torch.zeros_like(right), right * _column(1 / scale, right)
         residuals, steps, last = size / scale, 0, None
         while steps < self.most and bool((open_ := residuals > self.tolerance).any()):
             directions = self._directions(params, r[open_], last)
@@ -85,7 +89,7 @@ class ConjugateGradients:
             x.addmm_(shares, last.directions)
             r.addmm_(shares, last.products, alpha=-1)
             residuals, steps = _norms(r), steps + 1
-        found = _leaves(params, _mixed(torch.diag(scale), x))
+        found = _leaves(params, x.mul_(_column(scale, x)))
         return Solution(
             params.rebuild(found if many is not None else [leaf.squeeze(0) for leaf in found]), residuals, steps
         )
@@ -98,7 +102,7 @@ class ConjugateGradients:
         if last is not None:
             shares = torch.linalg.solve(last.between, _gram(last.products, z)).T
             z = z - _mixed(shares, last.directions)
-        return _orthonormal(z)
+        return _orthonormal(z, max(torch.finfo(leaf.dtype).eps for leaf in params.leaves))
 
     def _block(self, params: Params, directions: Tensor) -> _Block:
         bent = _flat(self.product.of_leaves(_leaves(params, directions))).add_(directions, alpha=self.damping)
@@ -113,8 +117,8 @@ class ConjugateGradients:
         return _Block(directions, bent, between)
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """An orthonormal basis of what k directions span, without those that are others' but for rounding.
+def _orthonormal(rows: Tensor, eps: float) -> Tensor:
+    """An orthonormal basis of what k directions span, without those that are others' but for rounding by `eps`.
 
     Each is brought to norm 1 first, so that residuals far below the others' are not taken for rounding.
     """
@@ -122,7 +126,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     norms = between.diagonal().sqrt()
     unit = torch.diag(1 / torch.where(norms > 0, norms, 1))
     values, basis = torch.linalg.eigh(unit @ between @ unit)
-    kept = values > values.max() * 16 * torch.finfo(rows.dtype).eps
+    kept = values > values.max() * 16 * eps
     return _mixed((unit @ basis[:, kept] / values[kept].sqrt()).T, rows)
 
 
@@ -141,13 +145,18 @@ def _leaves(params: Params, rows: Tensor) -> list[Tensor]:
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
     """`<a_i, b_j>` in float64, [i, j]."""
-    return a.double() @ b.double().T
+    return total(x.double() @ y.double().T for x, y in zip(a.split(PART, 1), b.split(PART, 1), strict=True))
 
 
 def _norms(rows: Tensor) -> Tensor:
     """In float64, [k]."""
     found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return found
+
+
+def _column(scale: Tensor, rows: Tensor) -> Tensor:
+    """A factor for each of the rows."""
+    return scale.to(rows.dtype).unsqueeze(1)
 
 
 def _mixed(shares: Tensor, rows: Tensor) -> Tensor:

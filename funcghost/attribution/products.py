@@ -85,8 +85,7 @@ def pullback(outputs: Leaves, inputs: Leaves, cotangents: Leaves) -> list[Tensor
         found = torch.autograd.grad(outs, inputs, [u[0] for u in rows], retain_graph=True, allow_unused=True)
     else:
         found = torch.autograd.grad(outs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    lead = (k,)
     return [
-        leaf.new_zeros((*lead, *leaf.shape)) if g is None else g.detach().reshape(*lead, *leaf.shape)
+        leaf.new_zeros((k, *leaf.shape)) if g is None else g.detach().reshape(k, *leaf.shape)
         for g, leaf in zip(found, inputs, strict=True)
     ]

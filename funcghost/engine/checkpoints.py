@@ -1,10 +1,14 @@
 """Regions that `torch.utils.checkpoint` runs again in the backward, outside of the losses."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from funcghost.errors import MismatchError, UnsupportedOpError
 
 
 class Resumable(Protocol):
@@ -37,3 +41,20 @@ def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextMa
     mode = active.get()
     again = nullcontext() if mode is None else mode.resumed()
     return nullcontext(), again
+
+
+@contextmanager
+def through_no_checkpoint() -> Iterator[None]:
+    """Where a backward runs while the losses do.
+
+    Raises:
+        UnsupportedOpError: it comes to a region of `torch.utils.checkpoint`.
+    """
+    try:
+        yield
+    except (CheckpointError, MismatchError) as error:
+        raise UnsupportedOpError(
+            "the losses take a derivative through a region of torch.utils.checkpoint, which is not run again there as "
+            "it ran. Leave the checkpoint out where the losses call torch.autograd.grad; without create_graph=True it "
+            "is enough to pass it context_fn=fg.checkpoint_context."
+        ) from error

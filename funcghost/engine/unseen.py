@@ -13,10 +13,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.checkpoint import CheckpointError
 
 from funcghost.algebra.factors import Dense, Factor
 from funcghost.dtypes import as_written
+from funcghost.engine.checkpoints import through_no_checkpoint
 from funcghost.engine.contributions import ByFactors, Tangents, Tapped
 from funcghost.engine.shadows import Computed, Constant, Shadow
 from funcghost.engine.tap import Taps, behind
@@ -184,23 +184,6 @@ class Stretch:
                 own.update(kept)
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def through_no_checkpoint() -> Iterator[None]:
-    """Where a backward runs while the losses do.
-
-    Raises:
-        UnsupportedOpError: it comes to a region of `torch.utils.checkpoint`.
-    """
-    try:
-        yield
-    except (CheckpointError, MismatchError) as error:
-        raise UnsupportedOpError(
-            "the losses take a derivative through a region of torch.utils.checkpoint, which is not run again there as "
-            "it ran. Leave the checkpoint out where the losses call torch.autograd.grad; without create_graph=True it "
-            "is enough to pass it context_fn=fg.checkpoint_context."
-        ) from error
 
 
 def stretch_of(value: Tensor, walked: Walked[Any]) -> Stretch:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcghost.engine.unseen import Edge, edge_of, through_no_checkpoint
+from funcghost.engine.checkpoints import through_no_checkpoint
+from funcghost.engine.unseen import Edge, edge_of
 from funcghost.ops.call import flatten_call, physical
 from funcghost.ops.composite import opened, seen_by
 from funcghost.ops.digest import Digest

@@ -60,8 +60,8 @@ def witness(
 
     A parameter with a small gradient would otherwise vanish among the large ones, and its absence with it; and in a sum
     of shares of both signs what rounding does to each adds up as in a random walk. V has the dtypes of the parameters,
-    which their gradients need not have (`Tensor.grad_dtype`). The list of gradients is used up on the way, so that no
-    more than one of them is there beside V.
+    which their gradients need not have (`Tensor.grad_dtype`). The list of gradients is used up on the way: each is
+    freed once its part of V is made.
     """
     norms = list(map(_norm, gradients))
     largest = max((n for n in norms if 0 < n < inf), default=1.0)

@@ -140,6 +140,28 @@ def test_right_sides_of_any_size_that_repeat_and_depend(
     assert bool((left <= 3 * tolerance * rows.double().norm(dim=1)).all())
 
 
+def test_directions_of_several_precisions_that_nearly_depend() -> None:
+    # What differs by float32's rounding alone is no direction of its own, though a leaf beside it is in float64.
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 6, generator=source)
+    params = {"w": torch.randn(3, 6, generator=source), "b": torch.randn(3, generator=source, dtype=D)}
+
+    def outputs(params: Any, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]) + params["b"]
+
+    product = matrix_free.gauss_newton(outputs, lambda out, x: out.square().sum(1), params, [x])
+    v = {name: torch.randn(leaf.shape, generator=source).to(leaf.dtype) for name, leaf in params.items()}
+    many = {name: torch.stack([leaf, leaf * (1 + 1e-7), 3 * leaf]) for name, leaf in v.items()}
+    found = matrix_free.conjugate_gradients(product, 0.1, tolerance=1e-4)(
+        fg.stack([{k: u[i] for k, u in many.items()} for i in range(3)])
+    )
+    alone = matrix_free.conjugate_gradients(product, 0.1, tolerance=1e-4)(v)
+    for name, leaf in found.items():
+        assert leaf.dtype is params[name].dtype
+        for row, times in zip(leaf, (1, 1, 3), strict=True):
+            assert (row - times * alone[name]).abs().max() <= 1e-3 * alone[name].abs().max()
+
+
 def test_ekfac_saves_steps() -> None:
     source = torch.Generator().manual_seed(1)
     x = torch.randn(64, 8, generator=source, dtype=D) * torch.logspace(0, 3, 8, dtype=D)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import funcghost as fg
 from funcghost.attribution import adjoint, unrolled
+from funcghost.attribution.products import pullback
 from funcghost.testing.strategies import Model, models
 from funcghost.training import updates
 from tests.depth import fewer
@@ -136,13 +137,13 @@ def test_adjoints_go_through_a_step_so_many_at_a_time(together: int, monkeypatch
     wanted, initial = truth(update, params, state)
     first = params["a"].nbytes  # the largest tensor of a step
     monkeypatch.setattr(unrolled, "CACHE", together * first // torch.get_num_threads())
-    back, rows = adjoint._back, set[int]()
+    rows = set[int]()
 
     def counted(outputs: Any, inputs: Any, given: Any) -> list[Tensor]:
         rows.add(len(given[0]))
-        return back(outputs, inputs, given)
+        return pullback(outputs, inputs, given)
 
-    monkeypatch.setattr(adjoint, "_back", counted)
+    monkeypatch.setattr(adjoint, "pullback", counted)
     out = unrolled.attribute(losses, update, params, state, BATCHES, query)
     assert rows == {1: {1}, 2: {2, 1}, 3: {3}}[together]
     for found, own in zip(out.scores, wanted, strict=True):
