@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcghost as fg
-from funcghost.attribution import curvature, labels, matrix_free
+from funcghost.attribution import conjugate, curvature, labels, matrix_free
 from funcghost.attribution.products import Product
 from funcghost.testing.strategies import Model, models
 from funcghost.trees import split_params
@@ -140,7 +140,7 @@ def test_right_sides_of_any_size_that_repeat_and_depend(
     assert bool((left <= 3 * tolerance * rows.double().norm(dim=1)).all())
 
 
-def test_directions_of_several_precisions_that_nearly_depend() -> None:
+def test_directions_of_several_precisions_that_nearly_depend(monkeypatch: pytest.MonkeyPatch) -> None:
     # What differs by float32's rounding alone is no direction of its own, though a leaf beside it is in float64.
     source = torch.Generator().manual_seed(0)
     x = torch.randn(32, 6, generator=source)
@@ -152,9 +152,17 @@ def test_directions_of_several_precisions_that_nearly_depend() -> None:
     product = matrix_free.gauss_newton(outputs, lambda out, x: out.square().sum(1), params, [x])
     v = {name: torch.randn(leaf.shape, generator=source).to(leaf.dtype) for name, leaf in params.items()}
     many = {name: torch.stack([leaf, leaf * (1 + 1e-7), 3 * leaf]) for name, leaf in v.items()}
-    found = matrix_free.conjugate_gradients(product, 0.1, tolerance=1e-4)(
-        fg.stack([{k: u[i] for k, u in many.items()} for i in range(3)])
-    )
+    basis, counts = conjugate._orthonormal, set[int]()
+
+    def counted(rows: Tensor, eps: float) -> Tensor:
+        found = basis(rows, eps)
+        counts.add(len(found))
+        return found
+
+    monkeypatch.setattr(conjugate, "_orthonormal", counted)
+    stack = fg.stack([{name: leaf[i] for name, leaf in many.items()} for i in range(3)])
+    found = matrix_free.conjugate_gradients(product, 0.1, tolerance=1e-4)(stack)
+    assert counts == {1}
     alone = matrix_free.conjugate_gradients(product, 0.1, tolerance=1e-4)(v)
     for name, leaf in found.items():
         assert leaf.dtype is params[name].dtype
