@@ -6,6 +6,7 @@ something is compiled.
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,12 +141,12 @@ def _guarded(tx: Any) -> list[VariableTracker]:
 
 def _refuse_changes(tx: Any, effects: Any, erased: set[Any]) -> None:
     """Refuses losses that leave Python objects changed which are older than the call: a graph would do so but once."""
-    for variable in effects.id_to_variable.values():
+    for variable in list(effects.id_to_variable.values()):  # to look is to take in more
         kind = variable.mutation_type
         if not isinstance(kind, AttributeMutationExisting | ValueMutationExisting) or not effects.is_modified(variable):
             continue
         names = list(effects.store_attr_mutations.get(variable, ()))
-        if names or (isinstance(kind, ValueMutationExisting) and _differs(tx, variable, erased)):
+        if names or _differs(tx, variable, erased):
             owner = "a global variable" if variable.source is None else variable.source.name
             what = f"{names} of {owner}" if names else owner
             raise PlanError(
@@ -156,9 +157,27 @@ def _refuse_changes(tx: Any, effects: Any, erased: set[Any]) -> None:
 
 def _differs(tx: Any, variable: VariableTracker, erased: set[Any]) -> bool:
     """Whether a container has been left with other things in it than were there."""
-    value = _known(tx, variable)
-    items: Any = getattr(variable, "items", None)
+    inner = getattr(variable, "_base_vt", None)  # the list or dict that an object is by descent
+    value, items = _known(tx, variable), getattr(variable if inner is None else inner, "items", None)
     if value is None or items is None or len(items) != len(value):
         return True
-    parts = items.values() if isinstance(items, dict) else items
-    return any(part.is_proxy() and part.as_proxy().node in erased for part in parts)
+    if not isinstance(items, dict):
+        return not all(map(partial(_same, tx, erased), items, value))
+    if not all(key.vt.is_python_constant() for key in items):
+        return True
+    found = {key.vt.as_python_constant(): part for key, part in items.items()}
+    if not isinstance(value, dict):
+        return found.keys() != set(value)
+    return found.keys() != value.keys() or not all(_same(tx, erased, found[key], value[key]) for key in found)
+
+
+def _same(tx: Any, erased: set[Any], part: VariableTracker, value: Any) -> bool:
+    """Whether what is in a container is what was there."""
+    known = _known(tx, part)
+    if known is not None:
+        made = part.is_proxy() and isinstance(proxy := part.as_proxy(), torch.fx.Proxy) and proxy.node in erased
+        return known is value and not made
+    if not part.is_python_constant():
+        return False
+    constant = part.as_python_constant()
+    return constant is value or (type(constant) is type(value) and bool(constant == value))

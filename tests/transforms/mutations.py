@@ -15,6 +15,16 @@ MUTATIONS: dict[str, Mutation] = {
         'False or "Graph" in node.name() or "ToCopy" in node.name()',
         (ONE_OP,),
     ),
+    "what a container holds may be another number": Mutation(
+        "transforms/reading.py",
+        "_same",
+        "constant is value or (type(constant) is type(value) and bool(constant == value))",
+        "True",
+        (COMPILED,),
+    ),
+    "what a container holds may be another tensor": Mutation(
+        "transforms/reading.py", "_same", "known is value and (not made)", "not made", (COMPILED,)
+    ),
     "a backward that is not linear": Mutation(
         "transforms/one_op.py", "OneOp.run", "due(sizes not in self.verified) and len(losses)", "False", (ONE_OP,)
     ),

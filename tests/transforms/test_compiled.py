@@ -1,5 +1,6 @@
 """A compiled step gives the eager step's numbers, or raises: whatever Python the losses read, however it changes."""
 
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -313,6 +314,52 @@ class Remembers:
         return self.last.square().sum(1)
 
 
+def changing(held: Any, change: Any) -> Any:
+    def losses(p: Params, x: Tensor) -> Tensor:
+        change(held)
+        return scaled(1.0)(p, x)
+
+    return losses
+
+
+def counted(held: dict[str, Any]) -> None:
+    held["n"] += 1
+
+
+def swapped(held: dict[str, Any]) -> None:
+    held["a"], held["b"] = held["b"], held["a"]
+
+
+def grown_and_shrunk(held: list[Any]) -> None:
+    held.append(len(held))
+    held.pop()
+
+
+def replaced_and_put_back(held: dict[str, Any]) -> None:
+    held["n"], before = 5, held["n"]
+    held["new"] = None
+    held["n"] = before
+    del held["new"]
+
+
+PLAIN = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+KEPT = {
+    "a list": changing([1, None, "a"], grown_and_shrunk),
+    "a dict": changing({"n": 1, "none": None}, replaced_and_put_back),
+    "a dict by descent": changing(OrderedDict(n=1, none=None), replaced_and_put_back),
+    "modules without bias": lambda p, x: (
+        torch.func.functional_call(PLAIN, {"0.weight": p["w"].T}, (x,)).square().sum(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+@compiles
+def test_what_is_put_back_has_not_changed(what: str) -> None:
+    torch._dynamo.reset()
+    agrees(compiled(KEPT[what], backend="eager"), KEPT[what], {"w": normal(3, 2)}, normal(4, 3))
+
+
 class Opaque:
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -326,6 +373,10 @@ def with_noise_that_is_carried(p: Params, x: Tensor) -> Tensor:
 REFUSED = {
     "random numbers drawn twice": (with_noise_that_is_carried, lambda x: x, None),
     "a list that grows": (counting([]), lambda x: x, "change"),
+    "a number in a dict": (changing({"n": 0}, counted), lambda x: x, "change"),
+    "a number in a dict by descent": (changing(Counter(n=0), counted), lambda x: x, "change"),
+    "tensors that change places": (changing({"a": torch.ones(1), "b": torch.ones(2)}, swapped), lambda x: x, "change"),
+    "the order of a list": (changing([1, 2], lambda held: held.reverse()), lambda x: x, "change"),
     "an attribute": (Remembers(), lambda x: x, r"\['last'\]"),
     "an object": (lambda p, batch: scaled(1.0)(p, batch.x), Opaque, "Opaque.*register_pytree_node"),
     "a print": (lambda p, x: (print(id(x)), scaled(1.0)(p, x))[1], lambda x: x, "cannot read the losses"),
