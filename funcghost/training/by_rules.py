@@ -1,6 +1,6 @@
 """Updates that have a rule for every parameter: what torch's optimizers are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,19 +169,17 @@ def _shared(
     """D of one parameter for each cotangent, and what the parts of its gradient add up to."""
     at: Tensor = grad
     times: float | Tensor = 1.0
-
-    def step(leaf: Tensor) -> Tensor:
-        return rule.moved(param, leaf, slots, rounded=False).move
-
     if credit == "impulse":
         with torch.no_grad():
             at, times = rule.remembered(param, grad, slots)
-
-        def step(leaf: Tensor) -> Tensor:
-            return rule.from_memory(param, grad, slots, leaf)
-
+    step = _step(rule, credit, param, grad, slots)
     if rule.elementwise:
-        factor, moved = elementwise_average(step, at)
+
+        def step_at(places: Tensor) -> Callable[[Tensor], Tensor]:
+            own = {slot: value.take(places) if value.dim() else value for slot, value in slots.items()}
+            return _step(rule, credit, param.take(places), grad.take(places), own)
+
+        factor, moved = elementwise_average(step, at, step_at)
         found, parts = [factor * v for v in cotangents], [inner([v], [moved]) for v in cotangents]
     else:
         columns = [[v] for v in cotangents]
@@ -192,3 +190,10 @@ def _shared(
         found = [value * times for value in found]
         parts = [inner([value], [grad]) for value in found]
     return found, parts
+
+
+def _step(rule: Rule, credit: Credit, param: Tensor, grad: Tensor, slots: Slots) -> Callable[[Tensor], Tensor]:
+    """The step that a gradient makes, or for its impulse that the memory makes, everything else being as it is."""
+    if credit == "impulse":
+        return lambda memory: rule.from_memory(param, grad, slots, memory)
+    return lambda leaf: rule.moved(param, leaf, slots, rounded=False).move

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcghost.training.update_rules import Moved, Slots, apart
+from funcghost.training.update_rules import Moved, Slots, apart, differentiated
 
 
 def orthogonalized(
@@ -85,7 +85,7 @@ class Muon:
 
     def _step(self, slots: Slots, along: Tensor, rounded: bool) -> Tensor:
         settings = self.coefficients, self.steps, self.eps
-        traced = along.requires_grad or torch._C._functorch.maybe_current_level() is not None
+        traced = differentiated(along)
         exact = orthogonalized(along, *settings, along.dtype) if traced or not rounded else None
         found = orthogonalized(along.detach(), *settings, torch.bfloat16) if rounded else exact
         assert found is not None

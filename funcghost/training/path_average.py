@@ -44,7 +44,9 @@ def pulled_back(step: Step, grads: Leaves, cotangents: Sequence[Leaves]) -> list
     return found
 
 
-def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+def elementwise_average(
+    step: Callable[[Tensor], Tensor], grad: Tensor, at: Callable[[Tensor], Callable[[Tensor], Tensor]]
+) -> tuple[Tensor, Tensor]:
     """The diagonal of A where every entry of the step depends on its own entry of the gradient alone, and `A G`.
 
         A = (u(G) - u(0)) / G
@@ -53,15 +55,19 @@ def elementwise_average(step: Callable[[Tensor], Tensor], grad: Tensor) -> tuple
     difference has lost digits, the gradient being small beside what the step moves anyway, A is the derivative at the
     middle, `u'(G / 2)`, which is right to second order there.
 
-    `step` takes gradients with an axis in front, too. Cost: two evaluations and one derivative.
+    `at(places)` is the step of the entries at these places of G laid flat. Cost: two evaluations, and a derivative of
+    the entries that need it; on devices that would have to be waited for, of all.
     """
     with torch.no_grad():
-        whole, still = step(torch.stack([grad, torch.zeros_like(grad)])).unbind()
+        whole, still = step(grad), step(torch.zeros_like(grad))
         moved = whole - still
         least = torch.finfo(grad.dtype).eps ** (1 / 3)
-        lost = (moved.abs() <= least * (whole.abs() + still.abs())) | (grad == 0)
-    [[middle]] = pulled_back(lambda leaves: [step(leaves[0])], [grad / 2], [[torch.ones_like(grad)]])
-    return torch.where(lost, middle, moved / torch.where(grad == 0, 1.0, grad)), moved
+        lost = (moved.abs() <= least * whole.abs_().add_(still.abs_())).logical_or_(grad == 0)
+        average = moved / grad
+    places = lost.flatten().nonzero().squeeze(1) if grad.device.type == "cpu" else None
+    taken, own = (grad, step) if places is None else (grad.take(places), at(places))
+    [[middle]] = pulled_back(lambda leaves: [own(leaves[0])], [taken / 2], [[torch.ones_like(taken)]])
+    return torch.where(lost, middle, average) if places is None else average.put_(places, middle), moved
 
 
 def inner(a: Leaves, b: Leaves) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from funcghost.errors import InputError
 
@@ -35,7 +36,7 @@ class Rule(Protocol):
     """What an optimizer does to one parameter.
 
     `elementwise`: every entry of `move` depends on the entries of w, of g and of the slots at its own place alone; then
-    `moved` and `from_memory` take gradients with an axis in front, too, and parameters of any shape.
+    `moved` and `from_memory` take any of the entries, and parameters of any shape.
     """
 
     @property
@@ -55,8 +56,16 @@ class Rule(Protocol):
         """The step that this memory makes, with denominators as they are in this step."""
 
 
+def differentiated(value: Tensor) -> bool:
+    """Whether a derivative may be taken of what is made of a value."""
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    return value.requires_grad or transformed or forward_ad._current_level >= 0
+
+
 def root(value: Tensor) -> Tensor:
     """The square root, with the derivative 0 at 0."""
+    if not differentiated(value):
+        return value.sqrt()
     zero = value == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, value).sqrt())
 
