@@ -53,8 +53,17 @@ def validation_gradient(losses: Losses, params: Tree, batches: Sequence[Tree]) -
         tensor([0.5000, 0.5000])
     """
     split = split_params(params)
-    total, found = summed_gradient(losses, split, check_batches(batches))
-    return split.rebuild([leaf / some(len(found)) for leaf in total])
+    return split.rebuild(mean_gradient(losses, split, check_batches(batches))[0])
+
+
+def mean_gradient(losses: Losses, params: Params, batches: Batches) -> tuple[list[Tensor], Tensor]:
+    """The gradient of the mean of the losses of all batches, and these losses [n]."""
+    if len(batches) == 1:
+        outcome = run_plain(Problem(losses, params, batches[0]), "mean")
+        some(len(outcome.losses))
+        return outcome.gradients, outcome.losses
+    total, found = summed_gradient(losses, params, batches)
+    return [leaf / some(len(found)) for leaf in total], found
 
 
 def summed_gradient(losses: Losses, params: Params, batches: Batches) -> tuple[list[Tensor], Tensor]:
@@ -131,8 +140,8 @@ class Lookout:
         return Validation(loss, tuple(gradient for _, gradient in found), previous.along if previous else None)
 
     def _whole(self, params: Params, batches: Batches) -> tuple[Tensor, Tree]:
-        total, losses = summed_gradient(self.losses, params, batches)
-        return accurate_mean(losses), params.rebuild([leaf / some(len(losses)) for leaf in total])
+        gradients, losses = mean_gradient(self.losses, params, batches)
+        return accurate_mean(losses), params.rebuild(gradients)
 
     def _low(self, params: Params, batches: Batches, previous: Tree | None) -> tuple[Tensor, Tree]:
         tree = params.rebuild(params.leaves)
