@@ -16,11 +16,35 @@ from funcghost.ops.families.products import COMPOSITES
 from funcghost.ops.rules import Op
 
 
+_T: Any = Tensor
+
+
+def _to(dtype: torch.dtype) -> Op:
+    return lambda tensor, **options: tensor.to(dtype=dtype, **options)
+
+
+CONVERSIONS: dict[Op, Op] = {
+    _T.bool: _to(torch.bool),
+    _T.byte: _to(torch.uint8),
+    _T.char: _to(torch.int8),
+    _T.int: _to(torch.int32),
+    _T.long: _to(torch.int64),
+    _T.half: _to(torch.float16),
+    _T.bfloat16: _to(torch.bfloat16),
+    _T.float: _to(torch.float32),
+    _T.double: _to(torch.float64),
+    _T.cpu: lambda tensor, **options: tensor.to(device=torch.device("cpu"), **options),
+}
+"""Methods that the tensors of a compiler call by another name, as its graph and the plan are of one program."""
+
+
 @cache
 def opened(op: Op) -> Op | None:
     """The same function, but for the question whether a mode takes it as a whole; None where it is to be one."""
     if op in AS_PYTHON:
         return AS_PYTHON[op]
+    if op in CONVERSIONS:
+        return CONVERSIONS[op]
     if op not in COMPOSITES or not isinstance(op, FunctionType) or "has_torch_function" not in op.__code__.co_names:
         return None
     names = {**op.__globals__, "has_torch_function": lambda _: False}

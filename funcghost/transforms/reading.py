@@ -145,8 +145,9 @@ def _refuse_changes(tx: Any, effects: Any, erased: set[Any]) -> None:
         kind = variable.mutation_type
         if not isinstance(kind, AttributeMutationExisting | ValueMutationExisting) or not effects.is_modified(variable):
             continue
-        names = list(effects.store_attr_mutations.get(variable, ()))
-        if names or _differs(tx, variable, erased):
+        written, value = effects.store_attr_mutations.get(variable, {}), _known(tx, variable)
+        names = [name for name, part in written.items() if not _same(tx, erased, part, getattr(value, name, ANEW))]
+        if names or (not (written and _items(variable) is None) and _differs(tx, variable, erased)):
             owner = "a global variable" if variable.source is None else variable.source.name
             what = f"{names} of {owner}" if names else owner
             raise PlanError(
@@ -157,8 +158,7 @@ def _refuse_changes(tx: Any, effects: Any, erased: set[Any]) -> None:
 
 def _differs(tx: Any, variable: VariableTracker, erased: set[Any]) -> bool:
     """Whether a container has been left with other things in it than were there."""
-    inner = getattr(variable, "_base_vt", None)  # the list or dict that an object is by descent
-    value, items = _known(tx, variable), getattr(variable if inner is None else inner, "items", None)
+    value, items = _known(tx, variable), _items(variable)
     if value is None or items is None or len(items) != len(value):
         return True
     if not isinstance(items, dict):
@@ -169,6 +169,12 @@ def _differs(tx: Any, variable: VariableTracker, erased: set[Any]) -> bool:
     if not isinstance(value, dict):
         return found.keys() != set(value)
     return found.keys() != value.keys() or not all(_same(tx, erased, found[key], value[key]) for key in found)
+
+
+def _items(variable: VariableTracker) -> Any:
+    """What is in a container, or in the list or dict that an object is by descent; None for others."""
+    inner = getattr(variable, "_base_vt", None)
+    return getattr(variable if inner is None else inner, "items", None)
 
 
 def _same(tx: Any, erased: set[Any], part: VariableTracker, value: Any) -> bool:

@@ -209,6 +209,23 @@ def test_numbers_that_hold_for_one_size_alone(dynamic: bool | None) -> None:
 
 
 @compiles
+def test_conversions_by_any_name() -> None:
+    """A compiler's tensors call `x.float()` another name; of values, of indices and of a parameter."""
+    torch._dynamo.reset()
+    params, rows = {"w": torch.randn(3, 4)}, torch.randn(6, 3)
+
+    def losses(p: Params, rows: Tensor) -> Tensor:
+        h = torch.tanh(rows.double().cpu() @ p["w"].double())
+        kept = h[torch.arange(len(rows), dtype=torch.int32).long()] * (rows > 0).any(1, keepdim=True).bool().double()
+        return kept.square().sum(1)
+
+    reducer = fg.dot(like(params))
+    found, wanted = (step(params, rows, reducer) for step in (compiled(losses), fg.grad_and_reduce(losses)))
+    assert_close(found.losses, wanted.losses, 1e-12)
+    assert_close(found.reduced, wanted.reduced, 1e-6)
+
+
+@compiles
 def test_rows_in_any_order() -> None:
     torch._dynamo.reset()
     params = {"w": normal(3, 4), "v": normal(4, 2)}
@@ -335,6 +352,17 @@ def grown_and_shrunk(held: list[Any]) -> None:
     held.pop()
 
 
+class Notes:
+    n, last = 0, None
+
+
+def written_and_put_back(held: Notes) -> None:
+    """As what collects outputs in Hugging Face's models does, and context variables."""
+    before = held.n, held.last
+    held.n, held.last = 7, torch.ones(1)
+    held.n, held.last = before
+
+
 def replaced_and_put_back(held: dict[str, Any]) -> None:
     held["n"], before = 5, held["n"]
     held["new"] = None
@@ -345,6 +373,7 @@ def replaced_and_put_back(held: dict[str, Any]) -> None:
 PLAIN = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
 KEPT = {
     "a list": changing([1, None, "a"], grown_and_shrunk),
+    "attributes": changing(Notes(), written_and_put_back),
     "a dict": changing({"n": 1, "none": None}, replaced_and_put_back),
     "a dict by descent": changing(OrderedDict(n=1, none=None), replaced_and_put_back),
     "modules without bias": lambda p, x: (
