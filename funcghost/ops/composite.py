@@ -15,7 +15,6 @@ from funcghost.control_flow import AS_PYTHON
 from funcghost.ops.families.products import COMPOSITES
 from funcghost.ops.rules import Op
 
-
 _T: Any = Tensor
 
 
