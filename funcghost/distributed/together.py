@@ -5,10 +5,12 @@ a forward goes to its end even if it does not fit the plan, then all say whether
 did. Where one did not, every rank gathers the whole model, plans or verifies on its own, and says how that went.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import optree
@@ -155,11 +157,19 @@ class Together:
         model.check_idle()
         _check_placed(request, split)
         self._ask(split, request)
-        with uncompiled():
+        with uncompiled(), self._compiled(model, request):
             if not model.ready:
                 with model.whole():
                     pass
             return model, self._solve(model, split, batch, request)
+
+    def _compiled(self, model: Sharded, request: Request) -> AbstractContextManager[None]:
+        """Where blocks run as they were compiled."""
+        if request.empty or model.in_parts or "torch._dynamo" not in sys.modules:
+            return nullcontext()
+        blocks = import_module("funcghost.distributed.compiled_blocks")
+        found: AbstractContextManager[None] = blocks.compiled_blocks(self.model, gradients=self.reduction is not None)
+        return found
 
     def _ask(self, split: Params, request: Request) -> None:
         """Ranks that ask for different things would wait for each other in vain: they compare once what they ask."""

@@ -123,8 +123,12 @@ class Taps:
             dtype=self.dtype,
             may_be_freed=self.may_be_freed,
         )
-        replaced = behind(self.probe, tapped, values, [tensor for own in kept for tensor in own])
+        replaced = self.behind(tapped, values, [tensor for own in kept for tensor in own])
         return {id(value): tapped_value for value, tapped_value in zip(values, replaced, strict=True)}
+
+    def behind(self, tapped: Tapped, outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs behind a tap."""
+        return behind(self.probe, tapped, outputs, saved)
 
 
 class Tap(torch.autograd.Function):
