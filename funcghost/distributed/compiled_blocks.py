@@ -35,6 +35,7 @@ from funcghost.engine.capture import Capture
 from funcghost.engine.regions import Known, RefusedError, Walked, put_together, taken_apart, takes_parts, walk_through
 from funcghost.engine.tap import there
 from funcghost.engine.walker import Walker
+from funcghost.side_effects import random_state, replaying
 from funcghost.transforms.compiling import with_code_of_its_own
 
 log = logging.getLogger("funcghost")
@@ -86,11 +87,15 @@ def _alone(walker: Walker[Any], gradients: bool) -> Iterator[None]:
 class Compiled:
     """A graph with taps, compiled for inputs and tangents of one form, and what runs are told of it.
 
+    It is held once to what the same graph gives op by op, on these inputs along drawn directions.
+
     Raises:
-        RefusedError, MismatchError, PlanError: as `walk_through`.
+        RefusedError: it gives something else; and, as MismatchError and PlanError, where `walk_through` does.
     """
 
-    def __init__(self, graph: GraphModule, backend: Any, probe: Tensor, inputs: Sequence[Any], known: Known) -> None:
+    def __init__(
+        self, graph: GraphModule, backend: Any, capture: Capture, inputs: Sequence[Any], known: Known
+    ) -> None:
         count, forms, walks = len(inputs), known.forms, list[Walked]()
 
         def part(probe: Tensor, *given: Any) -> tuple[Any, ...]:
@@ -101,10 +106,55 @@ class Compiled:
             return found
 
         # Directions may have no memory yet.
-        blank = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in known.tensors]
-        example = [probe, *inputs, *blank]
-        self.run = backend(_as_graph(part, len(example), graph), example)
+        drawn = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in known.tensors]
+        with replaying(random_state([capture.probe.device])):
+            for value in drawn:
+                value.normal_()
+            example = [capture.probe, *inputs, *drawn]
+            self.run = backend(_as_graph(part, len(example), graph), example)
+            _hold(self.run, part, example, capture.plan.precision)
         self.walked = walks[-1]
+
+
+def _hold(
+    compiled: Callable[..., Sequence[Any]],
+    part: Callable[..., Sequence[Any]],
+    example: Sequence[Any],
+    precision: torch.dtype,
+) -> None:
+    """Holds what was compiled to what it was compiled from: outputs, and all gradients, the scores among them.
+
+    Where random numbers are drawn, which compilers draw in ways of their own, there is nothing to hold it to.
+    """
+    before = random_state([example[0].device])
+    wanted = _derived(part, example)
+    if any(not a.equal(b) for (_, a), (_, b) in zip(before, random_state([example[0].device]), strict=True)):
+        return
+    largest = max(other.double().norm() for other in wanted)
+    for own, other in zip(_derived(compiled, example), wanted, strict=True):
+        eps = max(torch.finfo(other.dtype).eps, torch.finfo(precision).eps)
+        allowed = 3 * eps**0.5 * other.double().norm() + 100 * eps * largest
+        if largest.isfinite() and not (own.double() - other.double()).norm() <= allowed:
+            raise RefusedError("compiled by its backend it gives other numbers")
+
+
+def _derived(part: Callable[..., Sequence[Any]], example: Sequence[Any]) -> list[Tensor]:
+    """What comes out for copies of inputs, and the gradients of a combination of it."""
+    own = [_copy(value) if isinstance(value, Tensor) else value for value in example]
+    found = [value for value in part(*own) if isinstance(value, Tensor) and value.is_floating_point()]
+    ends = [value for value in own if isinstance(value, Tensor) and value.requires_grad]
+    smooth = [value for value in found if value.requires_grad]
+    weights = [torch.linspace(0.5, 1.5, v.numel(), dtype=v.dtype, device=v.device).view(v.shape) for v in smooth]
+    gradients = torch.autograd.grad(smooth, ends, weights, allow_unused=True)
+    return [
+        *(value.detach() for value in found),
+        *(torch.zeros_like(end) if g is None else g for end, g in zip(ends, gradients, strict=True)),
+    ]
+
+
+def _copy(value: Tensor) -> Tensor:
+    copied = value.detach().clone()
+    return (copied if copied.stride() == value.stride() else value.detach()).requires_grad_(value.requires_grad)
 
 
 def _as_graph(part: Callable[..., Any], count: int, like: GraphModule) -> GraphModule:
@@ -165,7 +215,7 @@ class Block:
             try:
                 if len(self.made) > MOST or len(made) >= MOST:
                     raise RefusedError(f"its inputs have had {MOST} forms and sizes already")
-                made.append(Compiled(self.graph, self.backend, capture.probe, inputs, known))
+                made.append(Compiled(self.graph, self.backend, capture, inputs, known))
                 return made[-1]
             except Exception as error:
                 self.refused[place] = _in_short(error)

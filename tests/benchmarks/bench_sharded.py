@@ -1,6 +1,7 @@
 """A step of a model under `fully_shard` with scores, beside the plain step: time, and memory of a rank.
 
     python tests/benchmarks/bench_sharded.py --quick --ranks 2
+    python tests/benchmarks/bench_sharded.py --quick --ranks 2 --compile
 
 Rounds take each contender once, in turn, all ranks together; the slowest rank's wall time counts. The memory of a rank
 is in units of the whole parameters: what it holds of parameters and directions between steps, and what tensors take on
@@ -41,6 +42,8 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
     size = sum(parameter.nbytes for parameter in model.parameters())
     low = fg.compress({name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}, rank=32)
     for block in model.blocks:
+        if args.compile:
+            block.compile()
         fully_shard(block)
     fully_shard(model)
     params: dict[str, Any] = dict(model.named_parameters())
@@ -55,20 +58,21 @@ def contenders(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
         losses(params, tokens).mean().backward()
         model.zero_grad()
 
+    def uncompiled() -> None:
+        with torch.compiler.set_stance("force_eager"):
+            plain()
+
     step = sharded.grad_and_reduce(losses, model)
     share = sum(cast(Any, parameter).to_local().nbytes for parameter in params.values())
     factors = sum(value.rows.nbytes + value.cols.nbytes for value in low.values() if isinstance(value, LowRank))
-    held = {"plain": share, "dot": 2 * share, "dot, rank 32": share + factors, "norms": share}
-    return (
-        {
-            "plain": plain,
-            "dot": lambda: step(params, tokens, fg.dot(direction)),
-            "dot, rank 32": lambda: step(params, tokens, fg.dot(low)),
-            "norms": lambda: step(params, tokens, fg.squared_norm()),
-        },
-        size,
-        held,
-    )
+    held = {"plain": share, "dot": 2 * share, "dot, rank 32": share + factors, "norms": share, "uncompiled": share}
+    routes = {
+        "plain": plain,
+        "dot": lambda: step(params, tokens, fg.dot(direction)),
+        "dot, rank 32": lambda: step(params, tokens, fg.dot(low)),
+        "norms": lambda: step(params, tokens, fg.squared_norm()),
+    }
+    return (routes | {"uncompiled": uncompiled} if args.compile else routes), size, held
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=positive(int), default=256)
     parser.add_argument("--layers", type=positive(int), default=4)
     parser.add_argument("--vocabulary", type=positive(int), default=8192)
+    parser.add_argument("--compile", action="store_true", help="blocks under torch.compile, as torchtitan has them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if "RANK" not in os.environ:

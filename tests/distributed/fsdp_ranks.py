@@ -20,6 +20,7 @@ from funcghost.distributed import sharded
 from funcghost.distributed.collectives import summed_over_ranks
 from funcghost.training import updates
 from tests.depth import DEEP
+from tests.distributed.test_compiled_blocks import counted
 
 VOCABULARY, WIDTH, LENGTH = 11, 6, 5
 
@@ -196,6 +197,32 @@ def held_to_one_process(
     losses(params, batch[own]).sum().backward()
     count = 1 if reduction == "sum" else sum(counts)
     close({name: 2 * p.grad.full_tensor() / count for name, p in params.items()}, wanted.grads, rtol)
+
+
+def compiled_blocks(rank: int, **how: Any) -> None:
+    """Blocks run as one op each where scores alone are wanted, with directions that come and go."""
+    plain, net = model(), shard(model(**how))
+    for block in net.blocks:
+        block.compile(backend="aot_eager")
+    params, alone, losses = dict(net.named_parameters()), dict(plain.named_parameters()), losses_of(net)
+    batch, own = drawn(7, 5), share(rank, (2, 3))
+    v, w = ({name: torch.randn_like(p).detach() for name, p in alone.items()} for _ in range(2))
+
+    def reducers(v: Any) -> Any:
+        return {"whole": fg.dot(v), "low": fg.dot(fg.compress(w, rank=2))}
+
+    wanted = fg.grad_and_reduce(losses_of(plain))(alone, batch, reducers(v))
+    step, score = sharded.grad_and_reduce(losses, net), sharded.reduce(losses, net)
+    with counted() as count:
+        for taken in range(1, 3):
+            found = step(params, batch[own], reducers(like(v, params)))
+            close(found.reduced, {name: value[own] for name, value in wanted.reduced.items()})
+            close(whole(found.grads), wanted.grads)
+            assert count[0] >= 2 * taken  # and once more in a backward, where they are checkpointed
+        close(score(params, batch[own], reducers(like(v, params))), found.reduced)
+        assert count[0] >= 6
+    norms = fg.reduce(losses_of(plain))(alone, batch, fg.squared_norm())
+    close(score(params, batch[own], fg.squared_norm()), norms[own])
 
 
 def without_gradients(rank: int) -> None:
@@ -437,6 +464,9 @@ def cases(rank: int) -> None:
         held_to_one_process(rank, (2, 1), "mean", shard_placement_fn=along_rows)
         held_to_one_process(rank, (1, 2), "sum", offload_policy=offloaded)
         held_to_one_process(rank, (1, 3), "mean", mp_policy=rounded, checkpointed=True, rtol=2e-5)
+    if DEEP:  # one rank has them in every profile
+        compiled_blocks(rank)
+        compiled_blocks(rank, checkpointed=True)
     without_gradients(rank)
     carried(rank)
     other_ops_on_other_ranks(rank)
