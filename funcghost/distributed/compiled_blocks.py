@@ -25,6 +25,7 @@ from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config as inductor
 from torch._ops import HigherOrderOperator
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.fx import Graph, GraphModule
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -107,13 +108,18 @@ class Compiled:
 
         # Directions may have no memory yet.
         drawn = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in known.tensors]
-        with replaying(random_state([capture.probe.device])):
+        own_affair = saved_tensors_hooks(_as_it_is, _as_it_is)  # and none of a checkpoint's, which counts what is kept
+        with replaying(random_state([capture.probe.device])), own_affair:
             for value in drawn:
                 value.normal_()
             example = [capture.probe, *inputs, *drawn]
             self.run = backend(_as_graph(part, len(example), graph), example)
             _hold(self.run, part, example, capture.plan.precision)
         self.walked = walks[-1]
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
 
 
 def _hold(

@@ -15,7 +15,7 @@ import distributed_in_run
 import distributed_pretraining
 import funcghost as fg
 from funcghost.attribution import curvature
-from funcghost.distributed import data_parallel
+from funcghost.distributed import data_parallel, plans
 from funcghost.distributed.collectives import summed_over_ranks
 from tests.depth import DEEP
 from tests.distributed import drawn_ranks, fsdp_ranks, tp_ranks
@@ -97,6 +97,30 @@ def averaged_as_ddp_does(net: nn.Module, rank: int) -> None:
     close(out.grads, {name: param.grad for name, param in params.items()})
 
 
+def planned_on_one_rank(net: nn.Module, rank: int) -> None:
+    """No other plans, and all hear of it when that goes wrong."""
+    losses, params = losses_of(net), dict(net.named_parameters())
+    batch = torch.randint(11, (2 + rank, 5), generator=torch.Generator().manual_seed(rank))
+    made = list[int]()
+
+    def make() -> fg.Plan:
+        made.append(rank)
+        return fg.plan(losses, params, batch)
+
+    plan = plans.shared_plan(make)
+    assert made == [0] * (rank == 0)
+    assert plan.digest and plan.digest == fg.plan(losses, params, batch).digest
+    step = data_parallel.grad_and_reduce(losses, plan=plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("funcghost.transforms.steps.make_plan")
+        found = step(params, batch, fg.squared_norm())
+    close(found.reduced, fg.reduce(losses)(params, batch, fg.squared_norm()))
+    with pytest.raises(fg.PlanError if rank else fg.InputError, match="depend on params"):
+        plans.shared_plan(lambda: fg.plan(lambda params, x: x, {"w": torch.ones(1)}, torch.ones(2)))
+    with pytest.raises(fg.PlanError if rank else fg.InputError, match="must give a plan from"):
+        plans.shared_plan(lambda: "none")  # type: ignore[arg-type, return-value]
+
+
 def refused_where_ranks_differ(rank: int) -> None:
     step = data_parallel.grad_and_reduce(lambda params, x: x @ params["w"])
     for params, what in (
@@ -154,6 +178,7 @@ def main() -> None:
             held_to_one_process(net, rank, split, reduction)
     curvatures_are_those_of_one_process(net, rank)
     averaged_as_ddp_does(model(), rank)
+    planned_on_one_rank(net, rank)
     refused_where_ranks_differ(rank)
     refused_where_sharded()
     buckets_do_not_matter(rank)
