@@ -31,11 +31,13 @@ from torch.fx import Graph, GraphModule
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
+from funcghost.control_flow import AsPython
 from funcghost.distributed.fsdp_groups import standing
 from funcghost.engine.capture import Capture
 from funcghost.engine.regions import Known, RefusedError, Walked, put_together, taken_apart, takes_parts, walk_through
 from funcghost.engine.tap import there
 from funcghost.engine.walker import Walker
+from funcghost.ops.composite import seen_by
 from funcghost.side_effects import random_state, replaying
 from funcghost.transforms.compiling import with_code_of_its_own
 
@@ -46,25 +48,25 @@ MOST = 16
 
 
 class Outside(NamedTuple):
-    """What is on around a block, while Dynamo takes nothing to be: a walker, and modes that see what ops come to.
+    """What is on around a block, while Dynamo takes nothing to be: a mode that sees ops, and others that see their parts.
 
     `gradients`: whether those of parameters are wanted.
     """
 
-    walker: Walker[Any]
+    mode: TorchFunctionMode | None
     others: Sequence[TorchDispatchMode]
     gradients: bool
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """It is on again."""
-        for mode in self.others:
-            _push_mode(mode)
-        TorchFunctionMode.__enter__(self.walker)
+        for other in self.others:
+            _push_mode(other)
         try:
-            yield
+            assert self.mode is not None
+            with seen_by(self.mode):
+                yield
         finally:
-            TorchFunctionMode.__exit__(self.walker, None, None, None)
             for _ in self.others:
                 _pop_mode()
 
@@ -73,16 +75,28 @@ _outside: ContextVar[Outside] = ContextVar("funcghost_outside")
 
 
 @contextmanager
-def _alone(walker: Walker[Any], gradients: bool) -> Iterator[None]:
-    """Dynamo may work: the walker, which is the only function mode, is off, and so is any other mode."""
+def _alone(mode: TorchFunctionMode | None, gradients: bool) -> Iterator[None]:
+    """Dynamo may work: a mode, which is the only one that sees ops, is off, and so are those that see their parts."""
     with _disable_current_modes() as others, torch.compiler.set_stance("default"):
-        token = _outside.set(Outside(walker, others[::-1], gradients))
-        TorchFunctionMode.__exit__(walker, None, None, None)
+        token = _outside.set(Outside(mode, others[::-1], gradients))
         try:
-            yield
+            with _off(mode):
+                yield
         finally:
-            TorchFunctionMode.__enter__(walker)
             _outside.reset(token)
+
+
+@contextmanager
+def _off(mode: TorchFunctionMode | None) -> Iterator[None]:
+    """A mode, which is the only one, is off; None where there is none."""
+    if mode is None:
+        yield
+        return
+    TorchFunctionMode.__exit__(mode, None, None, None)
+    try:
+        yield
+    finally:
+        TorchFunctionMode.__enter__(mode)
 
 
 class Compiled:
@@ -100,7 +114,7 @@ class Compiled:
         count, forms, walks = len(inputs), known.forms, list[Walked]()
 
         def part(probe: Tensor, *given: Any) -> tuple[Any, ...]:
-            present = _outside.get().walker
+            present = _outside.get().mode
             assert isinstance(present, Capture)
             found, walked = walk_through(present, graph, probe, given[:count], put_together(forms, given[count:]))
             walks.append(walked)
@@ -183,7 +197,7 @@ class Block:
     def __call__(self, *inputs: Any) -> Any:
         """Runs it along the plan of the run that is going on, as one op or op by op."""
         outside = _outside.get()
-        capture = outside.walker
+        capture = outside.mode
         if isinstance(capture, Capture) and takes_parts(capture) and not outside.others:
             try:
                 return self._as_one(capture, inputs, outside.gradients)
@@ -261,28 +275,32 @@ class Backend:
         return Block(graph, self.own)
 
 
-_forwards: WeakKeyDictionary[FunctionType, list[tuple[Any, Callable[..., Any]]]] = WeakKeyDictionary()
+Read = Callable[..., Any]
+_forwards: WeakKeyDictionary[FunctionType, list[tuple[Any, tuple[Read, Read]]]] = WeakKeyDictionary()
 
 
-def _read_by_dynamo(function: FunctionType, backend: Any) -> Callable[..., Any]:
-    """A forward as Dynamo is to read it for blocks with this backend: what it makes serves all blocks of one form."""
+def _read_by_dynamo(function: FunctionType, backend: Any) -> tuple[Read, Read]:
+    """A forward for steps that score, and for others: what Dynamo makes of it serves all blocks of one form."""
     known = _forwards.setdefault(function, [])
-    for own, compiled in known:
+    for own, read in known:
         if own == backend:
-            return compiled
-    compiled = torch.compile(with_code_of_its_own(function), backend=Backend(backend), fullgraph=True)
-    known.append((backend, compiled))
-    return compiled
+            return read
+    scored, plain = (
+        torch.compile(with_code_of_its_own(function), backend=each, fullgraph=True)
+        for each in (Backend(backend), backend)
+    )
+    known.append((backend, (scored, plain)))
+    return scored, plain
 
 
 @contextmanager
-def compiled_blocks(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Blocks of the model that were compiled run so in steps inside; `gradients`: whether those of params are wanted.
+def compiled_blocks(model: nn.Module, *, scores: bool = True, gradients: bool = True) -> Iterator[None]:
+    """Blocks of the model that were compiled run so in steps inside: whether these want `scores`, and `gradients`.
 
     Such are modules with `block.compile(...)`, or in `torch.compile(block)`, with the backends "inductor" (without CUDA
     graphs) and "aot_eager". Others run uncompiled.
     """
-    forwards = [(block, {"forward": _forward(block, own, gradients)}) for block, own in _blocks(model)]
+    forwards = [(block, {"forward": _forward(block, own, scores, gradients)}) for block, own in _blocks(model)]
     with standing(forwards), torch._dynamo.config.patch(specialize_float=True):  # no graph reads a number from a tensor
         yield
 
@@ -328,19 +346,20 @@ def _why_not(block: nn.Module, backend: Any) -> str | None:
     return None
 
 
-def _forward(block: nn.Module, backend: Any, gradients: bool) -> Callable[..., Any]:
+def _forward(block: nn.Module, backend: Any, scores: bool, gradients: bool) -> Callable[..., Any]:
     """What stands for a block's forward."""
     own: Any = block.forward
-    compiled = _read_by_dynamo(own.__func__, backend)
+    scored, plain = _read_by_dynamo(own.__func__, backend)
+    compiled = scored if scores else plain
+    kinds = Walker if scores else AsPython | None  # None where a checkpoint runs again in the backward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        modes = _get_current_function_mode_stack()
-        walker = modes[0] if len(modes) == 1 else None
+        mode, *others = _get_current_function_mode_stack() or [None]
         inside_a_transform = torch._C._functorch.maybe_current_level() is not None
-        if block in _refused or not isinstance(walker, Walker) or inside_a_transform:
+        if block in _refused or others or not isinstance(mode, kinds) or inside_a_transform:
             return own(*args, **kwargs)
         try:
-            with _alone(walker, gradients):
+            with _alone(mode, gradients):
                 return compiled(block, *args, **kwargs)
         except TorchDynamoException as error:
             _refused.add(block)

@@ -165,10 +165,11 @@ class Together:
 
     def _compiled(self, model: Sharded, request: Request) -> AbstractContextManager[None]:
         """Where blocks run as they were compiled."""
-        if request.empty or model.in_parts or "torch._dynamo" not in sys.modules:
+        if model.in_parts or "torch._dynamo" not in sys.modules:
             return nullcontext()
         blocks = import_module("funcghost.distributed.compiled_blocks")
-        found: AbstractContextManager[None] = blocks.compiled_blocks(self.model, gradients=self.reduction is not None)
+        wanted = {"scores": not request.empty, "gradients": self.reduction is not None}
+        found: AbstractContextManager[None] = blocks.compiled_blocks(self.model, **wanted)
         return found
 
     def _ask(self, split: Params, request: Request) -> None:

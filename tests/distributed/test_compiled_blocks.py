@@ -87,7 +87,7 @@ def steps(net: nn.Module) -> tuple[Callable[[Tensor, Any], Any], dict[str, Tenso
     step, params = fg.grad_and_reduce(losses_of(net)), dict(net.named_parameters())
 
     def taken(x: Tensor, reducers: Any) -> Any:
-        with blocks.compiled_blocks(net, gradients=True):
+        with blocks.compiled_blocks(net):
             return step(params, x, reducers)
 
     return taken, params
@@ -149,7 +149,7 @@ def test_directions_are_not_read_before_the_backward() -> None:
         found.register_hook(come)
         return found
 
-    with blocks.compiled_blocks(net, gradients=True), counted() as count:
+    with blocks.compiled_blocks(net), counted() as count:
         step = fg.grad_and_reduce(losses, plan=fg.plan(losses_of(net), params, x))
         close(step(params, x, fg.dot(v)), fg.grad_and_reduce(losses_of(other))(alone, x, fg.dot(kept)))
     assert count == [2]
