@@ -109,7 +109,7 @@ class LateTaps(Taps):
 
     def behind(self, tapped: Tapped, outputs: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs behind one."""
-        found: tuple[Tensor, ...] = LateTap.apply(self.probe, tapped, saved, *outputs)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = LateTap.apply(self.probe, tapped, saved, *outputs)
         return found
 
 
@@ -200,7 +200,7 @@ Forms = tuple[Any, ...]
 
 
 class Known(NamedTuple):
-    """The tangents of a part's inputs: `tensors`, and the `forms` of what they are in, the same for all of one graph."""
+    """The tangents of a part's inputs: `tensors`, and the `forms` of what these are in, one for all of a graph."""
 
     tensors: list[Tensor]
     forms: Forms
@@ -210,7 +210,7 @@ def taken_apart(tangents: Sequence[Tangents | None]) -> Known:
     """The tangents of inputs, None for those that have none."""
     leaves = [leaf for along in tangents for leaf in along or () if leaf is not None]
     tensors = [part for leaf in leaves for part in ([leaf.rows, leaf.cols] if isinstance(leaf, LowRank) else [leaf])]
-    forms = [
+    forms: list[Any] = [
         along and tuple([tuple(leaf.shape) if isinstance(leaf, LowRank) else leaf is not None for leaf in along])
         for along in tangents
     ]

@@ -109,7 +109,7 @@ def planned_on_one_rank(net: nn.Module, rank: int) -> None:
 
     plan = plans.shared_plan(make)
     assert made == [0] * (rank == 0)
-    assert plan.digest and plan.digest == fg.plan(losses, params, batch).digest
+    assert plan.digest == fg.plan(losses, params, batch).digest
     step = data_parallel.grad_and_reduce(losses, plan=plan)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("funcghost.transforms.steps.make_plan")
