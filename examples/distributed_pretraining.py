@@ -5,8 +5,8 @@
 `parallelize` does to the model what torchtitan's function of that name does: per block an activation checkpoint,
 `torch.compile` and `fully_shard`. The loop keeps its optimizer, its clipping by the norm over all processes and its
 schedule. Two lines are ours: the account of the step, which gives its gradient and the values of this process's
-windows, and `param.grad = ...` in place of `.backward()`. In the account, blocks run as they are written; elsewhere
-they run compiled.
+windows, and `param.grad = ...` in place of `.backward()`. Blocks run compiled in the account as well (with the backends
+inductor and aot_eager).
 
 In the end the values of all processes and the rests must add up to what the steps did to the validation loss, the
 parameters must be where the accounts say that the optimizer took them, and all of it must be that of one process.

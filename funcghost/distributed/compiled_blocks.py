@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor import config as inductor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.overrides import _get_current_function_mode_stack
@@ -102,6 +103,8 @@ def _forward(block: nn.Module, backend: Any, scores: bool, gradients: bool) -> C
     scored, plain = _read_by_dynamo(own.__func__, backend)
     compiled = scored if scores else plain
     kinds = Walker if scores else AsPython | None  # None where a checkpoint runs again in the backward
+    # Before its graph is met, all that fails is the compiler's; a checkpoint may end what it runs again by an error.
+    refusals = (Exception,) if scores else (TorchDynamoException, FailOnRecompileLimitHit)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         mode, *others = _get_current_function_mode_stack() or [None]
@@ -111,7 +114,7 @@ def _forward(block: nn.Module, backend: Any, scores: bool, gradients: bool) -> C
         with alone(mode, gradients) as outside:
             try:
                 return compiled(block, *args, **kwargs)
-            except Exception as error:
+            except refusals as error:
                 if outside.met:
                     raise
                 say(f"a block given to torch.compile runs uncompiled in a step: {in_short(error)}")

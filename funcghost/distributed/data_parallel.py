@@ -56,7 +56,7 @@ def grad_and_reduce(
         reduction: as in `fg.grad_and_reduce`, over the samples of all ranks.
         has_aux: as in `fg.grad_and_reduce`.
         options: as in `fg.grad_and_reduce`.
-        plan: as in `fg.grad_and_reduce`.
+        plan: as in `fg.grad_and_reduce`; `plans.shared_plan` has one rank make it for all.
         group: the ranks that take part; all by default.
 
     Units: as in `fg.grad_and_reduce`. Cost: on top of it, one all-reduce of the gradient, in buckets.

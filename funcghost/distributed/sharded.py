@@ -60,12 +60,18 @@ def grad_and_reduce(
         reduction: as in `fg.grad_and_reduce`, over the samples of all ranks.
         has_aux: as in `fg.grad_and_reduce`.
         options: as in `fg.grad_and_reduce`; there is no forward route.
-        plan: as in `fg.grad_and_reduce`; all ranks pass one, or none does.
+        plan: as in `fg.grad_and_reduce`; all ranks pass one, or none does. See `plans.shared_plan`.
         group: all ranks that the model is sharded over, for agreements; all that there are by default.
 
     The step takes `params`, the model's own parameters or some of them, `dict(model.named_parameters())`. Directions
     are trees like params, of DTensors that are sharded in the same way; or with leaves, dense or of low rank, that all
     ranks have as a whole.
+
+    Blocks that were given to `torch.compile` (with the backends "inductor", without CUDA graphs, and "aot_eager") run
+    compiled where scores and gradients alone are asked for, up to 16 sizes and plans of each; to make norms, Gram
+    matrices and pairs they run op by op, and so they do where samples are moved by data, or tangents go on to the next
+    block. Random numbers are those of the compiler then, as in a plain compiled step. The log says what does not run
+    compiled, and why. The first call compiles, and holds each block once to its own ops.
 
     Units: as in `fg.grad_and_reduce`. Under a mixed precision policy the gradients of samples are those that the layers
     compute, in the policy's dtype, along the direction rounded to it.
