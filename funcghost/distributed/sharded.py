@@ -71,7 +71,8 @@ def grad_and_reduce(
     compiled where scores and gradients alone are asked for, up to 16 sizes and plans of each; to make norms, Gram
     matrices and pairs they run op by op, and so they do where samples are moved by data, or tangents go on to the next
     block. Random numbers are those of the compiler then, as in a plain compiled step. The log says what does not run
-    compiled, and why. The first call compiles, and holds each block once to its own ops.
+    compiled, and why. The first call compiles, and holds each block once to its own ops. Plans are of the ops in
+    Dynamo's graphs: one of the uncompiled model is made anew where it names others.
 
     Units: as in `fg.grad_and_reduce`. Under a mixed precision policy the gradients of samples are those that the layers
     compute, in the policy's dtype, along the direction rounded to it.
