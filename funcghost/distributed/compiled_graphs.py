@@ -100,7 +100,7 @@ class Compiled:
             present = _outside.get().mode
             assert isinstance(present, Capture)
             found, walked = walk_through(present, graph, probe, given[:count], put_together(forms, given[count:]))
-            walks.append(walked)
+            walks[:] = [walked]
             return found
 
         # Directions may have no memory yet.
@@ -112,7 +112,7 @@ class Compiled:
             example = [capture.probe, *inputs, *drawn]
             self.run = backend(_as_graph(part, len(example), graph), example)
             _hold(self.run, part, example, capture.plan.precision)
-        self.walked = walks[-1]
+        (self.walked,) = walks
 
 
 def _as_it_is(value: Tensor) -> Tensor:
