@@ -20,6 +20,9 @@ from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer, blocks
 from funcghost.algebra.sums import added_rows, applied, product, squares, total
 from funcghost.dtypes import wide
 
+ENTRIES = 2**22
+"""How many numbers of gradients are formed at once for many directions."""
+
 
 def squared_norms(uses: Sequence[Factor], means: Means = ANY, name: str = "") -> Tensor:
     """`|grad_i|^2` of one parameter from all of its uses, [b]."""
@@ -78,6 +81,24 @@ def along(use: Factor, direction: Leaf) -> Tensor:
     return (wide(met) * wide(other)).flatten(1).sum(1)
 
 
+def along_many(use: Outer, directions: Sequence[Tensor]) -> list[Tensor]:
+    """`<grad_i, V>` for several directions of the parameter's shape, [b] each: by the gradients, slice by slice.
+
+    Cost: that of one direction, and `2 b` FLOPs for each of their entries; `ENTRIES` numbers at a time.
+    """
+    q, m, n = use.form.blocks
+    rows, b = max(1, ENTRIES // max(1, q * n * (samples(use) + len(directions)))), samples(use)
+
+    def terms() -> Iterator[Tensor]:
+        yield _zeros(use, (b, len(directions)))
+        for at in range(0, m, rows):
+            own = blocks(use, use.form, at, min(at + rows, m)).reshape(b, -1)
+            others = [wide(use.form.fold(direction)[:, at : at + rows]).flatten() for direction in directions]
+            yield product(own, torch.stack(others).to(own.dtype).T)
+
+    return list(total(terms()).unbind(1))
+
+
 def _along_low_rank(use: Factor, direction: LowRank) -> Tensor:
     """`<grad_i, V>` for a direction `V = L R^T` of rank r, [b]: `sum_t <L^T rows_t, R^T cols_t>`.
 
@@ -118,6 +139,18 @@ def weighted_sum(use: Factor, weights: Tensor) -> Tensor:
         return added_rows(index, scaled.flatten(0, 1), use.form.blocks[1], len(index)).reshape(use.shape)
     rows, cols = wide(use.rows).flatten(0, 1), scaled.flatten(0, 1)
     return use.form.unfold(product(rows.permute(1, 2, 0), cols.transpose(0, 1)))
+
+
+def whole(uses: Sequence[Factor], budget: int) -> Tensor | None:
+    """The gradients of one parameter from all of its uses, [b, *shape]; None where they take more than the budget."""
+    size = prod((samples(uses[0]), *uses[0].shape)) * max(bytes_of_entry(sketch(use)) for use in uses)
+    if size * (2 if len(uses) > 1 else 1) > budget:
+        return None
+    first, *others = sorted(uses, key=lambda use: isinstance(use, Dense))  # the memory of a product is ours to write to
+    found = dense(first)
+    for use in others:
+        found = found + dense(use) if isinstance(first, Dense) else found.add_(dense(use))
+    return found
 
 
 def summed(uses: Sequence[Factor]) -> Tensor:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcghost.algebra.contractions import along, in_dtype
+from funcghost.algebra.contractions import along, along_many, in_dtype
 from funcghost.algebra.directions import Leaf, LowRank, as_dense
+from funcghost.algebra.factors import Outer
 from funcghost.dtypes import wide_dtype
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.positions import Positions
@@ -25,9 +26,9 @@ from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError
 from funcghost.ops.apart import Level, Use, Where
 from funcghost.ops.call import Call, Outputs, remembered
-from funcghost.ops.layout import Layout, Placed
+from funcghost.ops.layout import Layout, Placed, Rows
 from funcghost.ops.products import Description
-from funcghost.ops.tangent import Pushforward, Way, pushforward
+from funcghost.ops.tangent import Pushforward, Way, covered_by_rule, pushforward
 from funcghost.ops.uses import find_uses
 from funcghost.trees import gathered
 
@@ -36,12 +37,15 @@ Tangents = tuple[Leaf | None, ...]
 Scores = dict[int, Tensor]
 """A contribution [b] to the scores in each direction, by its number."""
 
+MANY = 3
+"""So many directions, for samples of so many positions, are scored by the gradients: one product for all of them."""
+
 
 class Wanted(NamedTuple):
     """What is wanted of a call, as far as its recipe depends on it.
 
     `chosen`: the numbers of the outputs that have a derivative.
-    `layouts`: where the samples are in each of them; None where data says so.
+    `layouts`: where the samples are in each of them; None where there is no gradient.
     `vmapped`: how many axes their cotangents have in front because of vmap.
     `kinds`: the types of the tangents, by tracked slot and direction.
     `collects`: whether factors are wanted of everything that went in.
@@ -50,7 +54,7 @@ class Wanted(NamedTuple):
     """
 
     chosen: tuple[int, ...]
-    layouts: tuple[Layout | None, ...]
+    layouts: tuple[Layout | Rows | None, ...]
     vmapped: int
     kinds: tuple[tuple[type, ...], ...]
     collects: bool
@@ -212,10 +216,15 @@ class ByFactors:
         for slot, factor in zip(self.use.slots, factors, strict=True):
             columns = sorted(k for where, k in self.scored if where == slot)
             rounded = factor.map(in_dtype(tapped.dtype)) if columns and tapped.dtype is not None else factor
-            for k in columns:
-                leaf = tapped.tangents[slot][k]
-                assert leaf is not None
-                score = along(rounded, _rounded(leaf, tapped.dtype))
+            leaves = {
+                k: _rounded(leaf, tapped.dtype) for k in columns if (leaf := tapped.tangents[slot][k]) is not None
+            }
+            dense = {k: leaf for k, leaf in leaves.items() if isinstance(leaf, Tensor)}
+            many = dict[int, Tensor]()
+            if isinstance(rounded, Outer) and len(dense) >= MANY and rounded.positions >= MANY:
+                many = dict(zip(dense, along_many(rounded, list(dense.values())), strict=True))
+            for k, leaf in leaves.items():
+                score = many[k] if k in many else along(rounded, leaf)
                 found[k] = found[k] + score if k in found else score
             if tapped.ledger is not None and slot in tapped.targets:
                 tapped.ledger.collect(tapped.targets[slot], factor)
@@ -256,12 +265,14 @@ def recipe(call: Call, wanted: Wanted, described: Description | None, way: Way) 
 
 
 def tried(call: Call, wanted: Wanted, described: Description | None, push: Pushforward) -> tuple[Term, ...]:
-    """As `recipe_of`, while the way is tried: where factors score, `push` sees what it would take by shapes alone."""
+    """As `recipe_of`, while the way is tried: where factors score, `push` sees what it takes, a rule's by shapes."""
     found = recipe_of(call, wanted, described, lambda: push)
     scored = any(isinstance(term, ByFactors) and term.scored for term in found)
     if scored and not any(isinstance(term, ByTangents) for term in found):
-        blank = {slot: torch.empty_like(call.leaves[slot], device="meta") for slot in (*push.needed, *call.tracked)}
-        push.evaluate([blank[slot] for slot in push.needed], [blank[slot] for slot in call.tracked])
+        given = {slot: call.leaves[slot].detach() for slot in (*push.needed, *call.tracked)}
+        if covered_by_rule(call):
+            given = {slot: torch.empty_like(value, device="meta") for slot, value in given.items()}
+        push.evaluate([given[slot] for slot in push.needed], [given[slot] for slot in call.tracked])
     return found
 
 
@@ -271,18 +282,22 @@ def _by_factors(
     """The tangents (slot and direction) that are scored by factors, and the uses wanted.
 
     Low-rank ones are, where factors are had without a derivative for each sample. Of others, those of a product whose
-    output is larger than what the parameter meets: `g V` takes less memory than `J V`, at the same FLOPs.
+    output is larger than what the parameter meets: `g V` takes less memory than `J V`, at the same FLOPs. And those of
+    products where there are `MANY`.
     """
     kinds = [
         {slot: kind for slot, kind in zip(call.tracked, along, strict=True) if kind is not NoneType}
         for along in zip(*wanted.kinds, strict=True)
     ]
     low = [any(issubclass(kind, LowRank) for kind in along.values()) for along in kinds]
-    if not wanted.collects and (wanted.vmapped or described is None) and not any(low):
+    if not wanted.collects and wanted.vmapped and not any(low):
         return frozenset(), ()
     uses = find_uses(call, described, wanted.layouts, wanted.chosen, wanted.vmapped)
     cheap = {slot for use in uses if use.by_product for slot in use.slots}
     smaller = {slot for use in uses if use.smaller and not wanted.vmapped for slot in use.slots}
+    plain = sum(not low[k] and k not in wanted.apart and bool(kinds[k]) for k in range(len(kinds)))
+    if plain >= MANY and covered_by_rule(call) and not wanted.vmapped and wanted.dtype is None:
+        smaller |= {slot for use in uses if use.outer for slot in use.slots}
     found = frozenset(
         (slot, k)
         for k, along in enumerate(kinds)

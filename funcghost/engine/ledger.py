@@ -4,14 +4,16 @@ A parameter that is used once is reduced where its site is passed; of one that i
 kept until the last of its sites. Nothing else is kept. One ledger serves one run.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from funcghost.algebra.contractions import summed, whole
 from funcghost.algebra.cost import Sketch, sketch
 from funcghost.algebra.factors import Dense, Factor
 from funcghost.engine.shadows import Shadow
+from funcghost.options import DEFAULT_BUDGET
 from funcghost.reducers.bases import Additive
 
 ALL = ""
@@ -22,9 +24,21 @@ class Ledger:
     """Collects the factors of every use of every parameter, for `tasks` in the streaming run, or `keep`s them all."""
 
     def __init__(
-        self, names: Sequence[str], tasks: Sequence[Additive] = (), *, keep: bool = False, sketching: bool = False
+        self,
+        names: Sequence[str],
+        tasks: Sequence[Additive] = (),
+        *,
+        keep: bool = False,
+        sketching: bool = False,
+        summing: Collection[int] = (),
+        budget: int = DEFAULT_BUDGET,
     ) -> None:
-        """Starts empty."""
+        """Starts empty.
+
+        `summing` are the parameters whose gradients are formed sample by sample, within the `budget` of memory, so that
+        their sum is the training gradient: no other is taken.
+        """
+        self.summing, self.budget, self.sums = frozenset(summing), budget, dict[int, Tensor]()
         self.names, self.tasks, self.keep = names, tasks, keep
         self.sketches: dict[int, list[Sketch]] | None = {} if sketching else None
         self.pending = [0] * len(names)
@@ -64,6 +78,10 @@ class Ledger:
 
     def _reduce(self, number: int) -> None:
         uses = self.factors.pop(number, None)
+        if uses and number in self.summing:
+            gradients = whole(uses, self.budget)
+            self.sums[number] = summed(uses) if gradients is None else gradients.sum(0)
+            uses = uses if gradients is None else [Dense(gradients)]
         if uses:
             self._contribute(self.others, number, uses)
 
@@ -88,6 +106,11 @@ class Ledger:
             self.passed([tail])
         for number in list(self.factors) if not self.keep else ():
             self._reduce(number)
+
+    def sum_like(self, number: int, leaf: Tensor) -> Tensor:
+        """The sum of the gradients of a parameter in its form, zero where there is none."""
+        found = self.sums.get(number)
+        return torch.zeros_like(leaf, requires_grad=False) if found is None else found.to(leaf.dtype)
 
     def results(self, losses: Tensor, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         """What each task made of each parameter, with zeros for those without a gradient; of all if it adds them up."""

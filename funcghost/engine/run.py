@@ -90,7 +90,9 @@ def run(
     tail = carried and carried.shadow
     if ledger is not None and tail is not None:
         ledger.expect([tail])
-    wanted = [probe] if reduction is None else [probe, *leaves]
+    summing = ledger.summing if ledger is not None and reduction is not None else ()
+    asked = [] if reduction is None else [leaf for number, leaf in enumerate(leaves) if number not in summing]
+    wanted = [probe, *asked]
     cotangent = cotangents(losses, reduction or "sum")
     scores, *gradients = problem.backward(losses, wanted, cotangent, keep_graph=ledger is not None and tail is not None)
     if not problem.is_meta() and not problem.in_step:
@@ -101,6 +103,9 @@ def run(
     if ledger is not None:
         with as_written(losses.device):
             ledger.close(tail, cotangent, scale)
+        if summing:
+            rest = iter(gradients)
+            gradients = [ledger.sum_like(i, leaf) if i in summing else next(rest) for i, leaf in enumerate(leaves)]
     by_position = {} if positions is None else positions.results(scale)
     if carried and carried.tangents:
         tails = [torch.zeros_like(losses) if tangent is None else as_dense(tangent) for tangent in carried.tangents]

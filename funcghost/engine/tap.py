@@ -91,7 +91,12 @@ class Taps:
                 self.positions.see((number, output), where, call.op, layout, shape, batch)
         wanted = Wanted(
             chosen=site.smooth,
-            layouts=tuple([layout if isinstance(layout, Layout) else None for layout in layouts]),
+            layouts=tuple(
+                [
+                    where if isinstance(where, Layout | Rows) else None
+                    for where in (site.layouts[i] for i in site.smooth)
+                ]
+            ),
             vmapped=len(batched_shape(values[0])) - values[0].dim(),
             kinds=tuple([tuple(map(type, known)) for known in tangents]),
             collects=bool(targets),

@@ -53,7 +53,8 @@ class Use:
     `needed`: the slots of the tensors that it takes.
     `factors(saved, levels, gradients, layouts, batch)`: gives the factor for each of the slots.
     `by_product`: whether that is without a derivative for each sample.
-    `smaller`: whether what the parameter meets is less than half of what comes out.
+    `outer`: whether they are products of rows and columns at every position.
+    `smaller`: whether scores are had by factors for less: what the parameter meets is less than half of what comes out.
     """
 
     slots: tuple[int, ...]
@@ -61,6 +62,7 @@ class Use:
     factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
     by_product: bool = True
     smaller: bool = False
+    outer: bool = False
 
 
 def lifted(values: Callable[[Sequence[Tensor]], Any], saved: Sequence[Tensor], levels: Levels) -> Any:

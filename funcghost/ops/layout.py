@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Fold = Literal["whole", "high", "low", "single"]
 
@@ -80,10 +83,43 @@ class Placed:
     axis: int
     samples: Tensor
 
+    def by_sample(self, value: Tensor, batch: int) -> Tensor:
+        """Of shape [b, r, ...], with the rows of each sample in front, and zeros behind those of which there are fewer.
+
+        Cost: a copy, and where the samples are on a device, the wait for one number.
+        """
+        rows, most = value.movedim(self.axis, 0), self.most(batch)
+        place = (self.samples * most + self._turn).to(rows.device)
+        apart = rows.new_zeros(batch * most, *rows.shape[1:]).index_copy(0, place, rows)
+        return apart.view(batch, most, *rows.shape[1:])
+
+    def most(self, batch: int) -> int:
+        """How many rows a sample has at most."""
+        return int(self._turn.max()) + 1 if len(self.samples) else 0
+
+    @cached_property
+    def _turn(self) -> Tensor:
+        """How many rows of its sample come before each row."""
+        order = self.samples.argsort(stable=True)
+        sorted_ = self.samples[order]
+        before = torch.searchsorted(sorted_, sorted_)  # those of smaller samples
+        return torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device) - before)
+
     def sum(self, values: Tensor, like: Tensor) -> Tensor:
         """The sum of each sample's entries, [b], in the dtype of `like` [b, ...]."""
         rows = values.movedim(self.axis, 0).unsqueeze(-1).flatten(1).sum(1, dtype=like.dtype)
         return like.new_zeros(len(like)).index_add(0, self.samples, rows)
+
+
+def samples_along(
+    where: "Layout | Placed", axis: int, shape: Sequence[int], batch: int, device: torch.device
+) -> Tensor | None:
+    """The sample of each index of an axis, on a device, if it is there that the samples are."""
+    if isinstance(where, Placed):
+        return where.samples.to(device) if where.axis == axis else None
+    if where.fold != "single" and where.axis != axis:
+        return None
+    return Layout(0, where.fold).numbers(shape[axis : axis + 1], batch, device).long()
 
 
 def spread(rows: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
@@ -99,3 +135,9 @@ def candidates(shape: Sequence[int], batch: int) -> list[Layout]:
     folded = [axis for axis, size in enumerate(shape) if size % batch == 0 and size > batch]
     folds: tuple[Fold, Fold] = ("high", "low")
     return [*whole, *(Layout(axis, fold) for axis in folded for fold in folds)]
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values of a tensor can be asked for: not while a graph is traced, nor on the meta device."""
+    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return not (traced or value.is_meta or isinstance(value, FakeTensor))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funcghost.errors import MismatchError
 from funcghost.ops.call import is_float
+from funcghost.ops.families.recurrent import ALIKE
 from funcghost.ops.families.sums import BY_SHAPE
 from funcghost.ops.families.tables import BY_DATA
 from funcghost.ops.layout import Layout, Rows, candidates, spread
@@ -25,7 +26,9 @@ from funcghost.ops.rules import Op
 _T: Any = torch.Tensor
 
 
-MOVES = BY_DATA | BY_SHAPE
+REARRANGE = BY_DATA | BY_SHAPE
+"""The ops that put entries elsewhere as they are, or sums of them."""
+MOVES = REARRANGE | ALIKE.keys()
 IN_PLACE = frozenset(op for op in MOVES if op is _T.__setitem__ or op.__name__.rstrip("_") + "_" == op.__name__)
 
 Where = Layout | Rows
@@ -69,7 +72,7 @@ class Move:
         ]
         nest: Any = optree.tree_unflatten(self.spec, given)
         with torch.no_grad():
-            returned = self.op(*nest[0], **nest[1])
+            returned = ALIKE.get(self.op, self.op)(*nest[0], **nest[1])
         found = [value for value in optree.tree_leaves(returned) if isinstance(value, Tensor)]
         if self.op is _T.__setitem__:
             found.append(given[0])
@@ -267,7 +270,7 @@ def _where(sources: Sources, call: int, number: int, batch: int, any_order: bool
         if bool(((samples == layout.numbers(samples.shape, batch, samples.device)) | ~some).all()):
             return layout
     for axis in range(samples.dim()):
-        if bool((samples == spread(along(samples, axis), axis, samples.shape)).all()):
+        if bool(((samples == spread(along(samples, axis), axis, samples.shape)) | ~some).all()):
             return Rows(axis, call, number)
     return None
 

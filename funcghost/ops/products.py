@@ -52,12 +52,15 @@ class Table:
     `places`: how many axes the index has.
     `values`: gives the index, and the scale if there is one, from these tensors.
     `summed`: whether the output is the sum over the last of the places; then there is a scale.
+    `ragged`: whether it is that over some of the places, on one axis; then the `values` also give the place in the
+    output of each, behind the scale.
     """
 
     needed: tuple[int, ...]
     places: int
     values: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     summed: bool = False
+    ragged: bool = False
 
 
 Arguments = Mapping[str, Any]

@@ -7,29 +7,38 @@ of the output are positions, the samples among them. Any other op is differentia
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer
-from funcghost.algebra.sums import LONG
+from funcghost.algebra.sums import LONG, added_rows
 from funcghost.dtypes import as_written, wide, wide_dtype
 from funcghost.ops.apart import Levels, Use, Where, by_autograd, lifted
 from funcghost.ops.call import Call, physical
-from funcghost.ops.layout import Layout
+from funcghost.ops.layout import Layout, Placed, Rows, readable, samples_along, spread
 from funcghost.ops.products import Description, Letter, Letters, Product, Table, describe, itself
+from funcghost.ops.unrolled import by_steps
 
 IN_FRONT = Layout(0)
 
 
 def find_uses(
-    call: Call, described: Description | None, layouts: Sequence[Layout | None], chosen: tuple[int, ...], vmapped: int
+    call: Call,
+    described: Description | None,
+    layouts: Sequence[Layout | Rows | None],
+    chosen: tuple[int, ...],
+    vmapped: int,
 ) -> list[Use]:
     """How to get the factors for each tracked argument: by letters where that can be done, all others by autograd."""
-    known, others = list[Use](), list[int]()
+    recurrent = by_steps(call, layouts, chosen, vmapped)
+    known, others = [recurrent] if recurrent else list[Use](), list[int]()
     layout = layouts[0] if len(layouts) == 1 else None
     for slot in call.tracked:
+        if recurrent and slot in recurrent.slots:
+            continue
         # 1. What the op is in this argument: a product, a lookup, or nothing that is known.
         plain = layout is not None and physical(call.leaves[slot]) is call.leaves[slot]
         product = describe(call, described, slot) if described and plain else None
@@ -37,6 +46,8 @@ def find_uses(
         use, shape = None, tuple(call.leaves[slot].shape)
         if layout is not None and isinstance(product, Product):
             use = _by_letters(product, slot, shape, layout, vmapped)
+            if use is not None and isinstance(layout, Rows):
+                use = None if vmapped else _where_readable(use, by_autograd(call, (slot,), chosen))
         elif layout is not None and isinstance(product, Table):
             use = _by_index(product, slot, shape, layout, vmapped)
         # 3. All arguments that are left are differentiated together.
@@ -47,13 +58,32 @@ def find_uses(
     return [*known, by_autograd(call, tuple(others), chosen)] if others else known
 
 
-def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
+def _where_readable(use: Use, apart: Use) -> Use:
+    """The use of rows that data have moved, or the one for each sample apart where their samples cannot be read."""
+    places = [apart.needed.index(slot) for slot in use.needed]
+
+    def factors(
+        saved: Sequence[Tensor],
+        levels: Levels,
+        gradients: Sequence[Tensor | None],
+        layouts: Sequence[Where],
+        batch: int,
+    ) -> list[Factor]:
+        if isinstance(layouts[0], Placed) and readable(layouts[0].samples):
+            return use.factors([saved[place] for place in places], levels, gradients, layouts, batch)
+        return apart.factors(saved, levels, gradients, layouts, batch)
+
+    return Use(use.slots, apart.needed, factors, by_product=False)
+
+
+def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Layout | Rows, vmapped: int) -> Use | None:
     """The factor of a product, unless the samples are not among its positions."""
     known = product.param, product.coefficient, product.out, product.groups, product.base
+    at = Layout(layout.axis) if isinstance(layout, Rows) else layout
     try:
-        arranged = arrangement(*known, shape, layout, vmapped)
+        arranged = arrangement(*known, shape, at, vmapped)
     except TypeError:  # sizes are symbols while a compiler traces, which cannot be looked up
-        arranged = arrangement.__wrapped__(*known, shape, layout, vmapped)
+        arranged = arrangement.__wrapped__(*known, shape, at, vmapped)
     if arranged is None:
         return None
     a, form = arranged, arranged.form
@@ -62,10 +92,15 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
     outward, in_front = axes_of(a.out, a.positions, (*a.blocks, *a.rows)), layout == IN_FRONT
 
     def factors(
-        saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
+        saved: Sequence[Tensor],
+        levels: Levels,
+        gradients: Sequence[Tensor | None],
+        layouts: Sequence[Where],
+        batch: int,
     ) -> list[Factor]:
-        g = gradients[0]
+        g, placed = gradients[0], layouts[0]
         assert g is not None
+        where = Placed(a.where.axis, placed.samples) if isinstance(placed, Placed) else a.where
         if product.gradients is not None and in_front and not levels:
             positions = g.numel() // (batch * left_size * q)
             if left_size * right_size <= positions * (left_size + right_size):
@@ -74,7 +109,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         if product.groups > 1:
             g = g.unflatten(a.out.index("g"), (product.groups, -1))
         sizes = dict(zip(a.out, g.shape, strict=True))
-        left = outward.arrange(g, sizes, a.where, batch, (q, left_size))
+        left = outward.arrange(g, sizes, where, batch, (q, left_size))
         if product.values is None:
             total = wide(left) if left.shape[1] == 1 else left.sum(1, dtype=wide_dtype(left.dtype))
             return [Dense(form.whole(total if product.scale == 1 else total * product.scale, batch))]
@@ -83,7 +118,7 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
         if levels:
             given = (*(name for name, level in zip(a.front, levels, strict=True) if level.has_any), *given)
         inward = axes_of(given, a.positions, (*a.blocks, *a.cols))
-        right = inward.arrange(coefficient, sizes, a.where, batch, (q, right_size))
+        right = inward.arrange(coefficient, sizes, where, batch, (q, right_size))
         if product.scale != 1:
             left = left * product.scale
         if not a.rows or not a.cols:
@@ -92,29 +127,81 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
 
     fixed = isinstance(left_size, int) and isinstance(right_size, int)  # and not symbols
     smaller = fixed and product.values is itself and bool(a.cols) and (left_size >= 2 * right_size or right_size > LONG)
-    return Use((slot,), product.needed, factors, smaller=smaller)
+    outer = product.values is not None and product.gradients is None and bool(a.rows) and bool(a.cols)
+    return Use((slot,), product.needed, factors, smaller=smaller, outer=outer)
 
 
-def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout, vmapped: int) -> Use | None:
+def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout | Rows, vmapped: int) -> Use | None:
     """The rows of a table that were looked up, unless the samples are not among the places of the index."""
-    places = vmapped + table.places
-    if layout.fold != "single" and layout.axis >= places - table.summed:
+    places, rows = vmapped + table.places, isinstance(layout, Rows)
+    single = isinstance(layout, Layout) and layout.fold == "single"
+    if not (single or layout.axis < places - table.summed) or (vmapped and (rows or table.ragged)):
         return None
+    if table.ragged:
+        return Use((slot,), table.needed, partial(_in_bags, table, shape), by_product=not rows)
 
     def factors(
-        saved: Sequence[Tensor], levels: Levels, gradients: Sequence[Tensor | None], _: Sequence[Where], batch: int
+        saved: Sequence[Tensor],
+        levels: Levels,
+        gradients: Sequence[Tensor | None],
+        layouts: Sequence[Where],
+        batch: int,
     ) -> list[Factor]:
-        g = gradients[0]
+        g, where = gradients[0], layouts[0]
         assert g is not None
-        index, *scale = lifted(table.values, saved, levels)
+        assert not isinstance(where, str)
+        index, *others = lifted(table.values, saved, levels)
         for axis, level in enumerate(levels):
             index = index if level.has_any else index.unsqueeze(axis)
         g = g.unsqueeze(-2) if table.summed else g
-        g = g * scale[0] if scale else g
-        rows = layout.by_sample(index.expand(g.shape[:places]), batch).reshape(batch, -1)
-        return [Lookup(rows, layout.by_sample(g, batch).reshape(batch, rows.shape[1], prod(shape[1:])), shape)]
+        g = g * others[0] if others else g
+        index = index.expand(g.shape[:places])
+        if isinstance(where, Placed) and not _at_hand(g):
+            return [_added(index, g, where, batch, shape)]
+        own, cols = (where.by_sample(value, batch) for value in (index, g))
+        own = own.reshape(batch, prod(own.shape[1:]))
+        return [Lookup(own, cols.reshape(batch, own.shape[1], prod(shape[1:])), shape)]
 
-    return Use((slot,), table.needed, factors)
+    return Use((slot,), table.needed, factors, by_product=not rows)
+
+
+def _in_bags(
+    table: Table,
+    shape: tuple[int, ...],
+    saved: Sequence[Tensor],
+    levels: Levels,
+    gradients: Sequence[Tensor | None],
+    layouts: Sequence[Where],
+    batch: int,
+) -> list[Factor]:
+    """The rows of a table whose sums over places are on the first axis of the output."""
+    g, where = gradients[0], layouts[0]
+    assert g is not None
+    assert not isinstance(where, str)
+    index, scale, bag = table.values(saved)
+    owner = samples_along(where, 0, g.shape, batch, g.device)
+    assert owner is not None
+    placed = Placed(0, owner[bag])
+    if not _at_hand(g):
+        return [_added(index, g[bag] * scale, placed, batch, shape)]
+    # What is narrow is arranged; there is a row of zeros for where a sample has no more.
+    own, scales, bags = (placed.by_sample(value, batch) for value in (index, scale, bag + 1))
+    cols = torch.cat([torch.zeros_like(g[:1]), g])[bags]
+    return [Lookup(own, cols.mul_(scales), shape)]
+
+
+def _at_hand(value: Tensor) -> bool:
+    """Whether it costs no wait to ask for numbers of rows."""
+    return readable(value) and value.device.type == "cpu"
+
+
+def _added(index: Tensor, g: Tensor, where: Placed, batch: int, shape: tuple[int, ...]) -> Factor:
+    """The gradients of a table [b, *shape], added up row by row: without a wait for how many rows a sample has."""
+    columns = prod(shape[1:])
+    samples = spread(where.samples, where.axis, index.shape)
+    rows = (samples * shape[0] + index).flatten()
+    found = added_rows(rows, wide(g).reshape(len(rows), columns), batch * shape[0], len(rows))
+    return Dense(found.view(batch, *shape))
 
 
 @dataclass(frozen=True)
@@ -205,7 +292,7 @@ class Axes:
         return self.kept is None and self.order is None and self.there is None
 
     def arrange(
-        self, value: Tensor, sizes: dict[Letter | None, int], where: Layout, batch: int, last: tuple[int, int]
+        self, value: Tensor, sizes: dict[Letter | None, int], where: Layout | Placed, batch: int, last: tuple[int, int]
     ) -> Tensor:
         """The tensor as [b, t, q, m]; positions that it does not have are of the same value all along."""
         if self.at_once and where == IN_FRONT and value.numel():
@@ -218,6 +305,9 @@ class Axes:
         if self.there is not None:
             value = value[tuple(slice(None) if there else None for there in self.there)]
             value = value.expand(*lengths, *value.shape[len(lengths) :])
+        if isinstance(where, Placed):
+            apart = where.by_sample(value, batch)
+            return apart.reshape(batch, prod(apart.shape[1 : 1 + len(lengths)]), *last)
         t = prod(lengths) // batch
         if where.fold == "single":
             return value.reshape(1, t, *last)

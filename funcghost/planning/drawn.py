@@ -22,7 +22,7 @@ from funcghost.ops.call import Call, Outputs, is_float, is_operand, physical
 from funcghost.ops.families.products import FACTORS
 from funcghost.ops.families.tables import OVERWRITES
 from funcghost.ops.meter import Clock
-from funcghost.ops.moves import MOVES
+from funcghost.ops.moves import REARRANGE
 from funcghost.ops.tangent import is_linear, is_multilinear
 from funcghost.planning.elsewhere import Back, evaluated
 from funcghost.trees import is_distributed
@@ -73,7 +73,7 @@ class Generic:
             return found
         if call.op in OVERWRITES:
             return self._as_if_kept(call, found)
-        if call.op in MOVES or is_linear(call):
+        if call.op in REARRANGE or is_linear(call):
             return found
         # 2. What is varied, and how its entries are.
         varied = {

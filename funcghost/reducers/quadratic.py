@@ -68,7 +68,8 @@ def squared_norm(metric: Tree | None = None) -> SquaredNorm:
 
     Cost: per use with t positions, d inputs and p outputs the cheaper of `2 b t^2 (d + p)` FLOPs (ghost: products of
     positions) and `2 b t d p` (the gradients themselves, slice by slice), within `Options.memory_budget` of memory. A
-    step is `6 b t d p`.
+    step is `6 b t d p`, and takes the sum of the gradients for its own where a plan made with the reducer says that
+    they are formed.
 
     Raises:
         MemoryBudgetError: (when used) no tile of any route fits the budget.

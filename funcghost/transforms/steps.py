@@ -4,7 +4,7 @@ A call runs along a plan that fits, and has one made where none does.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
 from funcghost.engine.positions import Positions
 from funcghost.engine.run import Outcome, run, run_plain
+from funcghost.engine.summing import summed_over_samples
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.factored import verify_factors
 from funcghost.options import DEFAULT_BUDGET, Options, Rates, check_options
@@ -243,7 +244,8 @@ class Transform(Compilable):
         standins: Standins | None = None,
     ) -> Outcome:
         """What is asked for, along a plan."""
-        ledger = self._ledger(problem, request, plan.rates)
+        summing = summed_over_samples(problem, plan) if reduction is not None and standins is None else ()
+        ledger = self._ledger(problem, request, plan.rates, summing)
         outcome = run(
             problem,
             plan,
@@ -256,11 +258,16 @@ class Transform(Compilable):
         )
         return self._with_results(outcome, ledger, problem)
 
-    def _ledger(self, problem: Problem, request: Request, rates: Rates | None) -> Ledger | None:
+    def _ledger(
+        self, problem: Problem, request: Request, rates: Rates | None, summing: Collection[int] = ()
+    ) -> Ledger | None:
         if not request.tasks and not request.keep:
             return None
         means = means_of(self.options, problem.params.leaves[0].device, rates)
-        return Ledger(problem.params.names, [task.within(means) for task in request.tasks], keep=request.keep)
+        tasks = [task.within(means) for task in request.tasks]
+        if not any(task.degree > 1 for task in tasks) or request.keep:
+            summing = ()
+        return Ledger(problem.params.names, tasks, keep=request.keep, summing=summing, budget=means.budget)
 
     def _with_results(self, outcome: Outcome, ledger: Ledger | None, problem: Problem) -> Outcome:
         if ledger is None:

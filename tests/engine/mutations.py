@@ -13,9 +13,14 @@ PAIRS = "tests/algebra/test_pairs.py"
 POSITIONS = "tests/reducers/test_positions.py"
 SIZES = "tests/transforms/test_sizes.py"
 REDUCERS = "tests/reducers/test_reducers.py"
+SUMMING = "tests/engine/test_summing.py"
 UNSEEN = "tests/engine/test_unseen.py"
 
 MUTATIONS: dict[str, Mutation] = {
+    "the mean over samples for their sum": Mutation(
+        "engine/ledger.py", "Ledger._reduce", "gradients.sum(0)", "gradients.mean(0)", (SUMMING,)
+    ),
+    "sums past a hook": Mutation("engine/summing.py", "_is_plain", "not is_hooked(leaf)", "True", (SUMMING,)),
     "positions among the channels": Mutation(
         "engine/positions.py", "Positions.see", "2 if op in CHANNELS_FIRST else 1", "1", (POSITIONS,)
     ),

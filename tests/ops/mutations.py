@@ -11,11 +11,43 @@ LAYOUT = "tests/ops/test_layout.py"
 MOVES = "tests/ops/test_moves.py"
 SIZES = "tests/transforms/test_sizes.py"
 OWN_RULES = "tests/ops/test_rules_in_steps.py"
+RECURRENT = "tests/ops/test_recurrent.py"
 REDUCERS = "tests/reducers/test_reducers.py"
 RULES = "tests/ops/test_rules.py"
 VERIFY = "tests/laws/test_conservation.py"
 
 MUTATIONS: dict[str, Mutation] = {
+    "rows of a sample in one place": Mutation(
+        "ops/layout.py",
+        "Placed.by_sample",
+        "(self.samples * most + self._turn)",
+        "(self.samples * most + self._turn * 0)",
+        (RECURRENT,),
+    ),
+    "any sequence is of one sample": Mutation(
+        "ops/unrolled.py",
+        "_of_sequences",
+        "return own if torch.equal(own[steps.sequence], samples) else None",
+        "return own",
+        (RECURRENT,),
+    ),
+    "states of other sequences": Mutation(
+        "ops/recurrence.py",
+        "Steps.before",
+        "states[own.start : own.start + n]",
+        "states[own.stop - n : own.stop]",
+        (RECURRENT,),
+    ),
+    "a last bag that ends": Mutation(
+        "ops/families/tables.py", "_bags.ragged", "offsets = offsets[:-1]", "offsets = offsets[:]", (RECURRENT,)
+    ),
+    "padding is of a sample": Mutation(
+        "ops/moves.py",
+        "_where",
+        "((samples == spread(along(samples, axis), axis, samples.shape)) | ~some)",
+        "(samples == spread(along(samples, axis), axis, samples.shape))",
+        (RECURRENT,),
+    ),
     "statistics that do not move": Mutation(
         "ops/families/norms.py", "_batch_norm", 'a.get("training", False)', "False", (DERIVATIVES,)
     ),
@@ -159,13 +191,13 @@ MUTATIONS: dict[str, Mutation] = {
     "padding in the mean": Mutation(
         "ops/families/tables.py",
         "_bags.values",
-        "kept.sum(-1, keepdim=True)",
-        "index.shape[-1] * kept.new_ones(1)",
+        "scale.sum(-1, keepdim=True)",
+        "index.shape[-1] * scale.new_ones(1)",
         (LAYERS, "-k", "Bag"),
     ),
     "padding in the bag": Mutation(
         "ops/families/tables.py",
-        "_bags.values",
+        "_bags.kept",
         "index.new_ones(index.shape, dtype=dtype) if padding is None else (index != padding % length).to(dtype)",
         "index.new_ones(index.shape, dtype=dtype) if True else (index != padding % length).to(dtype)",
         (LAYERS, "-k", "Bag"),
@@ -229,7 +261,7 @@ MUTATIONS: dict[str, Mutation] = {
     "padding counts": Mutation(
         "ops/uses.py",
         "_by_index.factors",
-        "g * scale[0] if scale else g",
+        "g * others[0] if others else g",
         "g",
         (REDUCERS, "-k", "called_otherwise and (padding or frequency)"),
     ),

@@ -5,8 +5,57 @@ from typing import Any
 
 import optree
 import torch
+from torch import Tensor
 
+from funcghost.ops.call import Call
 from funcghost.ops.known import Slices, in_front, know
+from funcghost.ops.recurrence import Kind
+from funcghost.ops.rules import Op
+
+KINDS: dict[Op, Kind] = {torch.lstm: "lstm", torch.gru: "gru", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu"}
+_SETTINGS = ("params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+PADDED, PACKED = ("input", "hx", *_SETTINGS, "batch_first"), ("input", "batch_sizes", "hx", *_SETTINGS)
+"""The arguments of a recurrent layer, of sequences of one length and of packed ones."""
+
+
+def _padded(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    """With zeros, whatever it is that a sequence is padded with."""
+    found: tuple[Tensor, Tensor] = torch._VF._pad_packed_sequence(data, batch_sizes, batch_first, 0.0, total_length)
+    return found
+
+
+def arguments_of(call: Call) -> tuple[str, ...]:
+    """The names of the arguments of a call of a recurrent layer: the packed one has its batch sizes in second place."""
+    second = call.leaves[1]
+    return PACKED if isinstance(second, Tensor) and not second.is_floating_point() else PADDED
+
+
+def _through(data: Tensor, batch_sizes: Any, hx: Any, *others: Any) -> tuple[Tensor, ...]:
+    """Of packed sequences: every row and state has what is in any row of its sequence, and in its states."""
+    if not isinstance(batch_sizes, Tensor) or batch_sizes.is_floating_point():
+        raise RuntimeError("the sequences are not packed")
+    states = [hx] if isinstance(hx, Tensor) else list(hx)
+    sequence = sequences_of(batch_sizes, len(data)).to(data.device)
+    whole = data[:, :1].new_zeros(states[0].shape[1], 1).index_add(0, sequence, data[:, :1])
+    for state in states:
+        whole = whole + state[..., :1].sum(0)
+    return whole[sequence], *(whole.expand(len(state), -1, -1) for state in states)
+
+
+def sequences_of(batch_sizes: Tensor, rows: int) -> Tensor:
+    """The sequence of every row of packed ones, from how many there are at each step: [t] -> [n]."""
+    row, ends = torch.arange(rows, device=batch_sizes.device), batch_sizes.cumsum(0)
+    step = torch.searchsorted(ends, row, right=True)
+    return row - (ends - batch_sizes)[step]
+
+
+ALIKE: dict[Op, Op] = {
+    torch._VF._pad_packed_sequence: _padded,
+    **dict.fromkeys(KINDS, _through),
+}
+"""Ops, by others that bring samples to where they do, and compute nothing."""
 
 
 def _recurrent(slots: Mapping[str, Any], leaves: Sequence[Any]) -> Slices | None:
@@ -20,14 +69,7 @@ def _recurrent(slots: Mapping[str, Any], leaves: Sequence[Any]) -> Slices | None
     return Slices({sequence: axis, **dict.fromkeys(states, 1)}, (axis, *(1 for _ in states)))
 
 
-know(
-    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
-    arguments=(
-        *("input", "hx", "params", "has_biases", "num_layers"),
-        *("dropout", "train", "bidirectional", "batch_first"),
-    ),
-    samples=_recurrent,
-)
+know(*KINDS, arguments=PADDED, samples=_recurrent)
 know(
     *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
     arguments=("input", "hx"),

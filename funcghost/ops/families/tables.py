@@ -19,7 +19,10 @@ BY_DATA: frozenset[Op] = named(
     *("index_select", "gather", "take_along_dim", "take", "masked_select", "masked_scatter", "sort", "msort", "topk"),
     *("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_reduce", "kthvalue"),
     *("unique", "segment_reduce", "index_fill", "argwhere", "repeat_interleave"),
-) | {T.__getitem__, T.__setitem__, F.embedding, F.embedding_bag, torch.embedding}
+) | {
+    *(T.__getitem__, T.__setitem__, F.embedding, F.embedding_bag, torch.embedding),
+    *(torch._VF._pack_padded_sequence, torch._VF._pad_packed_sequence),
+}
 """The ops that choose where an entry goes by an index or an order. Others compute in place."""
 
 OVERWRITES = named("index_copy", "index_fill", "index_put", "masked_scatter", "scatter") | {T.__setitem__}
@@ -47,20 +50,35 @@ def _embedding(index_name: str) -> Describe:
 
 
 def _bags(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
-    """Sums or means of rows, where all bags have the same length: the index has two axes."""
-    if name != "weight" or a["input"].dim() != 2 or not covered_by_rule(call):
+    """Sums or means of rows: of those along the second axis of the index, or of those from an offset to the next."""
+    if name != "weight" or not covered_by_rule(call):
         return None
-    mean, padding, weights = a.get("mode", "mean") == "mean", a.get("padding_idx"), a.get("per_sample_weights")
-    dtype, length = a["weight"].dtype, a["weight"].shape[0]
+    mean, padding, own_weights = a.get("mode", "mean") == "mean", a.get("padding_idx"), a.get("per_sample_weights")
+    dtype, length, last = a["weight"].dtype, a["weight"].shape[0], bool(a.get("include_last_offset"))
+
+    def kept(index: Tensor) -> Tensor:
+        return index.new_ones(index.shape, dtype=dtype) if padding is None else (index != padding % length).to(dtype)
 
     def values(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         index, *weights = saved
-        kept = index.new_ones(index.shape, dtype=dtype) if padding is None else (index != padding % length).to(dtype)
-        scale = kept / kept.sum(-1, keepdim=True).clamp(min=1) if mean else kept
+        scale = kept(index)
+        scale = scale / scale.sum(-1, keepdim=True).clamp(min=1) if mean else scale
         return index, (scale * weights[0] if weights else scale).unsqueeze(-1)
 
-    needed = (slots["input"],) if weights is None else (slots["input"], slots["per_sample_weights"])
-    return Table(needed, 2, values, summed=True)
+    def ragged(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        index, offsets, *weights = saved
+        place, scale = torch.arange(len(index), device=index.device), kept(index)
+        if last:  # the last bag goes to the end of the index all the same
+            offsets = offsets[:-1]
+        bag = torch.searchsorted(offsets, place.to(offsets.dtype), right=True) - 1
+        if mean:
+            scale = scale / scale.new_zeros(len(offsets)).index_add(0, bag, scale).clamp(min=1)[bag]
+        return index, (scale * weights[0] if weights else scale).unsqueeze(-1), bag
+
+    even = a["input"].dim() == 2
+    names = ["input", *([] if even else ["offsets"]), *([] if own_weights is None else ["per_sample_weights"])]
+    needed = tuple(slots[name] for name in names)
+    return Table(needed, 2, values, summed=True) if even else Table(needed, 1, ragged, ragged=True)
 
 
 def _rows(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
