@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.comptime import ComptimeContext
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import TorchRuntimeError, Unsupported
 from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting, VariableTracker
 from torch._dynamo.variables.higher_order_ops import dynamo_enable_grad
 from torch._dynamo.variables.lists import TupleVariable
@@ -116,7 +116,7 @@ def _guarded(tx: Any) -> list[VariableTracker]:
         with warnings.catch_warnings(), numbers_are_fixed, dynamo_enable_grad(tx, True):
             warnings.simplefilter("ignore")  # about the speed of ops that are dropped
             local["losses"].call_function(tx, [local["params"], local["batch"]], {})
-    except Unsupported as error:
+    except (Unsupported, TorchRuntimeError) as error:
         raise PlanError(
             "torch.compile cannot read the losses, so it could not tell when to compile them anew: "
             f"{str(error).strip()} Change that, or leave the step uncompiled."

@@ -353,7 +353,8 @@ def grown_and_shrunk(held: list[Any]) -> None:
 
 
 class Notes:
-    n, last = 0, None
+    n: int = 0
+    last: Any = None
 
 
 def written_and_put_back(held: Notes) -> None:
