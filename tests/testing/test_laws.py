@@ -283,7 +283,7 @@ def test_a_mismatch_with_naive_gradients_is_caught(broken: str, monkeypatch: pyt
             return replace(found, scale=0.5) if isinstance(found, Product) else found
 
         monkeypatch.setitem(_KNOWN, F.linear, known._replace(product=half))
-        wanted = "squared_norm|materialize"
+        wanted = "dot|squared_norm|materialize"
     else:
         monkeypatch.setattr(SquaredNorm, "result", lambda self, parts: parts["w"])
         wanted = "squared_norm"

@@ -44,7 +44,7 @@ def _unrounded(a: Arguments) -> bool:
 
 
 know(
-    *(torch.clone, T.clone, T.contiguous, T.to, T.float, T.double, T.bfloat16, T.type_as),
+    *(torch.clone, T.clone, T.contiguous, T.to, T.type_as),
     *(torch.sum, T.sum, torch.mean, T.mean, torch.neg, T.neg, T.__neg__),
     *(torch.t, T.t, T.T.__get__, T.mT.__get__, torch.transpose, T.transpose, torch.permute, T.permute, T.movedim),
     *(T.view, torch.reshape, T.reshape, torch.flatten, T.flatten, T.unflatten, T.expand, T.expand_as, T.repeat),
