@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_map
 
@@ -93,3 +94,8 @@ def watching() -> TorchFunctionMode | None:
     return next(
         (mode for mode in reversed(_get_current_function_mode_stack()) if getattr(mode, "sees_parts", False)), None
     )
+
+
+def is_traced() -> bool:
+    """Whether a compiler traces what runs."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None

@@ -10,10 +10,9 @@ from typing import Any, Literal
 import optree
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointError
 
-from funcghost.control_flow import as_python
+from funcghost.control_flow import as_python, is_traced
 from funcghost.dtypes import as_written
 from funcghost.errors import InputError, MismatchError, UnsupportedOpError
 from funcghost.trees import Params, Tree, check_whole, tensors
@@ -140,8 +139,7 @@ def _own(leaf: Any) -> Any:
 
 def is_own(leaf: Tensor) -> bool:
     """Whether autograd can be asked for the gradient of this very tensor; not while a compiler traces."""
-    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
-    return leaf.requires_grad and leaf.is_leaf and not traced
+    return leaf.requires_grad and leaf.is_leaf and not is_traced()
 
 
 def check_losses(values: Any) -> None:

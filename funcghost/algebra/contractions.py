@@ -144,13 +144,7 @@ def weighted_sum(use: Factor, weights: Tensor) -> Tensor:
 def whole(uses: Sequence[Factor], budget: int) -> Tensor | None:
     """The gradients of one parameter from all of its uses, [b, *shape]; None where they take more than the budget."""
     size = prod((samples(uses[0]), *uses[0].shape)) * max(bytes_of_entry(sketch(use)) for use in uses)
-    if size * (2 if len(uses) > 1 else 1) > budget:
-        return None
-    first, *others = sorted(uses, key=lambda use: isinstance(use, Dense))  # the memory of a product is ours to write to
-    found = dense(first)
-    for use in others:
-        found = found + dense(use) if isinstance(first, Dense) else found.add_(dense(use))
-    return found
+    return None if size * (3 if len(uses) > 1 else 1) > budget else total(map(dense, uses))
 
 
 def summed(uses: Sequence[Factor]) -> Tensor:

@@ -57,6 +57,12 @@ class Site:
         """The numbers of the outputs that have a derivative."""
         return tuple(i for i, layout in enumerate(self.layouts) if layout != "constant")
 
+    @cached_property
+    def arranged(self) -> tuple[Layout | Rows | None, ...]:
+        """The layouts of these; None where there is no gradient."""
+        found = [self.layouts[i] for i in self.smooth]
+        return tuple(layout if isinstance(layout, Layout | Rows) else None for layout in found)
+
 
 @dataclass(frozen=True)
 class Contraction:

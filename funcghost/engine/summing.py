@@ -6,8 +6,8 @@ weight gradient of a plain step: a fourth product where that is taken as well, a
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from funcghost.control_flow import is_traced
 from funcghost.engine.hooks import is_hooked
 from funcghost.engine.plans import Plan
 from funcghost.problem import Problem
@@ -22,8 +22,8 @@ def summed_over_samples(problem: Problem, plan: Plan) -> frozenset[int]:
     None where ranks share the parameters, within a transform or while a graph is traced; not those whose gradient may
     be sparse, or has a hook.
     """
-    around = torch._C._functorch.maybe_current_level() is not None or get_proxy_mode() is not None
-    if around or torch.compiler.is_compiling() or problem.in_step or problem.is_meta():
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    if not plan.contractions or transformed or is_traced() or problem.in_step or problem.is_meta():
         return frozenset()
     routes: dict[str, set[str]] = {}
     for contraction in plan.contractions:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcghost.engine.contributions import Tangents, Tapped, Wanted, recipe, tried
+from funcghost.engine.contributions import Tangents, Tapped, Wanted
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import OutputLayout, Site
 from funcghost.engine.positions import Positions
+from funcghost.engine.recipes import recipe, tried
 from funcghost.engine.shadows import Shadow
 from funcghost.errors import MismatchError, UnsupportedOpError
 from funcghost.ops.apart import Level, Where
@@ -91,12 +92,7 @@ class Taps:
                 self.positions.see((number, output), where, call.op, layout, shape, batch)
         wanted = Wanted(
             chosen=site.smooth,
-            layouts=tuple(
-                [
-                    where if isinstance(where, Layout | Rows) else None
-                    for where in (site.layouts[i] for i in site.smooth)
-                ]
-            ),
+            layouts=site.arranged,
             vmapped=len(batched_shape(values[0])) - values[0].dim(),
             kinds=tuple([tuple(map(type, known)) for known in tangents]),
             collects=bool(targets),

@@ -21,7 +21,7 @@ from funcghost.engine.contributions import ByFactors, Tangents, Tapped
 from funcghost.engine.shadows import Computed, Constant, Shadow
 from funcghost.engine.tap import Taps, behind
 from funcghost.errors import MismatchError, UnsupportedOpError
-from funcghost.ops.apart import Level, Use, Where, of_sample
+from funcghost.ops.apart import Passed, Use, Where, of_sample
 from funcghost.ops.call import alias
 
 Known = TypeVar("Known")
@@ -213,14 +213,9 @@ def tap_stretch(
     blank = stretch.pull(torch.zeros_like(stretch.value))
     slots = tuple(slot for slot, like in enumerate(blank) if like is not None)
 
-    def factors(
-        kept: Sequence[Tensor],
-        levels: tuple[Level, ...],
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
-        rows = [stretch.pull(of_sample(gradients[0], layouts[0], sample, batch)) for sample in range(batch)]
+    def factors(passed: Passed) -> list[Factor]:
+        _, _, (g,), (own,), batch = passed
+        rows = [stretch.pull(of_sample(g, own, sample, batch)) for sample in range(batch)]
         return [Dense(torch.stack([_there(row[slot], blank[slot]) for row in rows])) for slot in slots]
 
     scored = frozenset((slot, k) for slot in slots for k, own in enumerate(tangents[slot]) if own is not None)

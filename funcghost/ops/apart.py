@@ -45,13 +45,30 @@ Levels = tuple[Level, ...]
 """The vmapped axes of some tensors, the outermost first."""
 
 
+class Passed(NamedTuple):
+    """What there is when the backward passes a call.
+
+    `saved`: the tensors that are needed, in the order of their slots.
+    `levels`: the vmapped axes of these.
+    `gradients`: those of the outputs, None for zero.
+    `layouts`: where the samples are in each output.
+    `batch`: the number of samples.
+    """
+
+    saved: Sequence[Tensor]
+    levels: Levels
+    gradients: Sequence[Tensor | None]
+    layouts: Sequence[Where]
+    batch: int
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """How the factors of some arguments of a call are had.
 
     `slots`: the arguments.
     `needed`: the slots of the tensors that it takes.
-    `factors(saved, levels, gradients, layouts, batch)`: gives the factor for each of the slots.
+    `factors(passed)`: gives the factor for each of the slots.
     `by_product`: whether that is without a derivative for each sample.
     `outer`: whether they are products of rows and columns at every position.
     `smaller`: whether scores are had by factors for less: what the parameter meets is less than half of what comes out.
@@ -59,7 +76,7 @@ class Use:
 
     slots: tuple[int, ...]
     needed: tuple[int, ...]
-    factors: Callable[[Sequence[Tensor], Levels, Sequence[Tensor | None], Sequence[Where], int], list[Factor]]
+    factors: Callable[[Passed], list[Factor]]
     by_product: bool = True
     smaller: bool = False
     outer: bool = False
@@ -86,13 +103,8 @@ def by_autograd(call: Call, slots: tuple[int, ...], chosen: Sequence[int]) -> Us
     places = [(Layout(axis), Layout(axis, "high"), "unused") for axis in axes]
     call = call.emptied()
 
-    def factors(
-        saved: Sequence[Tensor],
-        levels: Levels,
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
+    def factors(passed: Passed) -> list[Factor]:
+        saved, levels, gradients, layouts, batch = passed
         inputs = {slot: value.detach() for slot, value in zip(needed, saved, strict=True)}
         leaves = [inputs[slot].requires_grad_() for slot in slots]
 

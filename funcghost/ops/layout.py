@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from funcghost.control_flow import is_traced
 
 Fold = Literal["whole", "high", "low", "single"]
 
@@ -139,5 +140,4 @@ def candidates(shape: Sequence[int], batch: int) -> list[Layout]:
 
 def readable(value: Tensor) -> bool:
     """Whether the values of a tensor can be asked for: not while a graph is traced, nor on the meta device."""
-    traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
-    return not (traced or value.is_meta or isinstance(value, FakeTensor))
+    return not (is_traced() or value.is_meta or isinstance(value, FakeTensor))

@@ -11,6 +11,7 @@ the step after it, so the deltas come one step after the other, backwards; all t
 all steps at once. Cost: a forward, the half of one (and the other half but for the first layer), elementwise work.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,13 @@ class Deltas(NamedTuple):
     first: tuple[Tensor, ...]
 
 
+def sequences_of(counts: Tensor, rows: int) -> Tensor:
+    """The sequence of every row of packed ones, from how many there are at each step: [t] -> [n]."""
+    row, ends = torch.arange(rows, device=counts.device), counts.cumsum(0)
+    step = torch.searchsorted(ends, row, right=True)
+    return row - (ends - counts)[step]
+
+
 @dataclass(frozen=True, eq=False)
 class Steps:
     """How many sequences there are at each step, in an order in which none comes after a longer one that ended."""
@@ -63,7 +71,7 @@ class Steps:
     @cached_property
     def sequence(self) -> Tensor:
         """The sequence of each row."""
-        return torch.cat([torch.arange(count, device="cpu") for count in self.counts])
+        return sequences_of(torch.tensor(self.counts, device="cpu"), sum(self.counts))
 
     @cached_property
     def backwards(self) -> Tensor:
@@ -123,7 +131,7 @@ def _turned(rows: Tensor, steps: Steps, way: int) -> Tensor:
     return rows[steps.backwards.to(rows.device)] if way else rows
 
 
-class _Run:
+class _Run(ABC):
     """A layer in one direction that has been run."""
 
     def __init__(self, steps: Steps, rows: Tensor, first: Sequence[Tensor], weights: Weights) -> None:
@@ -151,13 +159,13 @@ class _Run:
         """Where the gradients of states are, by sequence."""
         return torch.zeros_like(like) if last is None else last.clone()
 
+    @abstractmethod
     def run(self) -> None:
         """Fills the states."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deltas(self, out: Tensor, last: Sequence[Tensor | None]) -> Deltas:
         """Those that follow from gradients of the states of each row, and of the last states."""
-        raise NotImplementedError
 
 
 class _Plain(_Run):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcghost.algebra.factors import Dense, Factor, Outer, matrix_form
 from funcghost.dtypes import as_written
-from funcghost.ops.apart import Levels, Use, Where, by_autograd
+from funcghost.ops.apart import Passed, Use, by_autograd
 from funcghost.ops.call import Call, is_operand, physical
 from funcghost.ops.families.recurrent import KINDS, arguments_of
 from funcghost.ops.layout import Layout, Placed, Rows, readable, samples_along
@@ -45,17 +45,12 @@ def by_steps(call: Call, layouts: Sequence[Layout | Rows | None], chosen: Sequen
         return None
     apart = by_autograd(call, slots, chosen)
 
-    def factors(
-        saved: Sequence[Tensor],
-        levels: Levels,
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
+    def factors(passed: Passed) -> list[Factor]:
+        saved, _, gradients, layouts, batch = passed
         values = dict(zip(apart.needed, saved, strict=True))
         rows, first = values[at["input"]], [values[slot] for slot in states]
         if not readable(rows) or is_autocast(rows.device):
-            return apart.factors(saved, levels, gradients, layouts, batch)
+            return apart.factors(passed)
         # 1. The steps, and the sample of each sequence, on the host: a device that knows is waited for.
         counts = values[at["batch_sizes"]].tolist() if packed else [rows.shape[axis]] * rows.shape[1 - axis]
         steps = Steps(tuple(counts))
@@ -68,7 +63,7 @@ def by_steps(call: Call, layouts: Sequence[Layout | Rows | None], chosen: Sequen
                 owners.append(_of_sequences(own, steps) if packed and not number else own)
         owner = owners[0]
         if owner is None or any(other is None or not torch.equal(owner, other) for other in owners[1:]):
-            return apart.factors(saved, levels, gradients, layouts, batch)
+            return apart.factors(passed)
         # 2. What the weights get at each step, by sample.
         out = ends[0]
         if not packed:
@@ -100,7 +95,8 @@ def _of_weights(delta: Deltas, placed: Placed, batch: int) -> list[Factor]:
     across = inward if delta.across is delta.inward else placed.by_sample(delta.across, batch)
     pairs = ((inward, rows), (across, before))
     outer = [Outer(d.unsqueeze(2), x.unsqueeze(2), matrix_form((d.shape[-1], x.shape[-1]))) for d, x in pairs]
-    return [*outer, Dense(inward.sum(1)), Dense(across.sum(1))]
+    bias = Dense(inward.sum(1))
+    return [*outer, bias, bias if across is inward else Dense(across.sum(1))]
 
 
 def _of_states(gradients: Tensor, owner: Tensor, batch: int) -> Factor:

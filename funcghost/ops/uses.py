@@ -7,18 +7,18 @@ of the output are positions, the samples among them. Any other op is differentia
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from math import prod
 
-import torch
 from torch import Tensor
 
-from funcghost.algebra.factors import Dense, Factor, Form, Lookup, Outer
-from funcghost.algebra.sums import LONG, added_rows
+from funcghost.algebra.factors import Dense, Factor, Form, Outer
+from funcghost.algebra.sums import LONG
 from funcghost.dtypes import as_written, wide, wide_dtype
-from funcghost.ops.apart import Levels, Use, Where, by_autograd, lifted
+from funcghost.ops.apart import Passed, Use, by_autograd, lifted
 from funcghost.ops.call import Call, physical
-from funcghost.ops.layout import Layout, Placed, Rows, readable, samples_along, spread
+from funcghost.ops.layout import Layout, Placed, Rows, readable
+from funcghost.ops.lookups import by_index
 from funcghost.ops.products import Description, Letter, Letters, Product, Table, describe, itself
 from funcghost.ops.unrolled import by_steps
 
@@ -49,7 +49,7 @@ def find_uses(
             if use is not None and isinstance(layout, Rows):
                 use = None if vmapped else _where_readable(use, by_autograd(call, (slot,), chosen))
         elif layout is not None and isinstance(product, Table):
-            use = _by_index(product, slot, shape, layout, vmapped)
+            use = by_index(product, slot, shape, layout, vmapped)
         # 3. All arguments that are left are differentiated together.
         if use is None:
             others.append(slot)
@@ -62,16 +62,11 @@ def _where_readable(use: Use, apart: Use) -> Use:
     """The use of rows that data have moved, or the one for each sample apart where their samples cannot be read."""
     places = [apart.needed.index(slot) for slot in use.needed]
 
-    def factors(
-        saved: Sequence[Tensor],
-        levels: Levels,
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
-        if isinstance(layouts[0], Placed) and readable(layouts[0].samples):
-            return use.factors([saved[place] for place in places], levels, gradients, layouts, batch)
-        return apart.factors(saved, levels, gradients, layouts, batch)
+    def factors(passed: Passed) -> list[Factor]:
+        where = passed.layouts[0]
+        if isinstance(where, Placed) and readable(where.samples):
+            return use.factors(passed._replace(saved=[passed.saved[place] for place in places]))
+        return apart.factors(passed)
 
     return Use(use.slots, apart.needed, factors, by_product=False)
 
@@ -91,13 +86,8 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
     left_size, right_size = (sides[1], sides[0]) if a.swapped else sides
     outward, in_front = axes_of(a.out, a.positions, (*a.blocks, *a.rows)), layout == IN_FRONT
 
-    def factors(
-        saved: Sequence[Tensor],
-        levels: Levels,
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
+    def factors(passed: Passed) -> list[Factor]:
+        saved, levels, gradients, layouts, batch = passed
         g, placed = gradients[0], layouts[0]
         assert g is not None
         where = Placed(a.where.axis, placed.samples) if isinstance(placed, Placed) else a.where
@@ -129,79 +119,6 @@ def _by_letters(product: Product, slot: int, shape: tuple[int, ...], layout: Lay
     smaller = fixed and product.values is itself and bool(a.cols) and (left_size >= 2 * right_size or right_size > LONG)
     outer = product.values is not None and product.gradients is None and bool(a.rows) and bool(a.cols)
     return Use((slot,), product.needed, factors, smaller=smaller, outer=outer)
-
-
-def _by_index(table: Table, slot: int, shape: tuple[int, ...], layout: Layout | Rows, vmapped: int) -> Use | None:
-    """The rows of a table that were looked up, unless the samples are not among the places of the index."""
-    places, rows = vmapped + table.places, isinstance(layout, Rows)
-    single = isinstance(layout, Layout) and layout.fold == "single"
-    if not (single or layout.axis < places - table.summed) or (vmapped and (rows or table.ragged)):
-        return None
-    if table.ragged:
-        return Use((slot,), table.needed, partial(_in_bags, table, shape), by_product=not rows)
-
-    def factors(
-        saved: Sequence[Tensor],
-        levels: Levels,
-        gradients: Sequence[Tensor | None],
-        layouts: Sequence[Where],
-        batch: int,
-    ) -> list[Factor]:
-        g, where = gradients[0], layouts[0]
-        assert g is not None
-        assert not isinstance(where, str)
-        index, *others = lifted(table.values, saved, levels)
-        for axis, level in enumerate(levels):
-            index = index if level.has_any else index.unsqueeze(axis)
-        g = g.unsqueeze(-2) if table.summed else g
-        g = g * others[0] if others else g
-        index = index.expand(g.shape[:places])
-        if isinstance(where, Placed) and not _at_hand(g):
-            return [_added(index, g, where, batch, shape)]
-        own, cols = (where.by_sample(value, batch) for value in (index, g))
-        own = own.reshape(batch, prod(own.shape[1:]))
-        return [Lookup(own, cols.reshape(batch, own.shape[1], prod(shape[1:])), shape)]
-
-    return Use((slot,), table.needed, factors, by_product=not rows)
-
-
-def _in_bags(
-    table: Table,
-    shape: tuple[int, ...],
-    saved: Sequence[Tensor],
-    levels: Levels,
-    gradients: Sequence[Tensor | None],
-    layouts: Sequence[Where],
-    batch: int,
-) -> list[Factor]:
-    """The rows of a table whose sums over places are on the first axis of the output."""
-    g, where = gradients[0], layouts[0]
-    assert g is not None
-    assert not isinstance(where, str)
-    index, scale, bag = table.values(saved)
-    owner = samples_along(where, 0, g.shape, batch, g.device)
-    assert owner is not None
-    placed = Placed(0, owner[bag])
-    if not _at_hand(g):
-        return [_added(index, g[bag] * scale, placed, batch, shape)]
-    # What is narrow is arranged; there is a row of zeros for where a sample has no more.
-    own, scales, bags = (placed.by_sample(value, batch) for value in (index, scale, bag + 1))
-    cols = torch.cat([torch.zeros_like(g[:1]), g])[bags]
-    return [Lookup(own, cols.mul_(scales), shape)]
-
-
-def _at_hand(value: Tensor) -> bool:
-    """Whether it costs no wait to ask for numbers of rows."""
-    return readable(value) and value.device.type == "cpu"
-
-
-def _added(index: Tensor, g: Tensor, where: Placed, batch: int, shape: tuple[int, ...]) -> Factor:
-    """The gradients of a table [b, *shape], added up row by row: without a wait for how many rows a sample has."""
-    columns = prod(shape[1:])
-    samples = spread(where.samples, where.axis, index.shape)
-    rows = (samples * shape[0] + index).flatten()
-    found = added_rows(rows, wide(g).reshape(len(rows), columns), batch * shape[0], len(rows))
-    return Dense(found.view(batch, *shape))
 
 
 @dataclass(frozen=True)

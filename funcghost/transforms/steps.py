@@ -4,18 +4,18 @@ A call runs along a plan that fits, and has one made where none does.
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import optree
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_flatten
 
 from funcghost.algebra.cost import means_of
 from funcghost.algebra.pairs import Pairs
+from funcghost.control_flow import is_traced
 from funcghost.engine.ledger import Ledger
 from funcghost.engine.plans import Plan
 from funcghost.engine.positions import Positions
@@ -23,7 +23,7 @@ from funcghost.engine.run import Outcome, run, run_plain
 from funcghost.engine.summing import summed_over_samples
 from funcghost.errors import ConservationError, InputError, MismatchError, PlanError, UnsupportedOpError
 from funcghost.laws.factored import verify_factors
-from funcghost.options import DEFAULT_BUDGET, Options, Rates, check_options
+from funcghost.options import DEFAULT_BUDGET, Options, check_options
 from funcghost.planning.planner import make_plan
 from funcghost.planning.ways import verify_plan
 from funcghost.problem import Losses, Problem, Reduction
@@ -221,7 +221,7 @@ class Transform(Compilable):
         if request.empty and standins:
             with Replacing(standins):
                 return run_plain(problem, self.reduction)
-        traced = standins is not None or torch.compiler.is_compiling() or get_proxy_mode() is not None
+        traced = standins is not None or is_traced()
         if not request.empty and traced:
             return self.traced(problem, request, standins or {})
         if request.positions and torch._C._functorch.maybe_current_level() is not None:
@@ -244,8 +244,7 @@ class Transform(Compilable):
         standins: Standins | None = None,
     ) -> Outcome:
         """What is asked for, along a plan."""
-        summing = summed_over_samples(problem, plan) if reduction is not None and standins is None else ()
-        ledger = self._ledger(problem, request, plan.rates, summing)
+        ledger = self._ledger(problem, request, plan, summing=reduction is not None and standins is None)
         outcome = run(
             problem,
             plan,
@@ -258,16 +257,14 @@ class Transform(Compilable):
         )
         return self._with_results(outcome, ledger, problem)
 
-    def _ledger(
-        self, problem: Problem, request: Request, rates: Rates | None, summing: Collection[int] = ()
-    ) -> Ledger | None:
+    def _ledger(self, problem: Problem, request: Request, plan: Plan | None, summing: bool = False) -> Ledger | None:
         if not request.tasks and not request.keep:
             return None
-        means = means_of(self.options, problem.params.leaves[0].device, rates)
+        means = means_of(self.options, problem.params.leaves[0].device, plan.rates if plan else None)
         tasks = [task.within(means) for task in request.tasks]
-        if not any(task.degree > 1 for task in tasks) or request.keep:
-            summing = ()
-        return Ledger(problem.params.names, tasks, keep=request.keep, summing=summing, budget=means.budget)
+        formed = summing and plan is not None and not request.keep and any(task.degree > 1 for task in tasks)
+        numbers = summed_over_samples(problem, plan) if formed and plan is not None else ()
+        return Ledger(problem.params.names, tasks, keep=request.keep, summing=numbers, budget=means.budget)
 
     def _with_results(self, outcome: Outcome, ledger: Ledger | None, problem: Problem) -> Outcome:
         if ledger is None:

@@ -259,8 +259,8 @@ MUTATIONS: dict[str, Mutation] = {
         (REDUCERS, "-k", "test_op and shift"),
     ),
     "padding counts": Mutation(
-        "ops/uses.py",
-        "_by_index.factors",
+        "ops/lookups.py",
+        "by_index.factors",
         "g * others[0] if others else g",
         "g",
         (REDUCERS, "-k", "called_otherwise and (padding or frequency)"),

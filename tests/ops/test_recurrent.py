@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcghost as fg
 from funcghost.algebra.factors import Dense, Lookup, Outer, dense
 from funcghost.laws.oracle import per_sample_gradients
-from funcghost.ops.apart import Use, by_autograd
+from funcghost.ops.apart import Passed, Use, by_autograd
 from funcghost.ops.call import Call, flatten_call
-from funcghost.ops.families.recurrent import KINDS, sequences_of
+from funcghost.ops.families.recurrent import KINDS
 from funcghost.ops.known import description
 from funcghost.ops.layout import Layout, Placed, Rows
+from funcghost.ops.recurrence import sequences_of
 from funcghost.ops.unrolled import by_steps
 from funcghost.ops.uses import find_uses
 from tests.depth import fewer, thinned
@@ -93,7 +94,7 @@ def layers(draw: st.DrawFn) -> tuple[Call, list[Tensor | None], list[Any], int]:
 
 
 def factors(use: Use, call: Call, gradients: list[Tensor | None], places: list[Any], batch: int) -> dict[int, Any]:
-    found = use.factors([call.leaves[slot].detach() for slot in use.needed], (), gradients, places, batch)
+    found = use.factors(Passed([call.leaves[slot].detach() for slot in use.needed], (), gradients, places, batch))
     return dict(zip(use.slots, found, strict=True))
 
 
@@ -158,6 +159,16 @@ def bags(draw: st.DrawFn) -> tuple[Call, list[Tensor | None], list[Any], int]:
     slot = next(slot for slot, leaf in enumerate(leaves) if leaf is weight)
     call = Call(F.embedding_bag, tuple(leaves), spec, (slot,))
     return call, [normal(count, H)], [Placed(0, where) if isinstance(where, Tensor) else Layout(0, where)], batch
+
+
+def test_bags_that_end_before_the_index_does() -> None:
+    """Which rows are in the last one, torch does not say: the rule alone is asked, no bag is made."""
+    rows, offsets = torch.arange(5), torch.tensor([0, 2, 4])
+    leaves, spec = flatten_call((rows, normal(5, 2), offsets), {"include_last_offset": True})
+    call = Call(F.embedding_bag, tuple(leaves), spec, (1,))
+    (use,) = find_uses(call, description(F.embedding_bag), [Layout(0)], (0,), 0)
+    with pytest.raises(fg.InputError, match="must be the length of the input, 5, found 4"):
+        use.factors(Passed([leaves[slot] for slot in use.needed], (), [normal(2, 2)], [Layout(0)], 2))
 
 
 @given(bags(), st.booleans())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcghost.ops.call import Call
 from funcghost.ops.known import Slices, in_front, know
-from funcghost.ops.recurrence import Kind
+from funcghost.ops.recurrence import Kind, sequences_of
 from funcghost.ops.rules import Op
 
 KINDS: dict[Op, Kind] = {torch.lstm: "lstm", torch.gru: "gru", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu"}
@@ -42,13 +42,6 @@ def _through(data: Tensor, batch_sizes: Any, hx: Any, *others: Any) -> tuple[Ten
     for state in states:
         whole = whole + state[..., :1].sum(0)
     return whole[sequence], *(whole.expand(len(state), -1, -1) for state in states)
-
-
-def sequences_of(batch_sizes: Tensor, rows: int) -> Tensor:
-    """The sequence of every row of packed ones, from how many there are at each step: [t] -> [n]."""
-    row, ends = torch.arange(rows, device=batch_sizes.device), batch_sizes.cumsum(0)
-    step = torch.searchsorted(ends, row, right=True)
-    return row - (ends - batch_sizes)[step]
 
 
 ALIKE: dict[Op, Op] = {

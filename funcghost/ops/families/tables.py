@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcghost.errors import InputError
 from funcghost.ops.call import Call
 from funcghost.ops.known import know, named
+from funcghost.ops.layout import readable
 from funcghost.ops.products import Arguments, Describe, Table
 from funcghost.ops.rules import Op, find_rule
 from funcghost.ops.tangent import covered_by_rule
@@ -68,7 +70,8 @@ def _bags(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table |
     def ragged(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         index, offsets, *weights = saved
         place, scale = torch.arange(len(index), device=index.device), kept(index)
-        if last:  # the last bag goes to the end of the index all the same
+        if last:
+            _check_end(offsets, len(index))
             offsets = offsets[:-1]
         bag = torch.searchsorted(offsets, place.to(offsets.dtype), right=True) - 1
         if mean:
@@ -79,6 +82,24 @@ def _bags(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table |
     names = ["input", *([] if even else ["offsets"]), *([] if own_weights is None else ["per_sample_weights"])]
     needed = tuple(slots[name] for name in names)
     return Table(needed, 2, values, summed=True) if even else Table(needed, 1, ragged, ragged=True)
+
+
+def _check_end(offsets: Tensor, length: int) -> None:
+    """Bags have to end where the index does: else torch 2.13 takes other rows into the last one in each dtype and mode.
+
+    Raises:
+        InputError: they do not; on a device, where nobody waits, it is an assertion of the device's.
+    """
+    if not readable(offsets):
+        return
+    fits = offsets[-1] == length
+    if offsets.device.type != "cpu":
+        torch._assert_async(fits, "embedding_bag: the last offset is not the length of the input")
+    elif not fits:
+        raise InputError(
+            f"embedding_bag: with include_last_offset=True the last offset must be the length of the input, {length}, "
+            f"found {int(offsets[-1])}: torch does not say which rows are in the last bag then. Cut the input there."
+        )
 
 
 def _rows(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table | None:
