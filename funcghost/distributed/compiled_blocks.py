@@ -24,7 +24,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.overrides import _get_current_function_mode_stack
 
 from funcghost.control_flow import AsPython
-from funcghost.distributed.compiled_graphs import Backend, alone, in_short, say
+from funcghost.distributed.compiled_graphs import Backend, alone, first_line_of, say
 from funcghost.distributed.fsdp_groups import standing
 from funcghost.engine.walker import Walker
 from funcghost.transforms.compiling import with_code_of_its_own
@@ -117,7 +117,7 @@ def _forward(block: nn.Module, backend: Any, scores: bool, gradients: bool) -> C
             except refusals as error:
                 if outside.met:
                     raise
-                say(f"a block given to torch.compile runs uncompiled in a step: {in_short(error)}")
+                say(f"a block given to torch.compile runs uncompiled in a step: {first_line_of(error)}")
                 _refused.add(block)
         return own(*args, **kwargs)
 

@@ -76,7 +76,7 @@ def say(text: str) -> None:
     log.warning("%s", text)
 
 
-def in_short(error: Exception) -> str:
+def first_line_of(error: Exception) -> str:
     """The first line of what an error says."""
     error = getattr(error, "inner_exception", error)  # of a backend
     text = str(error).strip().partition("\n")[0]
@@ -222,7 +222,7 @@ class Block:
         try:
             compiled = Compiled(self.graph, self.backend, capture, inputs, known)
         except Exception as error:
-            self.refused[place] = in_short(error)
+            self.refused[place] = first_line_of(error)
             raise RefusedError(self.refused[place]) from error
         self.made[form] = [*made, compiled]
         return compiled
