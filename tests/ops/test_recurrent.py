@@ -164,11 +164,11 @@ def bags(draw: st.DrawFn) -> tuple[Call, list[Tensor | None], list[Any], int]:
 def test_bags_that_end_before_the_index_does() -> None:
     """Which rows are in the last one, torch does not say: the rule alone is asked, no bag is made."""
     rows, offsets = torch.arange(5), torch.tensor([0, 2, 4])
-    leaves, spec = flatten_call((rows, normal(5, 2), offsets), {"include_last_offset": True})
+    leaves, spec = flatten_call((rows, normal(5, 2).float(), offsets), {"include_last_offset": True})
     call = Call(F.embedding_bag, tuple(leaves), spec, (1,))
     (use,) = find_uses(call, description(F.embedding_bag), [Layout(0)], (0,), 0)
     with pytest.raises(fg.InputError, match="must be the length of the input, 5, found 4"):
-        use.factors(Passed([leaves[slot] for slot in use.needed], (), [normal(2, 2)], [Layout(0)], 2))
+        use.factors(Passed([leaves[slot] for slot in use.needed], (), [normal(2, 2).float()], [Layout(0)], 2))
 
 
 @given(bags(), st.booleans())

@@ -71,7 +71,7 @@ def _bags(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table |
         index, offsets, *weights = saved
         place, scale = torch.arange(len(index), device=index.device), kept(index)
         if last:
-            _check_end(offsets, len(index))
+            _check_end(offsets, len(index), dtype)
             offsets = offsets[:-1]
         bag = torch.searchsorted(offsets, place.to(offsets.dtype), right=True) - 1
         if mean:
@@ -84,8 +84,10 @@ def _bags(call: Call, slots: dict[str, int], a: Arguments, name: str) -> Table |
     return Table(needed, 2, values, summed=True) if even else Table(needed, 1, ragged, ragged=True)
 
 
-def _check_end(offsets: Tensor, length: int) -> None:
-    """Bags have to end where the index does: else torch 2.13 takes other rows into the last one in each dtype and mode.
+def _check_end(offsets: Tensor, length: int, dtype: torch.dtype) -> None:
+    """Bags have to end where the index does, but in float64 on a CPU, where the last one goes to the end all the same.
+
+    Elsewhere torch 2.13 takes other rows into the last bag for a sum, for its mean and for their gradients.
 
     Raises:
         InputError: they do not; on a device, where nobody waits, it is an assertion of the device's.
@@ -95,7 +97,7 @@ def _check_end(offsets: Tensor, length: int) -> None:
     fits = offsets[-1] == length
     if offsets.device.type != "cpu":
         torch._assert_async(fits, "embedding_bag: the last offset is not the length of the input")
-    elif not fits:
+    elif dtype is not torch.float64 and not fits:
         raise InputError(
             f"embedding_bag: with include_last_offset=True the last offset must be the length of the input, {length}, "
             f"found {int(offsets[-1])}: torch does not say which rows are in the last bag then. Cut the input there."
